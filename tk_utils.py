@@ -1,0 +1,406 @@
+"""The toolkit: atomic files, figures, tables, progress, seeds, versions; imports nothing of ours.
+
+    from tk_utils import atomic_path, histogram_plot, print_table
+
+Importing it does no work: matplotlib, torch and tqdm are imported by the functions that use them.
+"""
+import contextlib
+import json
+import math
+import numbers
+import os
+import platform
+import random
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+# ---------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`.
+
+    A reader of `path` sees the old file or the complete new one, never half of one. On an error the
+    temporary is removed and the old file stays. Missing folders are made. The temporary is called
+    `.<name>.<random>.tmp`, so neither `*` nor `*<suffix>` finds it, and concurrent writers have one
+    each (the last to finish wins). Its suffix is .tmp: libraries that go by the suffix need to be
+    told the format, and `np.savez` an open file.
+
+        with atomic_path('runs/M1.5.pth') as temporary:
+            torch.save(checkpoint, temporary)
+    """
+    path = os.path.realpath(os.fspath(path))    # through a symlink, so that the link itself stays
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: a file is to be written here, but it is a folder")
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name[:150]}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        if os.path.exists(path):
+            shutil.copymode(path, temporary)    # what was made private stays private
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):      # never hides the error that brought us here
+            os.remove(temporary)
+        raise
+    if os.name == "posix":                      # the rename itself has to reach the disk, too
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path, obj):
+    """Write `obj` as JSON, atomically: sorted keys, NumPy's numbers too, NaN and inf as null."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(_plain(obj), file, indent=2, sort_keys=True, allow_nan=False,
+                  ensure_ascii=False)
+        file.write("\n")
+
+
+def _plain(obj):
+    if isinstance(obj, dict):
+        return {str(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, (np.ndarray, np.generic)):
+        return _plain(obj.tolist())
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None                             # JSON has no word for NaN or infinity
+    return obj
+
+
+# ---------------------------------------------------------------- scripts
+
+def run_script(main, *errors):
+    """Run `main()` and return the exit code of the script: `sys.exit(run_script(main, DataError))`.
+
+    0 or what main returns; 2 with one line `error: ...` on stderr for `errors` and OSError; 130
+    when interrupted from the keyboard. Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        code = main()
+        sys.stdout.flush()                      # a closed pipe or a full disk shows here
+        return 0 if code is None else code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (OSError,) + errors as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error):
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def print_table(rows, headers):
+    """Print rows (sequences of cells) in aligned columns; columns of numbers are right-aligned.
+
+    Floats get two decimals and integers thousands separators; strings stay as they are, so format a
+    number that needs something else yourself. None is an empty cell.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    columns = list(zip(*cells)) if cells else [()] * len(headers)
+    widths = [max(map(len, (header,) + column)) for header, column in zip(headers, columns)]
+    numeric = [any(column) and all(_NUMBER.match(cell) for cell in column) for column in columns]
+
+    def print_line(line):
+        aligned = [cell.rjust(width) if right else cell.ljust(width)
+                   for cell, width, right in zip(line, widths, numeric)]
+        print("  ".join(aligned).rstrip())
+
+    print_line(headers)
+    print_line(["-" * width for width in widths])
+    for line in cells:
+        print_line(line)
+
+
+_NUMBER = re.compile(r"(nan|[-+]?inf|[-+\u2212\u2013<>=()\[\]\d.,:;%±×e/ ]*)$")
+
+
+def _cell(value):
+    if value is None:
+        return ""
+    if isinstance(value, (str, bool, np.bool_)):
+        return str(value)
+    if isinstance(value, numbers.Integral):
+        return f"{int(value):,}"
+    if isinstance(value, numbers.Real):
+        return f"{float(value):.2f}"
+    return str(value)
+
+
+# ---------------------------------------------------------------- progress
+
+def progress(iterable=None, **options):
+    """tqdm where a bar can be drawn (terminal, notebook), plain lines where it cannot (log file).
+
+    Takes tqdm's options. Into a file goes a line at most every 30 s, and one at the end (none with
+    `leave=False`).
+    """
+    if os.environ.get("NO_COLOR"):              # https://no-color.org
+        options.pop("colour", None)
+    terminal = sys.stderr.isatty()
+    if terminal or _in_notebook():
+        from tqdm.auto import tqdm
+        if terminal and os.get_terminal_size(sys.stderr.fileno()).columns == 0:
+            options = {"ncols": 80, "nrows": 24, **options}     # a container's, of unknown size
+        return tqdm(iterable, **options)
+    return LineProgress(iterable, **options)
+
+
+def _in_notebook():
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+class LineProgress:
+    """The part of tqdm's interface that a loop uses, as lines of text on stderr."""
+
+    seconds_between_lines = 30
+
+    def __init__(self, iterable=None, desc="", total=None, unit="it", initial=0, leave=True,
+                 disable=False, **drawing_options):
+        if total is None and hasattr(iterable, "__len__"):
+            total = len(iterable)
+        self.iterable, self.desc, self.total, self.unit = iterable, desc, total, unit
+        self.n = self.initial = initial
+        self.leave, self.disable, self.postfix = leave, disable, ""
+        self.start = self.last_line = time.monotonic()
+
+    def __iter__(self):
+        try:
+            for item in self.iterable:
+                yield item
+                self.update()
+        finally:
+            self.close()
+
+    def __len__(self):
+        return self.total
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def update(self, n=1):
+        self.n += n
+        if time.monotonic() - self.last_line >= self.seconds_between_lines:
+            self._print_line()
+
+    def set_description(self, desc=None, refresh=True):
+        self.desc = desc or ""
+
+    def set_postfix(self, refresh=True, **values):
+        self.set_postfix_str(", ".join(
+            f"{key}={value:.4g}" if isinstance(value, numbers.Real) else f"{key}={value}"
+            for key, value in values.items()))
+
+    def set_postfix_str(self, text="", refresh=True):
+        self.postfix = text
+
+    def close(self):
+        if self.leave:
+            self._print_line()
+        self.disable = True
+
+    def _print_line(self):
+        if self.disable:
+            return
+        from tqdm import tqdm
+        self.last_line = time.monotonic()
+        print(tqdm.format_meter(
+            self.n, self.total, self.last_line - self.start, prefix=self.desc, unit=self.unit,
+            initial=self.initial, postfix=self.postfix or None, ncols=0),
+            file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- what a run was made with
+
+def reset_all_seeds(seed):
+    """Seed Python's, NumPy's and torch's (CPU and GPU) global random generators."""
+    import torch
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
+
+
+def versions():
+    """Versions of Python and of the packages that shape a result; no host or user name."""
+    from importlib import metadata
+    found = {"python": platform.python_version(),
+             "platform": f"{platform.system()} {platform.machine()}"}
+    for name, distribution in (("torch", "torch"), ("numpy", "numpy"), ("h5py", "h5py"),
+                               ("sklearn", "scikit-learn"), ("scipy", "scipy")):
+        try:
+            found[name] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_revision():
+    """Short hash of the checkout this file lies in ('-dirty' if it was edited since), or None."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"], check=True, timeout=20,
+            cwd=os.path.dirname(os.path.abspath(__file__)), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None                             # no git, no checkout or no commit yet
+
+
+# ---------------------------------------------------------------- figures
+
+NOTE_STYLE = {"color": "white", "fontsize": 9, "fontweight": "bold", "ha": "center", "va": "bottom",
+              "bbox": {"boxstyle": "round,pad=0.35", "facecolor": "#b3261e", "edgecolor": "none"}}
+TRAIN_COLOUR, TUNE_COLOUR = "#4c72b0", "#dd8452"
+
+
+def _new_figure(width_inches, height_inches):
+    """A figure of its own: no pyplot, so no window, no global state, no choice of backend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width_inches, height_inches))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save_figure(figure, path):
+    """Write a figure atomically, as the suffix of `path` says (.png at 200 dpi, .pdf, .svg)."""
+    suffix = os.path.splitext(os.fspath(path))[1].lstrip(".").lower() or "png"
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=suffix, dpi=200, bbox_inches="tight", pad_inches=0.08,
+                       facecolor="white")
+
+
+def loss_lr_plot(trajectory, path, title_note=None, loss_label="Loss, MSE (mmHg²)"):
+    """Loss of train and tune patients and learning rate by epoch, best epoch marked, to `path`.
+
+    trajectory: what training_loop returns: `epoch_train_loss` [epochs], `epoch_val_loss` [epochs]
+    (may be empty) and `lr` (one value per epoch or per batch), arrays or tensors.
+    title_note: shown in a red field on top, e.g. 'SIMULATED DATA'.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+    train, tune, lr = (np.asarray(trajectory[key], float).ravel()
+                       for key in ("epoch_train_loss", "epoch_val_loss", "lr"))
+    epochs = np.arange(1, len(train) + 1)
+    figure = _new_figure(5.2, 4.6)
+    loss_axes, lr_axes = figure.subplots(
+        2, 1, sharex=True, gridspec_kw={"height_ratios": (2.4, 1), "hspace": 0.1})
+
+    marker = "o" if len(train) <= 40 else None
+    loss_axes.plot(epochs, train, color=TRAIN_COLOUR, marker=marker, ms=3.5, label="train")
+    if np.isfinite(tune).any():
+        loss_axes.plot(epochs[:len(tune)], tune, color=TUNE_COLOUR, marker=marker, ms=3.5,
+                       label="tune")
+        best = int(np.nanargmin(tune))
+        loss_axes.plot(best + 1, tune[best], "*", color=TUNE_COLOUR, mec="black", mew=0.7, ms=13,
+                       ls="none", label=f"best: epoch {best + 1}, {tune[best]:.4g}")
+        for axes in (loss_axes, lr_axes):
+            axes.axvline(best + 1, color="0.55", lw=0.8, ls="--", zorder=0)
+    seen = np.concatenate([train, tune])
+    seen = seen[np.isfinite(seen) & (seen > 0)]
+    if seen.size and seen.max() > 5 * seen.min():   # or the first epoch flattens all the others
+        loss_axes.set_yscale("log")
+        loss_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        loss_axes.yaxis.set_major_formatter("{x:g}")
+        loss_axes.yaxis.set_minor_formatter(NullFormatter())
+    loss_axes.set_ylabel(loss_label)
+    loss_axes.legend(frameon=False, fontsize=8)
+
+    if len(lr) == len(train):
+        lr_axes.plot(epochs, lr, color="0.2", marker=marker, ms=3, drawstyle="steps-mid")
+    else:                                       # one value per batch; epoch e ends at x = e
+        lr_axes.plot(np.arange(1, len(lr) + 1) * len(train) / max(len(lr), 1), lr, color="0.2")
+    if np.any(lr > 0) and lr[lr > 0].max() > 10 * lr[lr > 0].min():
+        lr_axes.set_yscale("log")
+    lr_axes.set_ylabel("Learning rate")
+    lr_axes.set_xlabel("Epoch")
+    lr_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for axes in (loss_axes, lr_axes):
+        axes.grid(color="0.9", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines["top"].set_visible(False)
+        axes.spines["right"].set_visible(False)
+        axes.tick_params(labelsize=8)
+    figure.align_ylabels()
+    if title_note:
+        loss_axes.text(0.5, 1.05, title_note, transform=loss_axes.transAxes, **NOTE_STYLE)
+    _save_figure(figure, path)
+
+
+def histogram_plot(truth, prediction, path, scores, title_note=None, label="TPP"):
+    """2-D histogram of predicted against true values (mmHg), equal axes, scores in a box.
+
+    truth, prediction: [N] mmHg. scores: what metrics.scores returns, with `n_patients` and, if the
+    R² of Pcrit belongs beside that of TPP, `p_crit_r2`; what is missing is not shown.
+    title_note: shown in a red field on top, e.g. 'SIMULATED DATA'.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator, NullLocator
+    truth, prediction = (np.asarray(values, float).ravel() for values in (truth, prediction))
+    # One wild value must not shrink the picture to a dot: the axes hold 99.8 % of the values and
+    # a quarter of their range on either side; what lies beyond is counted in the box.
+    both = np.concatenate([truth, prediction])
+    low, high = np.percentile(both, [0.1, 99.9])
+    spare = max(2.5, 0.25 * (high - low))
+    low = 5 * math.floor(max(both.min() - 1, low - spare) / 5)
+    high = 5 * math.ceil(min(both.max() + 1, high + spare) / 5)
+    outside = int(np.sum((np.minimum(truth, prediction) < low)
+                         | (np.maximum(truth, prediction) > high)))
+    bin_mmhg = max(1 if len(truth) >= 3000 else 2, math.ceil((high - low) / 150))
+    bins = np.arange(low, high + bin_mmhg, bin_mmhg)
+    counts = np.histogram2d(truth, prediction, bins=(bins, bins))[0]
+
+    figure = _new_figure(5.0, 4.4)
+    axes = figure.subplots()
+    image = axes.pcolormesh(bins, bins, np.ma.masked_equal(counts.T, 0), cmap="viridis",
+                            norm=LogNorm(vmin=1, vmax=max(counts.max(), 2)), rasterized=True)
+    axes.plot([low, high], [low, high], color="black", lw=1, ls="--", label="identity")
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)
+    axes.set_aspect("equal")
+    axes.set_xlabel(f"True {label} (mmHg)")
+    axes.set_ylabel(f"Predicted {label} (mmHg)")
+    axes.tick_params(labelsize=8)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    colour_bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.03, format="{x:,.0f}",
+                                 ticks=LogLocator(subs=(1, 2, 5) if counts.max() < 500 else (1,)))
+    colour_bar.ax.yaxis.set_minor_locator(NullLocator())
+    colour_bar.set_label(f"Segments per {bin_mmhg} × {bin_mmhg} mmHg", fontsize=8)
+    colour_bar.ax.tick_params(labelsize=8)
+
+    def known(*texts_and_keys):
+        return "    ".join(text.format(**scores) for text, key in texts_and_keys if key in scores)
+
+    lines = [
+        known(("RMSE {rmse:.2f}", "rmse"), ("MAE {mae:.2f}", "mae"), ("MeAD {mead:.2f}", "mead"),
+              ("bias {bias:+.2f} ± {sd:.2f} mmHg", "sd")),
+        known(("R² {r2:.3f}", "r2"), ("R² of Pcrit {p_crit_r2:.3f}", "p_crit_r2")),
+        known(("{n_patients:,} patients    ", "n_patients")) + f"{len(truth):,} segments"
+        + (f" ({outside:,} beyond the axes)" if outside else "")]
+    axes.annotate("\n".join(filter(None, lines)), (0.5, 1), xytext=(0, 9), ha="center", va="bottom",
+                  textcoords="offset points", xycoords="axes fraction", fontsize=7.5,
+                  linespacing=1.4, bbox={"boxstyle": "round,pad=0.4", "facecolor": "white",
+                                         "edgecolor": "0.6"})
+    if title_note:
+        axes.annotate(title_note, (0.5, 1), xytext=(0, 56), xycoords="axes fraction",
+                      textcoords="offset points", **NOTE_STYLE)
+    _save_figure(figure, path)
