@@ -1,0 +1,236 @@
+"""Labels: beats, the published regression, and what is refused."""
+import pathlib
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import labels
+
+FS = 60
+RECORDINGS = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "wfdb"
+
+
+def windkessel(p_crit=40.0, hr=75.0, slow=0.15, fs=FS, seconds=60, resistance=0.45, seed=0):
+    """ABP of a three-element Windkessel by Euler steps at 2 kHz, sampled at `fs`: the simulator's
+    physics by another way."""
+    rng = np.random.default_rng(seed)
+    compliance, impedance, ejection = 1.2, 0.05, 0.28
+    fine, lead = 2000, 8
+    t = np.arange((seconds + lead) * fine) / fine
+    beat = (t * hr / 60).astype(int)
+    phase = (t - beat * 60 / hr) / ejection
+    stroke = 65 * (1 + slow * np.sin(2 * np.pi * 0.03 * beat * 60 / hr)
+                   + 0.005 * rng.normal(size=beat[-1] + 1)[beat])
+    wave = np.where(phase < 1, np.sin(np.pi * np.clip(phase, 0, 1)), 0)
+    flow = wave * stroke * np.pi / 2 / ejection
+    pressure = np.empty_like(t)
+    p = p_crit + resistance * flow.mean()
+    for i, q in enumerate(flow.tolist()):
+        p += (q - (p - p_crit) / resistance) / compliance / fine
+        pressure[i] = p
+    at = lead + np.arange(seconds * fs) / fs
+    return np.interp(at, t, pressure + impedance * flow)
+
+
+def pulses(hr, dicrotic=0.4, pp=60.0, seconds=60, fs=FS, jitter=0.02, seed=0):
+    """(pressure, number of beats): sharp systolic waves with a large dicrotic wave on a decay."""
+    rng = np.random.default_rng(seed)
+    interval = 60 / hr * (1 + jitter * rng.normal(size=int(seconds * hr / 60) + 4))
+    onset = np.cumsum(interval) - 60 / hr
+    t = np.arange(seconds * fs) / fs
+    out = np.full(t.size, 60.0)
+    width = min(0.06, 0.12 * 60 / hr)
+    for start in onset:
+        since = t - start
+        out += 25.0 * np.exp(-since.clip(0) / 0.6) * (since > 0)     # diastole falls
+        out += pp * np.exp(-0.5 * ((since - 2.5 * width) / width) ** 2)
+        out += dicrotic * pp * np.exp(-0.5 * ((since - 2.5 * width - 5 * width) / width) ** 2)
+    return out, int(((onset > 0) & (onset < seconds - 60 / hr)).sum())
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return windkessel()
+
+
+def has(reason, name):
+    return (reason >> labels.REASONS.index(name)) & 1 == 1
+
+
+def test_slow_stroke_volume_variation_gives_the_true_closing_pressure(clean):
+    out = labels.label_segments(clean, FS)
+    assert out["reason"][0] == 0
+    assert out["p_crit"][0] == pytest.approx(40, abs=3)
+    assert out["r2"][0] > 0.85
+    assert out["hr"][0] == pytest.approx(75, abs=0.3)
+    assert out["map"][0] == pytest.approx(clean.mean(), abs=0.5)
+    assert out["tpp"][0] == pytest.approx(out["map"][0] - out["p_crit"][0], abs=1e-4)
+    assert out["pp"][0] == pytest.approx(out["sbp"][0] - out["dbp"][0], abs=1e-4)
+
+
+@pytest.mark.parametrize("hr", [35, 50, 75, 100, 140, 180])
+@pytest.mark.parametrize("dicrotic", [0.0, 0.45])
+def test_every_beat_counts_once_whatever_the_rate_and_the_dicrotic_wave(hr, dicrotic):
+    pressure, beats = pulses(hr, dicrotic)
+    feet, _ = labels.find_feet(pressure[None], FS)
+    assert abs(len(feet) - beats) <= 2
+    assert labels.label_segments(pressure, FS)["hr"][0] == pytest.approx(hr, rel=0.02)
+
+
+@pytest.mark.parametrize("fs", [40, 125, 250])
+def test_labels_hardly_depend_on_the_sampling_rate(clean, fs):
+    at_60, other = labels.label_segments(clean, FS), labels.label_segments(windkessel(fs=fs), fs)
+    for name in ("map", "dbp", "hr"):
+        assert other[name][0] == pytest.approx(at_60[name][0], abs=1)
+    assert other["p_crit"][0] == pytest.approx(at_60["p_crit"][0], abs=3)
+
+
+def test_the_regression_equals_one_segment_at_a_time_with_numpy_and_scipy():
+    rng = np.random.default_rng(1)
+    segment = np.sort(rng.integers(0, 20, 900))
+    low = rng.uniform(40, 70, 900)
+    beats = labels.Beats(segment, rng.uniform(0.6, 1.1, 900), low + rng.uniform(10, 30, 900),
+                         low + rng.uniform(30, 90, 900), low)
+    fit = labels.published(beats, 21)
+    for i in range(20):
+        x, y = beats.flow[segment == i], beats.map[segment == i]
+        keep = (x >= np.percentile(x, 5)) & (x <= np.percentile(x, 95))
+        line = stats.linregress(x[keep], y[keep])
+        assert fit["n_beats"][i] == keep.sum()
+        assert fit["p_crit"][i] == pytest.approx(line.intercept, rel=1e-9)
+        assert fit["p_crit_se"][i] == pytest.approx(line.intercept_stderr, rel=1e-9)
+        assert fit["r2"][i] == pytest.approx(line.rvalue ** 2, rel=1e-6, abs=1e-12)
+        rest = y[keep] - line.intercept - line.slope * x[keep]
+        assert fit["fit_rmse"][i] == pytest.approx(np.sqrt(np.mean(rest ** 2)), rel=1e-9)
+    assert np.isnan(fit["p_crit"][20])
+
+
+def test_peak_to_peak_labels_agree_with_the_literal_published_steps():
+    truth = np.linspace(20, 60, 12)
+    abp = np.stack([windkessel(p, hr=60 + 4 * i, seed=i) for i, p in enumerate(truth)])
+    ours = labels.label_segments(abp, FS, beats="peak")
+    literal = []
+    for row in abp:
+        step = int(0.3 * FS)
+        peaks = [i for i in range(step, len(row) - step)
+                 if row[i] == row[i - step:i + step + 1].max()]
+        x, y = [], []
+        for first, last in zip(peaks[:-1], peaks[1:]):
+            beat = row[first:last]
+            x.append((beat.max() - beat.min()) * 60 * FS / (last - first))
+            y.append(beat.mean())
+        x, y = np.array(x), np.array(y)
+        keep = (x >= np.percentile(x, 5)) & (x <= np.percentile(x, 95))
+        literal.append(np.polyfit(x[keep], y[keep], 1)[1])
+    assert np.corrcoef(ours["p_crit"], literal)[0, 1] > 0.99
+
+
+def test_a_segment_has_the_same_label_alone_and_among_others():
+    rows = np.stack([windkessel(30), pulses(90)[0], np.full(3600, np.nan), windkessel(50, hr=90)])
+    together = labels.label_segments(np.tile(rows, (100, 1)), FS)      # several blocks
+    for i in range(4):
+        alone = labels.label_segments(rows[i], FS)
+        for name, value in alone.items():
+            np.testing.assert_array_equal(together[name][i::4], np.repeat(value, 100))
+
+
+def test_a_short_gap_costs_its_beats_and_not_the_label(clean):
+    gap = clean.copy()
+    gap[1000:1200] = np.nan
+    whole, out = labels.label_segments(clean, FS), labels.label_segments(gap, FS)
+    assert out["reason"][0] == 0
+    assert out["n_beats"][0] in range(whole["n_beats"][0] - 7, whole["n_beats"][0] - 2)
+    assert out["p_crit"][0] == pytest.approx(whole["p_crit"][0], abs=1.5)
+
+
+def test_a_short_flush_costs_its_beats_and_not_the_label(clean):
+    flush = clean.copy()
+    flush[1000:1150] = 290.0
+    whole, out = labels.label_segments(clean, FS), labels.label_segments(flush, FS)
+    assert out["reason"][0] == 0
+    assert out["map"][0] == pytest.approx(whole["map"][0], abs=1)
+    assert out["p_crit"][0] == pytest.approx(whole["p_crit"][0], abs=3)
+
+
+def spoil(row, name):
+    row = row.copy()
+    if name == "abp_missing":
+        row[500:1500] = np.nan
+    elif name == "abp_flat":
+        row[500:1500] = row[500]
+    elif name == "abp_clipped":
+        row = np.minimum(row, np.percentile(row, 80))
+    elif name == "abp_flush":
+        row[500:1500] = 295 + np.random.default_rng(0).normal(size=1000)
+    elif name == "abp_range":
+        row = row / 7.5                        # kPa
+        row = 8 + (row - row.mean()) * 5       # a venous pressure of some amplitude
+    elif name == "few_beats":
+        row = 80 + np.random.default_rng(0).normal(size=row.size)
+    return row
+
+
+@pytest.mark.parametrize("name", ["abp_missing", "abp_flat", "abp_clipped", "abp_flush",
+                                  "abp_range", "few_beats"])
+def test_a_bad_segment_has_its_reason_and_no_label(clean, name):
+    out = labels.label_segments(np.stack([clean, spoil(clean, name)]), FS)
+    assert out["reason"][0] == 0
+    assert has(out["reason"][1], name)
+    for field in labels.FIELDS:
+        assert np.isfinite(out[field][0])
+        assert np.isnan(out[field][1])
+
+
+def test_identical_beats_have_no_regression():
+    beats = labels.Beats(np.zeros(30, int), np.full(30, 0.8), np.full(30, 80.0), np.full(30, 120.0),
+                         np.full(30, 60.0))
+    assert np.isnan(labels.published(beats, 1)["p_crit"][0])
+
+
+@pytest.mark.parametrize("arguments, word", [
+    ((np.zeros((2, 3, 600)), 60), "segments"),
+    ((np.zeros((2, 600)), 30), "40 Hz"),
+    ((np.zeros((2, 600)), float("nan")), "40 Hz"),
+    ((np.zeros((2, 600)), 60, "middle"), "beats"),
+    ((np.zeros((2, 600)), 60, "foot", "guess"), "method"),
+])
+def test_bad_arguments_are_named(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        labels.label_segments(*arguments)
+
+
+def test_no_segments_give_no_labels():
+    out = labels.label_segments(np.zeros((0, 3600)), FS)
+    assert all(len(value) == 0 for value in out.values())
+    assert len(labels.ppg_reasons(np.zeros((0, 3600)), FS)) == 0
+
+
+def test_a_ppg_in_any_unit_is_fine_and_its_faults_are_named(clean):
+    ppg = (clean - clean.mean()) / clean.std()
+    rng = np.random.default_rng(0)
+    gap, flat, clipped = ppg.copy(), ppg.copy(), np.clip(ppg, -0.6, 0.6)
+    gap[7] = np.nan
+    flat[100:700] = 0.3
+    rows = {"": 40 + 3 * ppg, "ppg_missing": gap, "ppg_flat": flat, "ppg_clipped": clipped,
+            "ppg_no_pulse": rng.normal(size=3600)}
+    masks = labels.ppg_reasons(np.stack(list(rows.values())), FS)
+    assert masks[0] == 0
+    for mask, name in zip(masks[1:], list(rows)[1:]):
+        assert has(mask, name), name
+    assert labels.ppg_reasons(1e-3 * ppg, FS)[0] == 0
+    for dead in (np.zeros(3600), np.full(3600, np.nan), np.cumsum(rng.normal(size=3600))):
+        assert labels.ppg_reasons(dead, FS)[0] != 0
+
+
+@pytest.mark.skipif(not RECORDINGS.exists(), reason="the shared recordings are not here")
+@pytest.mark.parametrize("record, hr", [("v166s", 88), ("b659l", 39), ("a363l", 133),
+                                        ("v248s", 76)])
+def test_real_beats_are_counted_once_with_strong_dicrotic_waves(record, hr):
+    wfdb = pytest.importorskip("wfdb")
+    read = wfdb.rdrecord(str(RECORDINGS / record), smooth_frames=False)
+    channel = read.sig_name.index("ABP")
+    fs = read.fs * read.samps_per_frame[channel]
+    abp = np.asarray(read.e_p_signal[channel])[2 * 60 * int(fs):3 * 60 * int(fs)]
+    out = labels.label_segments(abp, fs)
+    assert out["hr"][0] == pytest.approx(hr, abs=4)
