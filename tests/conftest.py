@@ -23,9 +23,10 @@ def recordings():
 @pytest.fixture(scope="session")
 def run():
     """run("evaluate.py", *arguments, cwd=folder) -> CompletedProcess, as a user would run it."""
-    def call(script, *arguments, cwd, check=None, timeout=300):
+    def call(script, *arguments, cwd, check=None, timeout=300, **environment):
         done = subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, arguments)],
-                              cwd=cwd, capture_output=True, text=True, timeout=timeout)
+                              cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                              env=dict(os.environ, **environment))
         if check is not None:
             assert done.returncode == check, done.stdout + done.stderr
         return done

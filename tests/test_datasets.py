@@ -1,0 +1,614 @@
+"""datasets.py on real files: published layout, every storage, gate, index, split, loaders."""
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_file
+from torch.utils.data import DataLoader
+
+import datasets
+from datasets import (
+    PUBLISHED_CONDITION,
+    BatchOrder,
+    DataError,
+    Gate,
+    TPP_PPG_dataset,
+    create_dataset_index,
+    fit_normaliser,
+    gate_report,
+    get_gate,
+    load_dataset_index,
+    make_loader,
+    split_index,
+    split_patients,
+)
+
+KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
+STORAGES = ["contiguous", "rows", "lzf", "gzip"]
+
+
+@pytest.fixture
+def published(tmp_path):
+    return make_file(tmp_path / "published.h5")
+
+
+def rows_of(path):
+    """Every row of a file in the index's order, read plainly: {key: [S, …]}."""
+    found = {key: [] for key in KEYS}
+    with h5py.File(path, "r") as file:
+        for patient in file.values():
+            for encounter in patient.values():
+                rows = len(encounter["ppg"])
+                for key in KEYS:
+                    found[key].append(encounter[key][:].reshape(rows, -1).squeeze())
+    return {key: np.concatenate(values) for key, values in found.items()}
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("layout", STORAGES)
+def test_every_storage_and_both_ppg_shapes_give_the_rows_that_h5py_gives(tmp_path, layout, rank):
+    path = make_file(tmp_path / "f.h5", layout=layout, ppg_rank=rank)
+    dataset = TPP_PPG_dataset(create_dataset_index(path=path), "segment", KEYS)
+    expected = rows_of(path)
+    shuffled = np.random.default_rng(0).permutation(len(dataset))
+    batch = dataset[shuffled]
+    assert batch[0].shape == (len(dataset), 1, 3600) and batch[0].dtype == torch.float32
+    for key, got in zip(KEYS, batch):
+        assert np.array_equal(got.squeeze().numpy(), expected[key][shuffled])
+
+
+def test_an_item_is_a_tuple_of_float32_tensors_in_the_order_of_the_keys(published):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", ["hr", "ppg", "tpp"])
+    hr, ppg, tpp = dataset[3]
+    assert (hr.shape, ppg.shape, tpp.shape) == ((), (1, 3600), ())
+    assert {t.dtype for t in (hr, ppg, tpp)} == {torch.float32}
+    assert dataset[-1][1][0, 0] == len(dataset) - 1
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_the_default_keys_are_the_published_ones(published):
+    ppg, p_crit = TPP_PPG_dataset(create_dataset_index(path=published), "segment")[0]
+    assert ppg.shape == (1, 3600) and 20 <= p_crit <= 50
+
+
+def test_an_experiments_own_dataloader_works_as_published(published):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    loader = DataLoader(dataset, batch_size=32, shuffle=True, num_workers=2, drop_last=True)
+    batches = list(loader)
+    assert len(batches) == 3 and len(batches[0]) == 5
+    assert batches[0][0].shape == (32, 1, 3600) and batches[0][4].shape == (32,)
+
+
+def test_rows_of_several_files_are_read_from_theirs(tmp_path):
+    a = make_file(tmp_path / "a.h5", patients=2, seed=1)
+    with h5py.File(make_file(tmp_path / "b0.h5", patients=2, seed=2), "r") as source, \
+            h5py.File(tmp_path / "b.h5", "w") as target:
+        for name in source:
+            source.copy(name, target, name="other-" + name)
+    index = create_dataset_index(path=[a, tmp_path / "b.h5"])
+    dataset = TPP_PPG_dataset(index, "segment", KEYS)
+    expected = np.concatenate([rows_of(a)["ppg"], rows_of(tmp_path / "b.h5")["ppg"]])
+    assert np.array_equal(dataset[np.arange(len(dataset))][0][:, 0].numpy(), expected)
+
+
+def test_the_same_encounter_in_two_files_is_refused(tmp_path):
+    a, b = make_file(tmp_path / "a.h5"), make_file(tmp_path / "b.h5")
+    with pytest.raises(DataError, match="the same patient and encounter"):
+        create_dataset_index(path=[a, b])
+
+
+def test_float64_data_are_read_through_h5py(tmp_path):
+    path = make_file(tmp_path / "f.h5", patients=3)
+    with h5py.File(path, "r+") as file:
+        for patient in file.values():
+            for encounter in patient.values():
+                for key in ("ppg", "map"):
+                    values = encounter[key][:].astype("f8")
+                    del encounter[key]
+                    encounter[key] = values
+    dataset = TPP_PPG_dataset(create_dataset_index(path=path), "segment", KEYS)
+    assert np.array_equal(dataset[np.arange(len(dataset))][0][:, 0].numpy(), rows_of(path)["ppg"])
+
+
+def test_every_storage_is_right_within_one_batch_and_after_select(tmp_path):
+    """Each patient has an encounter in each of five files of different storage."""
+    paths, serials = [], []
+    layouts = (("rows", {}), ("lzf", {}), ("contiguous", {}), ("rows", {"userblock_size": 512}),
+               ("contiguous", {"libver": "latest"}))       # 'latest' does not align data to 4 bytes
+    for number, (layout, options) in enumerate(layouts):
+        plain = make_file(tmp_path / "plain.h5", 3, layout=layout, seed=number)
+        with h5py.File(plain, "r") as source, \
+                h5py.File(tmp_path / f"{number}.h5", "w", **options) as target:
+            for patient in source:
+                for name in source[patient]:
+                    copy = target.create_group(f"{patient}/{name}-{number}")
+                    for key in (KEYS + ["p_crit", "pp", "r2"])[::-1]:
+                        data = source[patient][name][key]
+                        copy.create_dataset(key, data=data[:], chunks=data.chunks,
+                                            compression=data.compression)
+            paths.append(target.filename)
+    for path in paths:
+        with h5py.File(path, "r") as file:
+            serials.append({p: np.concatenate([e["ppg"][:, 0] for e in g.values()])
+                            for p, g in file.items()})
+    index = create_dataset_index(path=paths, savename=tmp_path / "index.npz")
+    expected = np.concatenate([one[p] for p in index.patients for one in serials])
+    assert index.encounter_patient.tolist() == sorted(index.encounter_patient)
+    order = np.random.default_rng(0).permutation(len(index))
+    got = TPP_PPG_dataset(load_dataset_index(tmp_path / "index.npz"), "segment", KEYS)[order]
+    assert np.array_equal(got[0][:, 0].numpy(), expected[order])
+    keep = np.arange(len(index.encounters)) % 3 > 0
+    some = TPP_PPG_dataset(index.select(keep), "segment", KEYS)
+    mask = index.per_segment(keep)
+    assert np.array_equal(some[np.arange(len(some))][0][:, 0].numpy(), expected[mask])
+    loader = make_loader(some, 7, shuffle=True, drop_last=False)
+    seen = np.sort(torch.cat([batch[0][:, 0, 5] for batch in loader]).numpy())
+    assert np.array_equal(seen, np.sort(expected[mask][:, 5]))
+
+
+def test_a_field_that_some_encounters_lack_is_made_from_others_or_refused(tmp_path):
+    path = make_file(tmp_path / "f.h5")
+    with h5py.File(path, "r+") as file:
+        del file["MRN001/CSN0010/tpp"], file["MRN002/CSN0020/hr"]
+    dataset = TPP_PPG_dataset(create_dataset_index(path=path), "segment", ["tpp", "map", "p_crit"])
+    tpp, map_, p_crit = dataset[np.arange(96)]
+    assert torch.equal(tpp, map_ - p_crit)
+    with pytest.raises(DataError, match="f.h5: no field 'hr' in 1 of 12 encounters"):
+        TPP_PPG_dataset(create_dataset_index(path=path), "segment", ["hr", "tpp"])
+
+
+def test_a_damaged_chunk_is_an_error_that_names_its_file(tmp_path):
+    path = make_file(tmp_path / "f.h5", layout="gzip")
+    dataset = TPP_PPG_dataset(create_dataset_index(path=path), "segment", ["ppg", "tpp"])
+    with h5py.File(path, "r") as file:
+        chunk = file["MRN000/CSN0000/ppg"].id.get_chunk_info(0)
+    with open(path, "r+b") as file:
+        file.seek(chunk.byte_offset + 50)
+        file.write(bytes(200))
+    with pytest.raises(DataError, match=r"f.h5: encounter 0 .*'ppg' cannot be read"):
+        dataset[0]
+
+
+def test_empty_encounters_and_unusual_names_do_no_harm(tmp_path):
+    path = make_file(tmp_path / "f.h5", patients=3)
+    with h5py.File(path, "r+") as file:
+        file.move("MRN001", "Jos\u00e9 \u5f20")
+        empty = file.create_group("MRN002/empty")
+        for key in ("ppg", "map", "dbp", "hr", "p_crit", "pp", "r2"):
+            empty.create_dataset(key, (0, 3600) if key == "ppg" else (0,), "f4")
+    index = create_dataset_index(path=path, savename=tmp_path / "index.npz")
+    assert len(index) == 48 and "empty" not in index.encounters
+    parts = split_index(load_dataset_index(tmp_path / "index.npz"))
+    assert sum(map(len, parts.values())) == 48
+    assert gate_report(path)[0][2] == 48
+    with h5py.File(path, "r+") as file:
+        file["MRN002"].move("CSN0021", b"\xff-1")           # no UTF-8: h5py cannot read it
+    with pytest.raises(DataError, match="encounter .* cannot be read"):
+        create_dataset_index(path=path)
+    with h5py.File(tmp_path / "none.h5", "w") as file:
+        file.create_dataset("p/e/ppg", (0, 3600), "f4")
+    with pytest.raises(DataError, match="none of 0 segments"):
+        create_dataset_index(path=tmp_path / "none.h5", condition="any")
+
+
+def test_absent_differences_are_made_from_what_is_there(tmp_path):
+    path = make_file(tmp_path / "f.h5", fields=("map", "sbp", "dbp", "hr", "p_crit", "r2"))
+    index = create_dataset_index(path=path)
+    tpp, pp = TPP_PPG_dataset(index, "segment", ["tpp", "pp"])[5]
+    map_, p_crit, sbp, dbp = TPP_PPG_dataset(index, "segment", ["map", "p_crit", "sbp", "dbp"])[5]
+    assert tpp == map_ - p_crit and pp == sbp - dbp
+
+
+def read_in_child(dataset, queue):
+    queue.put(float(dataset[np.array([7, 3])][0][1, 0, 0]))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_dataset_opened_before_a_fork_or_spawn_reads_in_the_child(published, method):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    assert dataset[3][0][0, 0] == 3
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=read_in_child, args=(dataset, queue))
+    child.start()
+    assert queue.get(timeout=60) == 3
+    child.join()
+
+
+def test_a_file_cut_short_after_indexing_is_an_error_and_not_a_bus_error(published):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    dataset[0]
+    os.truncate(published, 50_000)
+    with pytest.raises(DataError, match="50000 bytes, .* when the index was made"):
+        dataset[90]
+
+
+def test_percentage_takes_a_share_and_csns_to_skip_leaves_encounters_out(published):
+    index = create_dataset_index(path=published)
+    half = TPP_PPG_dataset(index, "segment", KEYS, percentage=50)
+    assert len(half) == 48
+    serials = half[np.arange(48)][0][:, 0, 0]
+    assert len(set(serials.tolist())) == 48
+    again = TPP_PPG_dataset(index, "segment", KEYS, 50)
+    assert torch.equal(serials, again[np.arange(48)][0][:, 0, 0])
+    fewer = TPP_PPG_dataset(index, "segment", KEYS, csns_to_skip=["CSN0000"])
+    assert len(fewer) == 88 and fewer[0][0][0, 0] == 8
+
+
+def test_percentage_of_patients_takes_whole_patients_and_rounds_to_the_nearest(published):
+    index = create_dataset_index(path=published)
+    half = TPP_PPG_dataset(index, "patient", KEYS, percentage=50, seed=1)
+    assert len(half) == half.index.n_patients == 3
+    fitted = fit_normaliser(half, ["hr"])["hr"]["mean"]
+    assert fitted == pytest.approx(half.column("hr").double().mean().item())
+    few = TPP_PPG_dataset(index.select(np.arange(12) < 7), "segment", KEYS, percentage=58)
+    assert len(few) == 32                                   # 0.58 * 56 = 32.48
+
+
+def test_names_may_be_bytes_or_numbers(tmp_path):
+    path = make_file(tmp_path / "f.h5", patients=3)
+    with h5py.File(path, "r+") as file:
+        file.move("MRN001/CSN0010", "MRN001/17")
+    index = create_dataset_index({b"MRN001": [17, 17], "MRN000": [b"CSN0001"]}, path=path)
+    assert index.encounters.tolist() == ["CSN0001", "17"]
+    dataset = TPP_PPG_dataset(index, "segment", KEYS, csns_to_skip={17})
+    assert dataset.index.encounters.tolist() == ["CSN0001"]
+    with pytest.raises(DataError, match="leaves no segment"):
+        TPP_PPG_dataset(index, "segment", KEYS, csns_to_skip=[17, b"CSN0001"])
+
+
+def test_patient_level_draws_one_segment_of_each_patient_by_seed_and_epoch(published):
+    index = create_dataset_index(path=published)
+    dataset = TPP_PPG_dataset(index, "patient", KEYS, seed=3)
+    assert len(dataset) == 6
+    draws = []
+    for epoch in range(40):
+        dataset.set_epoch(epoch)
+        serials = dataset[np.arange(6)][0][:, 0, 0].numpy().astype(int)
+        assert (serials // 16 == np.arange(6)).all()        # 16 segments a patient: always its own
+        draws.append(serials[0])
+    assert len(set(draws)) > 10
+    dataset.set_epoch(7)
+    alone = dataset[4][0][0, 0]
+    dataset.set_epoch(7)
+    assert dataset[np.array([1, 4])][0][1, 0, 0] == alone    # the draw does not depend on the batch
+
+
+def test_patient_level_draws_follow_the_epoch_into_workers(published):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "patient", KEYS, seed=3)
+    loader = make_loader(dataset, 4, shuffle=True, workers=2)
+    plain = make_loader(dataset, 4, shuffle=True)
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        with_workers = torch.cat([batch[0][:, 0, 0] for batch in loader])
+        plain.sampler.set_epoch(epoch)
+        assert torch.equal(with_workers, torch.cat([batch[0][:, 0, 0] for batch in plain]))
+
+
+@pytest.mark.parametrize("level, keys, percentage, message", [
+    ("minute", KEYS, 100, "level 'minute'"),
+    ("segment", ["ppg", "sodium"], 100, "no field 'sodium' in 12 of 12 encounters"),
+    ("segment", KEYS, 0, "percentage 0")])
+def test_wrong_arguments_are_named(published, level, keys, percentage, message):
+    with pytest.raises(DataError, match=message):
+        TPP_PPG_dataset(create_dataset_index(path=published), level, keys, percentage)
+
+
+# ------------------------------------------------------------------------------------------ gate
+
+def test_the_default_gate_is_the_published_one_without_its_100_minutes():
+    published, default = get_gate(PUBLISHED_CONDITION), get_gate("default")
+    assert published.ranges == default.ranges and len(default.ranges) == 6
+    assert (published.min_minutes, default.min_minutes) == (100, 0)
+    other = get_gate("rmse_lt_3_and_pcrit_gt_0_pcrit_lt_map_pp_gt_10")
+    assert len(other.ranges) == 4 and other.ranges[0] == ("fit_rmse", None, 3)
+    for wrong in ("r2_gt_6", "r2_gt_5_and_nonsense", "r2_gt_5_", "r2_gt_5r2_gt_5", "", 5):
+        with pytest.raises(DataError, match="expected 'default'"):
+            get_gate(wrong)
+
+
+def test_each_rule_refuses_its_segments_and_the_report_counts_them(tmp_path):
+    path = make_file(tmp_path / "f.h5", patients=3, encounters=1, rows=10)
+    wrong = {0: ("r2", 0.5), 1: ("p_crit", -1), 2: ("p_crit", 95), 3: ("pp", 10), 4: ("map", 120),
+             5: ("hr", np.nan), 7: ("sbp", np.inf)}
+    with h5py.File(path, "r+") as file:
+        group = file["MRN001/CSN0010"]
+        for row, (key, value) in wrong.items():
+            group[key][row] = value
+        group["ppg"][6, 0, 1234] = np.inf
+    index = create_dataset_index(path=path)
+    assert len(index) == 30 - 8
+    report = {rule: (broken, left) for rule, broken, left in gate_report(path)}
+    assert report["all segments"] == (0, 30)
+    assert report["finite PPG"] == (1, 29)
+    assert report["finite vitals and label"] == (2, 27)
+    assert report["r2 > 0.5"] == (1, 26) and report["p_crit > 0"] == (1, 25)
+    assert report["p_crit < map"] == (1, 24) and report["p_crit < 100"][1] == 22
+    with pytest.raises(DataError, match="none of 30 segments passes"):
+        create_dataset_index(path=path, condition=PUBLISHED_CONDITION)
+    assert len(create_dataset_index(path=path, condition=Gate((("map", 70, None),)))) == 27
+
+
+def test_only_the_encounters_asked_for_are_indexed(published):
+    index = create_dataset_index({"MRN002": ["CSN0021"]}, path=published)
+    assert index.patients.tolist() == ["MRN002"] and len(index) == 8
+    with pytest.raises(DataError, match="0 of the 1 encounters"):
+        create_dataset_index({"MRN002": ["CSN9"]}, path=published)
+
+
+# ----------------------------------------------------------------------------------------- index
+
+@pytest.mark.parametrize("layout", STORAGES)
+def test_a_saved_index_is_an_npz_without_pickles_and_gives_the_same_rows(tmp_path, layout):
+    path = make_file(tmp_path / "f.h5", layout=layout)
+    made = create_dataset_index(path=path, savename=tmp_path / "index.npz")
+    loaded = load_dataset_index(tmp_path / "index.npz")
+    assert sorted(os.listdir(tmp_path)) == ["f.h5", "index.npz"]
+    with np.load(tmp_path / "index.npz", allow_pickle=False) as saved:
+        assert all(saved[key].dtype.kind in "iufU" for key in saved.files)
+    items = np.arange(0, len(made), 5)
+    before, after = (TPP_PPG_dataset(index, "segment", KEYS)[items] for index in (made, loaded))
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_a_saved_index_is_refused_when_its_file_changed_and_when_it_is_none(tmp_path, published):
+    create_dataset_index(path=published, savename=tmp_path / "index.npz")
+    os.utime(published, ns=(0, 0))
+    with pytest.raises(DataError, match="changed since the index was made"):
+        load_dataset_index(tmp_path / "index.npz")
+    whole = (tmp_path / "index.npz").read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "other.npz", version=0)
+    for name, content in (("no.npz", b"no index"), ("cut.npz", whole[:-100]), ("empty.npz", b""),
+                          ("array.npy", None), ("other.npz", None)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: not a saved index"):
+            load_dataset_index(tmp_path / name)
+    with pytest.raises(DataError, match="no such file"):
+        load_dataset_index(tmp_path / "absent.npz")
+
+
+# ----------------------------------------------------------------------------------------- split
+
+def test_no_patient_is_in_two_parts_and_no_part_is_empty(tmp_path):
+    for patients in (3, 5, 12):
+        index = create_dataset_index(path=make_file(tmp_path / f"{patients}.h5", patients, 1, 2))
+        parts = split_index(index, split_seed=1)
+        names = [set(p.patients.tolist()) for p in parts.values()]
+        assert all(names) and len(set.union(*names)) == sum(map(len, names)) == patients
+        assert sum(map(len, parts.values())) == len(index)
+
+
+def test_from_100_patients_on_a_patients_part_survives_growth_and_reordering():
+    patients = [f"p{i}" for i in range(1000)]
+    parts = dict(zip(patients, split_patients(patients, 5)))
+    grown = patients[::-1] + [f"new{i}" for i in range(500)]
+    assert all(parts.get(p, part) == part for p, part in zip(grown, split_patients(grown, 5)))
+    shares = np.bincount(list(parts.values())) / 1000
+    assert np.allclose(shares, [0.8, 0.1, 0.1], atol=0.03)
+    assert list(split_patients(patients, 6)) != list(parts.values())
+
+
+def test_fewer_patients_than_parts_are_refused(tmp_path):
+    with pytest.raises(DataError, match="2 patients with usable segments: expected at least 3"):
+        split_index(create_dataset_index(path=make_file(tmp_path / "f.h5", patients=2)))
+
+
+# --------------------------------------------------------------------------------------- loaders
+
+@pytest.mark.parametrize("layout", ["contiguous", "lzf"])
+def test_a_shuffled_epoch_holds_every_segment_once_and_the_next_differs(tmp_path, layout):
+    path = make_file(tmp_path / "f.h5", layout=layout)
+    dataset = TPP_PPG_dataset(create_dataset_index(path=path), "segment", KEYS)
+    loader = make_loader(dataset, 10, shuffle=True, drop_last=False)
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.sampler.set_epoch(epoch)
+        epochs.append(torch.cat([batch[0][:, 0, 0] for batch in loader]).tolist())
+        assert sorted(epochs[-1]) == list(range(96))
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_compressed_data_are_decoded_once_in_an_epoch_and_well_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "BLOCK_ROWS", 32)         # 8 chunks of 4 rows
+    index = create_dataset_index(path=make_file(tmp_path / "f.h5", 8, layout="lzf"))
+    for percentage in (100, 60):
+        dataset = TPP_PPG_dataset(index, "segment", ["ppg", "abp", "tpp"], percentage)
+        count, reads = len(dataset), []
+
+        def counted(*args, plain=dataset._read_encoded, reads=reads):
+            reads.append(args[1])
+            return plain(*args)
+
+        dataset._read_encoded = counted
+        order = BatchOrder(dataset, 10, shuffle=True).order()
+        assert sorted(order) == list(range(count))
+        first, decoded = dataset.chunks()
+        chunk = np.searchsorted(first, order, "right") - 1
+        assert len(set(chunk[:10])) > 4 and (decoded == 4).all()
+        for batch in make_loader(dataset, 10, shuffle=True, drop_last=False):
+            assert batch[0].shape[1:] == (1, 3600)
+        assert reads.count("ppg") == len(first)
+
+
+def test_without_set_epoch_each_pass_is_another_epoch(published):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", ["ppg", "tpp"])
+    loader = make_loader(dataset, 32, shuffle=True)
+    passes = [torch.cat([batch[0][:, 0, 0] for batch in loader]) for _ in range(2)]
+    assert not torch.equal(*passes)
+    loader.sampler.set_epoch(0)
+    assert torch.equal(torch.cat([batch[0][:, 0, 0] for batch in loader]), passes[0])
+
+
+def test_workers_share_the_vitals_that_the_loader_has_read(published):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    make_loader(dataset, 32, workers=2)
+    assert set(KEYS[1:]) <= set(dataset._columns)
+
+
+def test_workers_do_not_change_the_order(published):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    loaders = [make_loader(dataset, 10, shuffle=True, workers=n) for n in (0, 2)]
+    orders = [[batch[0][:, 0, 0].tolist() for batch in loader] for loader in loaders]
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_random_numbers_of_the_network_alone(published, workers):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    before = torch.random.get_rng_state()
+    list(make_loader(dataset, 10, shuffle=True, workers=workers))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_tune_and_test_batches_are_neither_shuffled_nor_dropped(published):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    loader = make_loader(dataset, 20)
+    serials = torch.cat([batch[0][:, 0, 0] for batch in loader])
+    assert serials.tolist() == list(range(96)) and len(loader) == 5
+
+
+def test_an_incomplete_train_batch_is_dropped_only_behind_a_full_one(published):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    assert [len(b[0]) for b in make_loader(dataset, 90, shuffle=True)] == [90]
+    assert [len(b[0]) for b in make_loader(dataset, 100, shuffle=True)] == [96]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_each_batch_without_loss_or_doubling(published, world):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    one = list(BatchOrder(dataset, 20, shuffle=True))
+    ranks = [list(BatchOrder(dataset, 20, shuffle=True, rank=r, world=world)) for r in range(world)]
+    for whole, *shares in zip(one, *ranks):
+        assert np.array_equal(np.concatenate(shares), whole)
+
+
+def test_the_normaliser_is_that_of_the_segments_it_is_fitted_on(published):
+    parts = split_index(create_dataset_index(path=published))
+    train = TPP_PPG_dataset(parts["train"], "segment", KEYS)
+    fitted = fit_normaliser(train, KEYS[1:])
+    values = train[np.arange(len(train))][3].numpy().astype("f8")
+    assert fitted["hr"]["mean"] == pytest.approx(values.mean(), rel=1e-9)
+    assert fitted["hr"]["sd"] == pytest.approx(values.std(), rel=1e-9)
+    assert fitted["hr"]["unit"] == "beats/min"
+
+
+@pytest.mark.parametrize("value, message", [(70.1, "has one value, 70.1, in all 96"),
+                                            (np.nan, "not finite in 96 of 96")])
+def test_a_field_that_cannot_be_normalised_is_refused(published, value, message):
+    with h5py.File(published, "r+") as file:
+        for patient in file.values():
+            for encounter in patient.values():
+                encounter["fit_rmse"][:] = value
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    with pytest.raises(DataError, match=message):
+        fit_normaliser(dataset, ["fit_rmse"])
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+def break_file(path, how):
+    with h5py.File(path, "r+") as file:
+        group = file["MRN001/CSN0010"]
+        if how == "no ppg":
+            del group["ppg"]
+        elif how == "no r2":
+            del group["r2"]
+        elif how == "short vital":
+            del group["map"]
+            group["map"] = np.zeros(3, "f4")
+        elif how == "wrong ppg":
+            del group["ppg"]
+            group["ppg"] = np.zeros((8, 3000), "f4")
+        elif how == "text":
+            del group["map"]
+            group["map"] = [b"a"] * 8
+        elif how == "dataset at the top":
+            file["MRN1"] = np.zeros(3)
+        elif how == "other rate":
+            file.attrs["fs"] = 125
+        elif how == "link to itself":
+            file["MRN1"] = h5py.SoftLink("/MRN001")
+
+
+@pytest.mark.parametrize("how, message", [
+    ("no ppg", "patient 1, encounter 0.*no field 'ppg'"),
+    ("no r2", "patient 1, encounter 0.*no field 'r2'"),
+    ("short vital", r"field 'map': shape \(3,\), expected \(8,\)"),
+    ("wrong ppg", r"field 'ppg': shape \(8, 3000\)"),
+    ("text", "field 'map': expected plain numbers"),
+    ("dataset at the top", "no group at the top"), ("other rate", "segments of 60 s at 60 Hz"),
+    ("link to itself", "no group at the top")])
+def test_a_malformed_file_is_refused_in_one_line_without_identifiers(published, how, message):
+    break_file(published, how)
+    with pytest.raises(DataError, match=message) as error:
+        create_dataset_index(path=published)
+    assert not any(text in str(error.value) for text in ("\n", "MRN0", "CSN"))
+
+
+def test_foreign_and_missing_files_are_refused(tmp_path):
+    (tmp_path / "text.h5").write_text("no HDF5")
+    for name, message in (("text.h5", "not a readable HDF5 file"), ("absent.h5", "no such file")):
+        with pytest.raises(DataError, match=message):
+            create_dataset_index(path=tmp_path / name)
+
+
+def test_links_out_of_the_file_are_not_followed(tmp_path, published):
+    other = make_file(tmp_path / "other.h5")
+    with h5py.File(published, "r+") as file:
+        del file["MRN001/CSN0010/map"]
+        file["MRN001/CSN0010/map"] = h5py.ExternalLink(other, "/MRN001/CSN0010/map")
+    with pytest.raises(DataError, match="no field 'map'"):
+        create_dataset_index(path=published)
+    third = make_file(tmp_path / "third.h5")
+    with h5py.File(third, "r+") as file:
+        file["MRN1"] = h5py.ExternalLink(other, "/MRN001")
+    with pytest.raises(DataError, match="no group at the top"):
+        create_dataset_index(path=third)
+    with h5py.File(published, "r+") as file:
+        del file["MRN001/CSN0010/map"]
+        raw = tmp_path / "raw.bin"
+        raw.write_bytes(bytes(32))
+        file["MRN001/CSN0010"].create_dataset("map", (8,), "f4", external=[(str(raw), 0, 32)])
+    with pytest.raises(DataError, match="stored in this file"):
+        create_dataset_index(path=published)
+
+
+def test_the_writer_makes_a_file_that_reads_back_and_refuses_what_does_not_fit(tmp_path):
+    fields = {"ppg": np.random.default_rng(0).random((3, 3600)), "map": np.full(3, 80),
+              "dbp": np.full(3, 60), "hr": np.full(3, 70), "p_crit": np.array([30, 31, np.nan]),
+              "r2": np.full(3, 0.9), "pp": np.full(3, 50), "reason": np.array([0, 0, 4])}
+    fields["tpp"] = fields["map"] - fields["p_crit"]
+    path = tmp_path / "f.h5"
+    with datasets.LayoutWriter(path, "recordings", "published", "foot", ("a", "b", "c")) as out:
+        out.write("p", "e", fields)
+        with pytest.raises(DataError, match="written before"):
+            out.write("p", "e", fields)
+        with pytest.raises(DataError, match="without '/'"):
+            out.write("p", "e/4", fields)
+        with pytest.raises(DataError, match="'sodium'"):
+            out.write("p", "e2", dict(fields, sodium=np.zeros(3)))
+        with pytest.raises(DataError, match="non-finite"):
+            out.write("p", "e3", dict(fields, ppg=np.full((3, 3600), np.nan)))
+        with pytest.raises(DataError, match="non-finite"), np.errstate(over="ignore"):
+            out.write("p", "e4", dict(fields, ppg=np.full((3, 3600), 1e300)))    # not in float32
+    index = create_dataset_index(path=path)
+    assert index.rows.tolist() == [0, 1]
+    with h5py.File(path, "r") as file:
+        assert file.attrs["origin"] == "recordings" and file.attrs["fs"] == 60
+        assert file["p/e/ppg"].chunks is None and file["p/e/reason"].dtype == np.uint32
+
+
+def test_importing_does_no_work():
+    code = "import sys, datasets; print(sorted({'matplotlib', 'sklearn'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
