@@ -46,7 +46,7 @@ PUBLISHED_COHORT = {
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXIT_CODES,
+        allow_abbrev=False, description=__doc__, epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

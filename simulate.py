@@ -353,8 +353,9 @@ def to_layout(signal, delay_s):
 
 # ---------------------------------------------------------------------------------------- the file
 
-def patient_name(patient_number):
-    return f"sim{patient_number:06d}"
+def patient_name(seed, patient_number):
+    """Patients of another seed are other patients, and no name may say that they were seen."""
+    return f"sim{seed}-{patient_number:06d}"
 
 
 def simulate_file(path, patients, segments, seed, workers=1, quiet=False, beats="foot",
@@ -369,7 +370,7 @@ def simulate_file(path, patients, segments, seed, workers=1, quiet=False, beats=
             if not quiet:
                 done = tk_utils.progress(done, total=patients, desc="simulating", unit="patient")
             for number, fields in enumerate(done):
-                writer.write(patient_name(number), "1", fields)
+                writer.write(patient_name(seed, number), "1", fields)
 
 
 def in_order(jobs, workers):
@@ -400,7 +401,7 @@ def print_summary(path):
 
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, metavar="FILE", help="HDF5 file to write")
     parser.add_argument("--patients", type=int, default=400, metavar="N")
     parser.add_argument("--segments", type=int, default=12, metavar="N",

@@ -16,7 +16,7 @@ def plain_conv_block(in_channels, out_channels, stride=1):
 
 
 class PlainBlock(nn.Module):
-    """kind 1: conv-norm-ReLU-conv + 1x1 skip; 2: norm-ReLU before it; 3: and norm-ReLU on the sum."""
+    """kind 1: conv-norm-ReLU-conv + 1x1 skip; 2: norm-ReLU before it; 3: and one on the sum."""
 
     def __init__(self, kind, in_channels, out_channels):
         super().__init__()
@@ -44,8 +44,9 @@ class PlainResNet(nn.Module):
 
     def __init__(self, num_discrete=3):
         super().__init__()
-        self.layers = nn.ModuleList([plain_conv_block(1, 64), PlainBlock(1, 64, 64), PlainBlock(2, 64, 128),
-                                     PlainBlock(2, 128, 128), PlainBlock(3, 128, 256)])
+        self.layers = nn.ModuleList([
+            plain_conv_block(1, 64), PlainBlock(1, 64, 64), PlainBlock(2, 64, 128),
+            PlainBlock(2, 128, 128), PlainBlock(3, 128, 256)])
         self.projection = nn.Linear(256 + num_discrete, 128)
         self.mlp = nn.Sequential(nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1))
 

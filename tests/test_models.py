@@ -1,9 +1,9 @@
 """models.py against the published network, written plainly in benchmarks/published_style.py."""
 import pytest
 import torch
-from benchmarks.published_style import PlainResNet
 
-from models import MyFirstResNet, get_model_v3, receptive_field
+from benchmarks.published_style import PlainResNet
+from models import MyFirstResNet, get_model_v3, init_moving_average, receptive_field
 
 
 def batch(n, length=3600, vitals=3, dtype=torch.float32, offset=0.0):
@@ -40,7 +40,8 @@ def test_the_published_network_has_its_names_and_2_57_million_parameters():
 
 def test_twenty_float64_steps_stay_with_the_plain_network_to_1e_9():
     plain, ours = twins(torch.float64)
-    inputs, target = batch(2, 1200, dtype=torch.float64), torch.tensor([30.0, 50.0], dtype=torch.float64)
+    inputs = batch(2, 1200, dtype=torch.float64)
+    target = torch.tensor([30.0, 50.0], dtype=torch.float64)
     optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3) for m in (plain, ours)]
     for _ in range(20):
         outputs = []
@@ -100,8 +101,8 @@ def test_vitals_come_as_a_column_or_as_a_vector():
 
 
 def test_widths_kernels_strides_dropout_and_outputs_are_options():
-    model = get_model_v3(2, widths=(16, 24, 32), kernel_sizes=(7, 9, 11), strides=(2, 3), dropout=0.5,
-                         num_outputs=2)
+    model = get_model_v3(2, widths=(16, 24, 32), kernel_sizes=(7, 9, 11), strides=(2, 3),
+                         dropout=0.5, num_outputs=2)
     model.eval()
     assert model(*batch(2, 900, 2)).shape == (2, 2)
     assert model.layers[1].conv2.weight.shape == (24, 24, 9)
@@ -114,8 +115,8 @@ def test_widths_kernels_strides_dropout_and_outputs_are_options():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"kernel_sizes": 8}, "odd"), ({"kernel_sizes": (15, 15)}, "kernel_sizes"), ({"widths": (64, 64)}, "three"),
-    ({"strides": (4, 4)}, "strides")])
+    ({"kernel_sizes": 8}, "odd"), ({"kernel_sizes": (15, 15)}, "kernel_sizes"),
+    ({"widths": (64, 64)}, "three"), ({"strides": (4, 4)}, "strides")])
 def test_settings_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MyFirstResNet(**options)
@@ -145,3 +146,14 @@ def test_the_receptive_field_is_what_an_impulse_reaches():
 def test_verbose_prints_depth_parameters_and_receptive_field(capsys):
     get_model_v3(3, verbose=True)
     assert "2,565,825 parameters" in capsys.readouterr().out
+
+
+def test_moving_average_kernels_are_constant_over_time_and_vary_as_pytorchs_do():
+    torch.manual_seed(0)
+    model = get_model_v3(0)
+    before = [block.conv2.weight.std().item() for block in model.layers[1:]]
+    init_moving_average(model)
+    for block, spread in zip(model.layers[1:], before):
+        assert (block.conv2.weight == block.conv2.weight[..., :1]).all()
+        assert block.conv2.weight.std().item() == pytest.approx(spread, rel=0.05)
+    assert not (model.layers[0].conv.weight == model.layers[0].conv.weight[..., :1]).all()

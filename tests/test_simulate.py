@@ -48,8 +48,8 @@ def test_the_file_does_not_depend_on_the_number_of_workers(tmp_path):
     assert content(tmp_path / "1.h5") == content(tmp_path / "2.h5")
     with h5py.File(tmp_path / "1.h5", "r") as file:
         assert file.attrs["origin"] == "simulated"
-        assert list(file) == [f"sim{k:06d}" for k in range(5)]
-        assert file["sim000000/1/ppg"].shape == (2, 3600)
+        assert list(file) == [f"sim7-{k:06d}" for k in range(5)]
+        assert file["sim7-000000/1/ppg"].shape == (2, 3600)
     assert "r2 > 0.5" in done.stdout
 
 
@@ -66,7 +66,7 @@ def test_the_labels_are_those_of_the_stored_arterial_pressure(tmp_path, beats):
     simulate.simulate_file(path, 2, 3, seed=1, quiet=True, beats=beats, keep_abp=True)
     with h5py.File(path, "r") as file:
         assert file.attrs["beats"] == beats
-        for group in (file["sim000000/1"], file["sim000001/1"]):
+        for group in (file["sim1-000000/1"], file["sim1-000001/1"]):
             again = labels.label_segments(group["abp"][()], 60, beats=beats)
             for name in labels.FIELDS:
                 np.testing.assert_array_equal(group[name][()], again[name])

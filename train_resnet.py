@@ -1,0 +1,262 @@
+"""The main script: data -> trained network -> scores and figures.
+
+    python train_resnet.py                                  # simulates its data, trains, evaluates
+    python train_resnet.py --data my.h5 --name mine         # one's own data, the M1.5 recipe
+    torchrun --nproc_per_node=2 train_resnet.py …           # several GPUs or processes
+
+Writes runs/<name>.pth (the checkpoint), runs/<name>_trajectory.pth, runs/<name>_log.csv,
+runs/<name>_metrics.json, runs/<name>_run.json (private: where the data lie),
+figures_resnet/loss_lr_plot.png and figures_resnet/histogram_plot.png.
+"""
+import argparse
+import hashlib
+import os
+import sys
+import time
+
+from evaluate import (
+    SCORED,
+    beside,
+    draw_histogram,
+    evaluate,
+    find_files,
+    origin_of,
+    print_results,
+    simulated_note,
+)
+from tk_utils import atomic_path, git_revision, loss_lr_plot, run_script, versions, write_json
+
+# The published M1.5 recipe: Adam with StepLR; the defaults for `--data`.
+M1_5 = {"epochs": 10, "batch_size": 256, "lr": 1e-3, "lr_step": 3, "lr_gamma": 0.2,
+        "weight_decay": 0.1, "l1": 1e-4}
+# The default data set has a ten-thousandth of the cohort's segments: at batch 256 ten epochs would
+# be a hundred steps. Many patients of few segments: what differs between segments of a patient is
+# little beside what differs between patients. Chosen by the tune patients' loss and the clock.
+SIMULATED = {"patients": 1200, "segments": 3, "seed": 0}
+SIMULATED_RECIPE = {"epochs": 6, "batch_size": 16, "lr_step": 4}
+KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
+LABELS = ("tpp", "p_crit")
+NO_VITALS = {"ppg", "abp", "tpp", "p_crit", "p_crit_true"}      # waveforms, and the answer itself
+
+
+def parse_args(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", nargs="+", metavar="FILE",
+                       help="HDF5 files of the layout, or globs; default: simulate "
+                            f"{SIMULATED['patients']} patients into data/ once")
+    group.add_argument("--keys", nargs="+", default=KEYS, metavar="FIELD",
+                       help=f"ppg, vitals, label (tpp or p_crit); default {' '.join(KEYS)}")
+    group.add_argument("--condition", default="default", help="quality gate (README, 'The gate')")
+    group.add_argument("--split-seed", type=int, default=0,
+                       help="which patients are train, tune, test")
+    group.add_argument("--salt-file", metavar="FILE",
+                       help="salt of the patients' hashes; default: tpp_ppg.salt beside the data")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, help="passes over the train segments")
+    group.add_argument("--batch-size", type=int, help="segments in one step of each process")
+    group.add_argument("--accumulate", type=int, default=1, help="batches in one step")
+    group.add_argument("--lr", type=float, help="Adam's learning rate")
+    group.add_argument("--lr-step", type=int, help="epochs between reductions of the rate")
+    group.add_argument("--lr-gamma", type=float, help="factor of each reduction")
+    group.add_argument("--weight-decay", type=float, help="Adam's L2 weight decay")
+    group.add_argument("--l1", type=float, help="L1 penalty on weights")
+    group.add_argument("--init", choices=("moving-average", "pytorch"), default="moving-average",
+                       help="initial kernels (models.init_moving_average); default moving-average")
+    group.add_argument("--seed", type=int, default=0, help="of initial weights and order")
+    group.add_argument("--early-stopping", type=int, default=-1, metavar="EPOCHS",
+                       help="stop after so many epochs without improvement; default: never")
+    group.add_argument("--amp", choices=("bf16", "fp16"), help="autocast to a shorter float")
+    group = parser.add_argument_group("running")
+    group.add_argument("--name", default="M1.5", help="of the files in runs/")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, …; default: CUDA where present")
+    group.add_argument("--workers", type=int, help="loader processes; default: 0 on CPU, 4 on CUDA")
+    options = parser.parse_args(arguments)
+    recipe = dict(M1_5) if options.data else dict(M1_5, **SIMULATED_RECIPE)
+    for name, value in recipe.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("lr_step", 1),
+                        ("lr_gamma", 0), ("weight_decay", 0), ("l1", 0), ("seed", 0),
+                        ("workers", 0)):
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if not options.lr > 0:
+        parser.error(f"--lr {options.lr}: expected more than 0")
+    first, *vitals, label = options.keys if len(options.keys) > 1 else (None, None)
+    if first != "ppg" or label not in LABELS or set(vitals) & NO_VITALS:
+        parser.error(f"--keys {' '.join(options.keys)}: expected ppg, then vitals, then "
+                     f"{' or '.join(LABELS)}; never the label or a waveform among the vitals")
+    if not options.name or os.path.basename(options.name) != options.name:
+        parser.error(f"--name {options.name!r}: expected a name, not a path")
+    return options
+
+
+def main():
+    from training_header import read_salt
+    options = parse_args()
+    started = time.time()
+    rank = join_processes(options.device)
+    data = find_data(options, rank)
+    index, parts, datasets, origin = open_data(options, data, rank)
+    model, loaders, device = build(options, datasets)
+    salt_file = options.salt_file or beside(data[0])
+    if rank == 0:
+        read_salt(salt_file)            # where it cannot be made, say so before training
+    model, trajectory = train(options, model, loaders, device)
+    if rank > 0:
+        return
+    write_json(f"runs/{options.name}_run.json", {
+        "_": "PRIVATE: paths of this machine; do not share",
+        "data": [os.path.realpath(p) for p in data], "salt_file": os.path.realpath(salt_file)})
+    description = describe(options, index, parts, datasets, origin, salt_file, started)
+    save_and_report(options, model, trajectory, description)
+
+
+def join_processes(device):
+    """This process's rank; under torchrun joins the others (nccl on CUDA, gloo on CPU)."""
+    if "RANK" not in os.environ:
+        return 0
+    import torch
+    on_cuda = torch.cuda.is_available() and device != "cpu"
+    torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.distributed.get_rank()
+
+
+def wait_for_others():
+    import torch
+    if "RANK" in os.environ:
+        torch.distributed.barrier()
+
+
+def find_data(options, rank):
+    """The data files: those named (globs expanded), or the default ones, simulated once."""
+    if options.data:
+        return find_files(options.data)
+    path = "data/simulated_{patients}x{segments}_seed{seed}.h5".format(**SIMULATED)
+    if rank == 0:
+        changes = [f"{k} {v} instead of M1.5's {M1_5[k]}" for k, v in SIMULATED_RECIPE.items()]
+        print(f"no --data: training on SIMULATED patients. {', '.join(changes)}"
+              " (the default data set is small: M1.5's batches would make too few steps)")
+        if not os.path.exists(path):
+            from simulate import simulate_file
+            simulate_file(path, workers=os.cpu_count() or 1, **SIMULATED)
+    wait_for_others()
+    return [path]
+
+
+def open_data(options, data, rank):
+    """Index, its parts, train and tune `TPP_PPG_dataset`s, and where the data came from."""
+    from training_header import TPP_PPG_dataset, create_dataset_index, split_index
+    origin = origin_of(data)
+    index = create_dataset_index(condition=options.condition, path=data)
+    parts = split_index(index, options.split_seed)
+    # A field that only scoring needs, or only a test patient lacks, is missed before training.
+    TPP_PPG_dataset(index, "segment", options.keys + SCORED)
+    if rank == 0:
+        if simulated_note(origin, origin):
+            print(f"*** {simulated_note(origin, origin)} ***")
+        for name, part in parts.items():
+            print(f"{name}: {len(part):,} segments of {part.n_patients:,} patients")
+        if index.n_patients < 100:
+            print("fewer than 100 patients: who is in which part changes when patients are added")
+    datasets = {name: TPP_PPG_dataset(parts[name], "segment", options.keys, seed=options.seed)
+                for name in ("train", "tune")}
+    return index, parts, datasets, origin
+
+
+def build(options, datasets):
+    """The normalised network with fresh weights, the loaders, the device."""
+    from training_header import (
+        NormalisedModel,
+        choose_device,
+        distributed,
+        fit_normaliser,
+        get_model_v3,
+        init_moving_average,
+        make_loader,
+        reset_all_seeds,
+    )
+    device = choose_device(options.device)
+    reset_all_seeds(options.seed)
+    network = get_model_v3(len(options.keys) - 2)
+    if options.init == "moving-average":
+        init_moving_average(network)
+    model = NormalisedModel(network, options.keys,
+                            fit_normaliser(datasets["train"], options.keys[1:]))
+    rank, world = distributed()
+    workers = (4 if device.type == "cuda" else 0) if options.workers is None else options.workers
+    loaders = [make_loader(datasets[name], options.batch_size * world, shuffle=name == "train",
+                           seed=options.seed, workers=workers, pin_memory=device.type == "cuda",
+                           rank=rank, world=world) for name in ("train", "tune")]
+    return model, loaders, device
+
+
+def train(options, model, loaders, device):
+    from training_header import StepLR, training_loop
+    rows, started = [], time.time()
+
+    def on_epoch(row):
+        seconds = time.time() - started
+        rows.append(dict(row, seconds=round(seconds, 2)))
+        with atomic_path(f"runs/{options.name}_log.csv") as temporary:
+            with open(temporary, "w") as file:
+                file.write(",".join(rows[0]) + "\n")
+                file.writelines(",".join(f"{v:.6g}" for v in r.values()) + "\n" for r in rows)
+        left = seconds / row["epoch"] * (options.epochs - row["epoch"])
+        print(f"epoch {row['epoch']}/{options.epochs}: RMSE train {row['train_loss'] ** 0.5:.2f}, "
+              f"tune {row['tune_loss'] ** 0.5:.2f} mmHg (best: epoch {row['best_epoch']}), "
+              f"{seconds / 60:.1f} min, {left / 60:.1f} min left", flush=True)
+
+    return training_loop(
+        model, *loaders, total_epochs=options.epochs, lr=options.lr,
+        weight_decay=options.weight_decay, l1_reg=options.l1, early_stopping=options.early_stopping,
+        scheduler_and_args=[StepLR, {"step_size": options.lr_step, "gamma": options.lr_gamma}],
+        gradient_accumulation=options.accumulate, device=device, amp=options.amp, on_epoch=on_epoch)
+
+
+def describe(options, index, parts, datasets, origin, salt_file, started):
+    """What the checkpoint says of the run: options, hashed split, provenance; no paths or names."""
+    from training_header import distributed, hash_patients, read_salt, salt_mark
+    left_out = ("data", "salt_file", "name", "device", "workers")
+    salt = read_salt(salt_file)
+    fingerprint = hashlib.sha256()
+    for one in (index.rows, index.starts, datasets["train"].column(options.keys[-1]).numpy()):
+        fingerprint.update(one.tobytes())
+    return {
+        "model_args": {"num_discrete": len(options.keys) - 2},
+        "config": dict({k: v for k, v in vars(options).items() if k not in left_out},
+                       processes=distributed()[1]),
+        "split": {k: hash_patients(part.patients.tolist(), salt) for k, part in parts.items()},
+        "provenance": {
+            "origin": origin, "data_fingerprint": fingerprint.hexdigest(),
+            "salt": salt_mark(salt), "n_patients": index.n_patients, "n_segments": len(index),
+            "versions": versions(), "git_revision": git_revision(),
+            "seeds": {"seed": options.seed, "split_seed": options.split_seed},
+            "wall_seconds": round(time.time() - started, 1)}}
+
+
+def save_and_report(options, model, trajectory, description):
+    """Writes the checkpoint, scores it on the test patients as `evaluate.py` does, and draws."""
+    import torch
+
+    from training_header import save_checkpoint
+    path = f"runs/{options.name}.pth"
+    with atomic_path(f"runs/{options.name}_trajectory.pth") as temporary:
+        torch.save({k: torch.from_numpy(values) for k, values in trajectory.items()}, temporary)
+    save_checkpoint(path, model, **description)
+    results, arrays = evaluate(path, device=options.device)
+    save_checkpoint(path, model, **description, metrics=results)
+    write_json(f"runs/{options.name}_metrics.json", results)
+    loss_lr_plot(trajectory, "figures_resnet/loss_lr_plot.png", results["note"])
+    draw_histogram(results, arrays, "figures_resnet/histogram_plot.png")
+    print_results(results)
+    print(f"wrote {path}, its trajectory, log and metrics beside it, and figures_resnet/*.png")
+
+
+if __name__ == "__main__":
+    from training_header import CheckpointError, DataError, TrainingError
+    sys.exit(run_script(main, CheckpointError, DataError, TrainingError))
