@@ -461,6 +461,19 @@ def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename
     return index
 
 
+def kept_dataset_index(condition=DEFAULT_CONDITION, path=None):
+    """`create_dataset_index`, kept beside the (first) file and used again while nothing changes."""
+    savename = f"{as_paths(path)[0]}.index.npz"
+    try:
+        index = load_dataset_index(savename)
+        same = [os.path.abspath(one) for one in as_paths(path)] == index.paths
+        if same and index.condition == str(condition):
+            return index
+    except DataError:
+        pass                        # none yet, or stale: it is made again
+    return create_dataset_index(condition=condition, savename=savename, path=path)
+
+
 def load_dataset_index(savename):
     """Reads a saved index. Raises DataError if it is none, or its files are gone or changed."""
     try:

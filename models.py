@@ -200,14 +200,18 @@ def receptive_field(model):
     return samples, step
 
 
-def init_moving_average(model):
-    """Fresh weights for the residual blocks: every kernel constant over time, a moving average.
+def init_steady(model):
+    """Fresh weights with which the network learns from the first steps. Returns the model.
 
-    Each instance norm removes a channel's mean over the minute, and with it what the shape of every
-    single pulse says; what is constant over the minute passes the later norms only as the ramps
-    that zero padding makes at the edges. With PyTorch's initial kernels (as many taps up as down)
-    these drown in the beat; with moving averages they stand out from the first step. Variance of
-    each tap as PyTorch's. The README has the measured effect. Returns the model.
+    With PyTorch's initial weights it spends hundreds of steps on a plateau, for two reasons.
+    The head gets a few vitals beside 256 pooled features, each with the same small weight, and the
+    features (means of ReLUs, about 0.4 each) hardly differ between segments: the vitals drown. So
+    as a group they begin with the features' weight.
+    And each norm removes a channel's mean over the minute, with it what the shape of every single
+    pulse says; that passes the later norms only as the ramps which zero padding makes at the edges
+    of the minute. Kernels with as many taps up as down bury these under the beat; kernels constant
+    over time, moving averages, let them stand out (each tap with PyTorch's variance).
+    The README has the measured effect.
     """
     with torch.no_grad():
         for block in model.layers[1:]:
@@ -215,6 +219,9 @@ def init_moving_average(model):
                 out_channels, in_channels, kernel = conv.weight.shape
                 taps = torch.randn(out_channels, in_channels, 1) / (3 * in_channels * kernel) ** 0.5
                 conv.weight.copy_(taps.expand_as(conv.weight))
+        if model.num_discrete:
+            features = model.projection.in_features - model.num_discrete
+            model.projection.weight[:, features:] *= (features / model.num_discrete) ** 0.5
     return model
 
 

@@ -91,19 +91,19 @@ class Settings:
     # From beat to beat: amplitudes (of `random_`: SD) as shares of stroke volume and beat interval.
     # A pulse-pressure variation of 4-17 % is a respiratory amplitude of 2-8.5 %.
     slow_hz: Uniform = Uniform(0.01, 0.05)
-    slow_stroke_volume: Uniform = Uniform(0.0, 0.035)
+    slow_stroke_volume: Uniform = Uniform(0.0, 0.08)
     slow_interval: Uniform = Uniform(0.0, 0.012)
     respiration_hz: Uniform = Uniform(0.17, 0.35)
     respiratory_stroke_volume: Uniform = Uniform(0.02, 0.085)
     respiratory_interval: Uniform = Uniform(0.001, 0.012)
-    random_stroke_volume: Uniform = Uniform(0.01, 0.04)
+    random_stroke_volume: Uniform = Uniform(0.005, 0.04)
     random_interval: Uniform = Uniform(0.002, 0.006)
     filling_tau_s: float = 0.22                             # a longer wait fills a larger stroke
     thoracic_mmhg: Uniform = Uniform(0.0, 0.4)              # the breath's own pressure swing
     vasomotion_mmhg: Uniform = Uniform(0.1, 0.7)            # SD of Pcrit's course within a minute
-    fibrillation_share: float = 0.06                        # of the patients
+    fibrillation_share: float = 0.04                        # of the patients
     fibrillation_interval_sd: float = 0.18
-    ectopic_share: float = 0.2                              # of the patients
+    ectopic_share: float = 0.1                              # of the patients
     ectopic_beats: Uniform = Uniform(0.005, 0.05)           # share of their beats
     # Radial line: second-order resonance, noise, faults.
     line_hz: Uniform = Uniform(5.0, 9.0)

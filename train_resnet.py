@@ -33,7 +33,7 @@ M1_5 = {"epochs": 10, "batch_size": 256, "lr": 1e-3, "lr_step": 3, "lr_gamma": 0
 # be a hundred steps. Many patients of few segments: what differs between segments of a patient is
 # little beside what differs between patients. Chosen by the tune patients' loss and the clock.
 SIMULATED = {"patients": 1200, "segments": 3, "seed": 0}
-SIMULATED_RECIPE = {"epochs": 6, "batch_size": 16, "lr_step": 4}
+SIMULATED_RECIPE = {"epochs": 9, "batch_size": 16, "lr_step": 7}
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 LABELS = ("tpp", "p_crit")
 NO_VITALS = {"ppg", "abp", "tpp", "p_crit", "p_crit_true"}      # waveforms, and the answer itself
@@ -61,8 +61,8 @@ def parse_args(arguments=None):
     group.add_argument("--lr-gamma", type=float, help="factor of each reduction")
     group.add_argument("--weight-decay", type=float, help="Adam's L2 weight decay")
     group.add_argument("--l1", type=float, help="L1 penalty on weights")
-    group.add_argument("--init", choices=("moving-average", "pytorch"), default="moving-average",
-                       help="initial kernels (models.init_moving_average); default moving-average")
+    group.add_argument("--init", choices=("steady", "pytorch"), default="steady",
+                       help="initial kernels (models.init_steady); default steady")
     group.add_argument("--seed", type=int, default=0, help="of initial weights and order")
     group.add_argument("--early-stopping", type=int, default=-1, metavar="EPOCHS",
                        help="stop after so many epochs without improvement; default: never")
@@ -71,6 +71,12 @@ def parse_args(arguments=None):
     group.add_argument("--name", default="M1.5", help="of the files in runs/")
     group.add_argument("--device", help="cpu, cuda, cuda:1, …; default: CUDA where present")
     group.add_argument("--workers", type=int, help="loader processes; default: 0 on CPU, 4 on CUDA")
+    group.add_argument("--compile", action="store_true", dest="compiled",
+                       help="torch.compile the network (needs a C++ compiler; worth it from about "
+                            "ten minutes of training on)")
+    group.add_argument("--keep-index", action="store_true",
+                       help="keep the index beside the data (<file>.index.npz) and use it again "
+                            "while the data do not change")
     options = parser.parse_args(arguments)
     recipe = dict(M1_5) if options.data else dict(M1_5, **SIMULATED_RECIPE)
     for name, value in recipe.items():
@@ -150,9 +156,15 @@ def find_data(options, rank):
 
 def open_data(options, data, rank):
     """Index, its parts, train and tune `TPP_PPG_dataset`s, and where the data came from."""
-    from training_header import TPP_PPG_dataset, create_dataset_index, split_index
+    from training_header import (
+        TPP_PPG_dataset,
+        create_dataset_index,
+        kept_dataset_index,
+        split_index,
+    )
     origin = origin_of(data)
-    index = create_dataset_index(condition=options.condition, path=data)
+    make_index = kept_dataset_index if options.keep_index else create_dataset_index
+    index = make_index(condition=options.condition, path=data)
     parts = split_index(index, options.split_seed)
     # A field that only scoring needs, or only a test patient lacks, is missed before training.
     TPP_PPG_dataset(index, "segment", options.keys + SCORED)
@@ -176,15 +188,15 @@ def build(options, datasets):
         distributed,
         fit_normaliser,
         get_model_v3,
-        init_moving_average,
+        init_steady,
         make_loader,
         reset_all_seeds,
     )
     device = choose_device(options.device)
     reset_all_seeds(options.seed)
     network = get_model_v3(len(options.keys) - 2)
-    if options.init == "moving-average":
-        init_moving_average(network)
+    if options.init == "steady":
+        init_steady(network)
     model = NormalisedModel(network, options.keys,
                             fit_normaliser(datasets["train"], options.keys[1:]))
     rank, world = distributed()
@@ -215,13 +227,14 @@ def train(options, model, loaders, device):
         model, *loaders, total_epochs=options.epochs, lr=options.lr,
         weight_decay=options.weight_decay, l1_reg=options.l1, early_stopping=options.early_stopping,
         scheduler_and_args=[StepLR, {"step_size": options.lr_step, "gamma": options.lr_gamma}],
-        gradient_accumulation=options.accumulate, device=device, amp=options.amp, on_epoch=on_epoch)
+        gradient_accumulation=options.accumulate, device=device, amp=options.amp,
+        compiled=options.compiled, on_epoch=on_epoch)
 
 
 def describe(options, index, parts, datasets, origin, salt_file, started):
     """What the checkpoint says of the run: options, hashed split, provenance; no paths or names."""
     from training_header import distributed, hash_patients, read_salt, salt_mark
-    left_out = ("data", "salt_file", "name", "device", "workers")
+    left_out = ("data", "salt_file", "name", "device", "workers", "keep_index")
     salt = read_salt(salt_file)
     fingerprint = hashlib.sha256()
     for one in (index.rows, index.starts, datasets["train"].column(options.keys[-1]).numpy()):

@@ -29,6 +29,7 @@ from datasets import (
     create_dataset_index,
     fit_normaliser,
     get_gate,
+    kept_dataset_index,
     load_dataset_index,
     make_loader,
     split_index,
@@ -41,7 +42,7 @@ from models import (
     ResBlockV2,
     ResBlockV3,
     get_model_v3,
-    init_moving_average,
+    init_steady,
     receptive_field,
 )
 from tk_utils import atomic_path, progress, reset_all_seeds, write_json
@@ -51,10 +52,11 @@ __all__ = [      # noqa: F822 - DEVICE comes from __getattr__
     "CheckpointError", "ConvBlock", "CosineAnnealingLR", "DataError", "DatasetIndex",
     "MyFirstResNet", "NormalisedModel", "ReduceLROnPlateau", "ResBlockV1", "ResBlockV2",
     "ResBlockV3", "StepLR", "TPP_PPG_dataset", "TrainingError", "atomic_path", "choose_device",
-    "create_dataset_index", "fit_normaliser", "get_gate", "get_model_v3", "hash_patients",
-    "init_moving_average", "load_checkpoint", "load_dataset_index", "load_model", "make_loader",
-    "predict_dataset", "progress", "read_salt", "receptive_field", "reset_all_seeds", "salt_mark",
-    "save_checkpoint", "split_index", "split_patients", "training_loop", "write_json",
+    "compile_or_not", "create_dataset_index", "fit_normaliser", "get_gate", "get_model_v3",
+    "hash_patients", "init_steady", "kept_dataset_index", "load_checkpoint",
+    "load_dataset_index", "load_model", "make_loader", "predict_dataset", "progress", "read_salt",
+    "receptive_field", "reset_all_seeds", "salt_mark", "save_checkpoint", "split_index",
+    "split_patients", "training_loop", "write_json",
 ]
 
 
@@ -86,6 +88,11 @@ def __getattr__(name):
         globals()["DEVICE"] = choose_device()
         return globals()["DEVICE"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def torch_version():
+    """(major, minor) of PyTorch."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
 def keep_freed_memory():
@@ -237,6 +244,51 @@ def shrink_weights(parameters, amount):
                 p.copy_(torch.nn.functional.softshrink(p, amount))
 
 
+def compile_or_not(model):
+    """A function like `model`, compiled when first called.
+
+    Where no compiler works, it says so in a line and goes on with the model as it is.
+    """
+    compiled = []
+
+    def forward(*inputs):
+        if not compiled:
+            try:
+                compiled.append(torch.compile(model))
+                return compiled[0](*inputs)
+            except Exception as error:  # noqa: BLE001 - a missing compiler shows in many ways
+                reason = (str(error).splitlines() or [""])[0][:120]
+                print(f"--compile does not work here ({type(error).__name__}: {reason}); "
+                      "going on without", flush=True)
+                compiled[:] = [model]
+        return compiled[0](*inputs)
+
+    return forward
+
+
+def backward_group(forward, group, device, loss_sum, amp_context, scaler):
+    """Gradients of the mean loss over the batches of a group, as if they were one batch.
+
+    Returns each batch's summed loss (on the device: reading it would make the host wait) and rows.
+    """
+    _, world = distributed()
+    count = sum(len(batch[-1]) for batch in group)
+    if world > 1:
+        count = reduce_sum(torch.tensor(float(count), device=device))
+    sums = []
+    for i, batch in enumerate(group):
+        *inputs, label = [t.to(device, non_blocking=True) for t in batch]
+        wait = world > 1 and i < len(group) - 1         # processes exchange gradients once a step
+        with forward.no_sync() if wait else nullcontext():
+            with amp_context():
+                out = forward(*inputs)
+            loss = loss_sum(out[:, 0].to(label.dtype), label)
+            share = loss * world / count                # processes' gradients are averaged
+            (scaler.scale(share) if scaler else share).backward()
+        sums.append(loss.detach())
+    return sums, [len(batch[-1]) for batch in group]
+
+
 def run_epoch(forward, loader, device, loss_sum, amp_context):
     """Mean loss over a loader's segments, and each batch's, without gradients."""
     sums, rows = [], []
@@ -256,7 +308,7 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
                   early_stopping=-1, scheduler_and_args=None, warmup_epochs=0,
                   gradient_accumulation=1, optimizer_type=None, criterion="mse", batch_cosine=False,
                   checkpoints_name=None, verbose=False, gradient_clipping=None, pbar_momentum=0.95,
-                  device=None, repeat_val=1, *, amp=None, on_epoch=None):
+                  device=None, repeat_val=1, *, amp=None, compiled=False, on_epoch=None):
     """Trains `model` and returns (the model with its best weights, trajectories).
 
     Loaders yield (ppg [B, 1, L], vitals [B]…, label [B]); `model(ppg, *vitals)` gives [B, 1].
@@ -268,7 +320,8 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
     gradient_accumulation: one step for so many batches, equal to one batch of their size; clipping
     acts on the accumulated gradient. checkpoints_name: also save each epoch's state dict as
     `<checkpoints_name>_<epoch>.pth`. repeat_val: passes over the tune loader (level 'patient' draws
-    anew). amp: 'bf16' or 'fp16' autocast. on_epoch: called with a dictionary after each epoch.
+    anew). amp: 'bf16' or 'fp16' autocast. compiled: through `torch.compile`. on_epoch: called with
+    a dictionary after each epoch.
     Trajectories are arrays: batch_train_loss, epoch_train_loss, batch_val_loss, epoch_val_loss, lr.
     Under torchrun each process passes its own share of the segments; gradients and losses are those
     of all. Raises TrainingError when the loss is not finite.
@@ -286,13 +339,19 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
     device = device if isinstance(device, torch.device) else choose_device(device)
     if device.type == "cpu":
         keep_freed_memory()
+    else:
+        torch.set_float32_matmul_precision("high")      # TF32
+        torch.backends.cudnn.allow_tf32 = True
     rank, world = distributed()
     model.to(device)
-    forward = model
+    forward = compile_or_not(model) if compiled and world == 1 else model
     if world > 1:
-        forward = nn.parallel.DistributedDataParallel(model)
+        forward = nn.parallel.DistributedDataParallel(torch.compile(model) if compiled else model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = (optimizer_type or torch.optim.Adam)(parameters, lr=lr, weight_decay=weight_decay)
+    # one kernel for all parameters, where PyTorch has it: everywhere on CUDA, from 2.4 on CPU
+    fused = optimizer_type is None and (device.type == "cuda" or torch_version() >= (2, 4))
+    optimizer = (optimizer_type or torch.optim.Adam)(
+        parameters, lr=lr, weight_decay=weight_decay, **({"fused": True} if fused else {}))
     scheduler = None
     if scheduler_and_args:
         scheduler = scheduler_and_args[0](optimizer, **scheduler_and_args[1])
@@ -314,25 +373,16 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
             if hasattr(loader.sampler, "set_epoch"):
                 loader.sampler.set_epoch(epoch)
         model.train()
-        sums, rows, shown = [], [], None
+        sums, rows, group, steps, shown = [], [], [], 0, None
         bar = progress(train_loader, desc=f"epoch {epoch + 1}/{total_epochs}", disable=rank > 0)
-        group = []
-        for step, batch in enumerate(bar, 1):
+        for number, batch in enumerate(bar, 1):
             group.append(batch)
-            if len(group) < gradient_accumulation and step < len(train_loader):
+            if len(group) < gradient_accumulation and number < len(train_loader):
                 continue
-            count = reduce_sum(torch.tensor(float(sum(len(b[-1]) for b in group)), device=device))
-            for i, micro_batch in enumerate(group):
-                *inputs, label = [t.to(device, non_blocking=True) for t in micro_batch]
-                wait = world > 1 and i < len(group) - 1
-                with forward.no_sync() if wait else nullcontext():
-                    with amp_context():
-                        out = forward(*inputs)
-                    loss = loss_sum(out[:, 0].to(label.dtype), label)
-                    share = loss * world / count        # processes' gradients are averaged
-                    (scaler.scale(share) if scaler else share).backward()
-                sums.append(loss.detach())
-                rows.append(len(label))
+            group_sums, group_rows = backward_group(forward, group, device, loss_sum, amp_context,
+                                                    scaler)
+            sums += group_sums
+            rows += group_rows
             if scaler:
                 scaler.unscale_(optimizer)
             if gradient_clipping is not None:
@@ -346,12 +396,12 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
             if batch_cosine and epoch >= warmup_epochs:
                 for _ in group:
                     scheduler.step()
-            group = []
-            if step % read_every == 0 or step == len(train_loader):
+            group, steps = [], steps + 1
+            if steps % read_every == 0 or number == len(train_loader):
                 loss_now = float(sums[-1]) / max(1, rows[-1])
                 if not math.isfinite(loss_now):
                     raise TrainingError(f"the training loss is {loss_now} at epoch {epoch + 1}, "
-                                        f"batch {step}; a lower --lr or clipping may help")
+                                        f"batch {number}; a lower --lr or clipping may help")
                 shown = loss_now if shown is None else (pbar_momentum * shown
                                                         + (1 - pbar_momentum) * loss_now)
                 bar.set_postfix_str(f"loss {shown:.4g}", refresh=False)

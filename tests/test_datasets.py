@@ -22,6 +22,7 @@ from datasets import (
     fit_normaliser,
     gate_report,
     get_gate,
+    kept_dataset_index,
     load_dataset_index,
     make_loader,
     split_index,
@@ -357,6 +358,21 @@ def test_a_saved_index_is_an_npz_without_pickles_and_gives_the_same_rows(tmp_pat
     items = np.arange(0, len(made), 5)
     before, after = (TPP_PPG_dataset(index, "segment", KEYS)[items] for index in (made, loaded))
     assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_a_kept_index_is_used_again_until_file_or_gate_change(tmp_path, published):
+    made = kept_dataset_index(path=published)
+    kept = tmp_path / "published.h5.index.npz"
+    first = kept.stat().st_mtime_ns
+    assert np.array_equal(kept_dataset_index(path=published).rows, made.rows)
+    assert kept.stat().st_mtime_ns == first                         # read, not made again
+    assert kept_dataset_index(Gate((("map", 80, None),)), published).rows.size < made.rows.size
+    second = kept.stat().st_mtime_ns
+    assert second > first
+    with h5py.File(published, "r+") as file:
+        file["MRN001/CSN0010/r2"][0] = 0.1
+    assert len(kept_dataset_index(path=published)) == len(made) - 1
+    assert kept.stat().st_mtime_ns > second
 
 
 def test_a_saved_index_is_refused_when_its_file_changed_and_when_it_is_none(tmp_path, published):

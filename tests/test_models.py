@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from benchmarks.published_style import PlainResNet
-from models import MyFirstResNet, get_model_v3, init_moving_average, receptive_field
+from models import MyFirstResNet, get_model_v3, init_steady, receptive_field
 
 
 def batch(n, length=3600, vitals=3, dtype=torch.float32, offset=0.0):
@@ -148,12 +148,15 @@ def test_verbose_prints_depth_parameters_and_receptive_field(capsys):
     assert "2,565,825 parameters" in capsys.readouterr().out
 
 
-def test_moving_average_kernels_are_constant_over_time_and_vary_as_pytorchs_do():
+def test_steady_weights_are_moving_averages_and_give_the_vitals_the_features_weight():
     torch.manual_seed(0)
-    model = get_model_v3(0)
+    model = get_model_v3(3)
     before = [block.conv2.weight.std().item() for block in model.layers[1:]]
-    init_moving_average(model)
+    vitals = model.projection.weight[:, 256:].detach().clone()
+    init_steady(model)
     for block, spread in zip(model.layers[1:], before):
         assert (block.conv2.weight == block.conv2.weight[..., :1]).all()
         assert block.conv2.weight.std().item() == pytest.approx(spread, rel=0.05)
     assert not (model.layers[0].conv.weight == model.layers[0].conv.weight[..., :1]).all()
+    assert torch.allclose(model.projection.weight[:, 256:], vitals * (256 / 3) ** 0.5)
+    init_steady(get_model_v3(0))        # and a network without vitals has none to weigh

@@ -2,6 +2,7 @@
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -397,6 +398,35 @@ def test_two_processes_equal_one_to_the_ninth_digit(tmp_path):
     assert torch.allclose(weights2, weights, rtol=1e-9, atol=1e-9)
     assert train_loss2 == pytest.approx(train_loss, rel=1e-9)
     assert tune_loss2 == pytest.approx(tune_loss, rel=1e-9)
+
+
+COMPILED = """
+import torch
+from training_header import compile_or_not, get_model_v3
+torch.manual_seed(0)
+model = get_model_v3(1, widths=(20, 4, 8), kernel_sizes=5)
+forward = compile_or_not(model)
+inputs = torch.randn(2, 1, 600), torch.randn(2)
+gradients = []
+for run in (forward, model):
+    model.zero_grad()
+    run(*inputs).sum().backward()
+    gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+print("difference", float((gradients[0] - gradients[1]).abs().max()))
+"""
+
+
+@pytest.mark.parametrize("compiler", [None, "no-such-compiler"])
+def test_compiling_changes_no_number_and_without_a_compiler_says_so_and_goes_on(tmp_path, compiler):
+    if compiler is None and (sys.version_info < (3, 9) or not shutil.which("g++")):
+        pytest.skip("no C++ compiler here, or a Python that is too old for this PyTorch's")
+    environment = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), PYTHONPATH=ROOT,
+                       **({"CXX": compiler} if compiler else {}))
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert ("--compile does not work here" in done.stdout) == (compiler is not None)
+    assert float(done.stdout.split()[-1]) < 1e-4
 
 
 def test_a_learnable_label_is_learned():

@@ -1,0 +1,39 @@
+"""Labels and simulation on one core: segments a second.
+
+    python benchmarks/label.py [--segments 2000] [--repeats 5]
+"""
+import argparse
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # before NumPy starts its threads
+
+import numpy as np
+from common import alternate, print_machine
+
+import labels
+import simulate
+from tk_utils import print_table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--segments", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    print_machine()
+    fields = [simulate.simulate_patient(0, i, 10, keep_abp=True) for i in range(20)]
+    abp, ppg = (np.tile(np.concatenate([f[key] for f in fields]), (options.segments // 200, 1))
+                for key in ("abp", "ppg"))
+    runs = {"labels (60 Hz)": lambda: labels.label_segments(abp, 60),
+            "labels and PPG reasons": lambda: (labels.label_segments(abp, 60),
+                                               labels.ppg_reasons(ppg, 60)),
+            "simulated, labels included": lambda: simulate.simulate_patient(0, 1, 50)}
+    counts = {name: len(abp) for name in runs}
+    counts["simulated, labels included"] = 50
+    seconds = alternate(runs, options.repeats)
+    print_table([[name, f"{counts[name] / seconds[name]:,.0f}"] for name in runs],
+                ["one core", "segments/s"])
+
+
+if __name__ == "__main__":
+    main()
