@@ -144,7 +144,8 @@ def find_data(options, rank):
         return find_files(options.data)
     path = "data/simulated_{patients}x{segments}_seed{seed}.h5".format(**SIMULATED)
     if rank == 0:
-        changes = [f"{k} {v} instead of M1.5's {M1_5[k]}" for k, v in SIMULATED_RECIPE.items()]
+        changes = [f"{k} {v} instead of M1.5's {M1_5[k]}" for k, v in SIMULATED_RECIPE.items()
+                   if getattr(options, k) == v]
         print(f"no --data: training on SIMULATED patients. {', '.join(changes)}"
               " (the default data set is small: M1.5's batches would make too few steps)")
         if not os.path.exists(path):

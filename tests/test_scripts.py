@@ -215,7 +215,8 @@ def test_without_data_small_default_patients_are_simulated_once_and_called_so(
     monkeypatch.setattr(train_resnet, "SIMULATED", {"patients": 12, "segments": 2, "seed": 3})
     code, out, err = call(train_resnet, "--epochs", 1, "--device", "cpu", cwd=tmp_path)
     assert code == 0, err
-    assert "training on SIMULATED patients" in out and "batch_size 32 instead of" in out
+    first = next(line for line in out.splitlines() if "training on SIMULATED patients" in line)
+    assert "batch_size 16 instead of" in first and "epochs" not in first    # --epochs was given
     data = tmp_path / "data/simulated_12x2_seed3.h5"
     assert tree(tmp_path) == OUTPUTS | {"data/simulated_12x2_seed3.h5", "data/tpp_ppg.salt"}
     before = data.stat().st_mtime_ns
