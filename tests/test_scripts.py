@@ -169,7 +169,7 @@ def test_the_checkpoint_says_how_it_was_made(trained):
               "keys": saved["keys"], "processes": 1}
     assert {k: saved["config"][k] for k in recipe} == recipe
     assert saved["provenance"]["origin"] == "simulated"
-    assert saved["provenance"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(saved["provenance"]["versions"]["torch"].split("+")[0])
     metrics = read_json(trained[0] / "runs/M1.5_metrics.json")
     assert saved["metrics"]["tpp"]["rmse"] == metrics["tpp"]["rmse"]
     assert set(saved["normaliser"]) == {"map", "dbp", "hr", "tpp"}

@@ -421,7 +421,7 @@ def test_compiling_changes_no_number_and_without_a_compiler_says_so_and_goes_on(
     if compiler is None and (sys.version_info < (3, 9) or not shutil.which("g++")):
         pytest.skip("no C++ compiler here, or a Python that is too old for this PyTorch's")
     environment = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), PYTHONPATH=ROOT,
-                       **({"CXX": compiler} if compiler else {}))
+                       **({"CXX": compiler, "PATH": str(tmp_path)} if compiler else {}))
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, cwd=tmp_path,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
