@@ -72,8 +72,8 @@ def parse_args(arguments=None):
     group.add_argument("--device", help="cpu, cuda, cuda:1, …; default: CUDA where present")
     group.add_argument("--workers", type=int, help="loader processes; default: 0 on CPU, 4 on CUDA")
     group.add_argument("--compile", action="store_true", dest="compiled",
-                       help="torch.compile the network (needs a C++ compiler; worth it from about "
-                            "ten minutes of training on)")
+                       help="torch.compile the network (needs a C++ compiler; measure it first: "
+                            "benchmarks/train_step.py)")
     group.add_argument("--keep-index", action="store_true",
                        help="keep the index beside the data (<file>.index.npz) and use it again "
                             "while the data do not change")

@@ -9,14 +9,15 @@ sys.path.insert(0, ROOT)
 
 
 def alternate(candidates, repeats=5):
-    """Runs {name: function() -> seconds for one unit, or None to be timed} in turn, A B A B …,
-    after one round that is not counted: {name: median seconds}."""
+    """Runs {name: function(), which is timed unless it returns seconds} in turn, A B A B …, after
+    one round that is not counted: {name: median seconds}."""
     seen = {name: [] for name in candidates}
     for repeat in range(repeats + 1):
         for name, run in candidates.items():
             started = time.perf_counter()
             seconds = run()
-            seconds = time.perf_counter() - started if seconds is None else seconds
+            if not isinstance(seconds, float):
+                seconds = time.perf_counter() - started
             if repeat:
                 seen[name].append(seconds)
     return {name: statistics.median(values) for name, values in seen.items()}
