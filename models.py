@@ -211,7 +211,6 @@ def init_steady(model):
     pulse says; that passes the later norms only as the ramps which zero padding makes at the edges
     of the minute. Kernels with as many taps up as down bury these under the beat; kernels constant
     over time, moving averages, let them stand out (each tap with PyTorch's variance).
-    The README has the measured effect.
     """
     with torch.no_grad():
         for block in model.layers[1:]:
