@@ -111,13 +111,16 @@ def fields_of(dataset, keys):
     return {k: dataset.column(k).numpy().astype(np.float64) for k in there}
 
 
-def patients_of(dataset):
-    """[N] numbers of the patients of a dataset's segments."""
-    return dataset.index.segment_patients()
-
-
 def rounded(interval):
     return f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def scores_with_intervals(truth, prediction, patients):
+    """`metrics.scores` without the count, and their 95 % intervals over patients as `ci95`."""
+    import metrics
+    found = metrics.scores(truth, prediction)
+    found.pop("n")
+    return dict(found, ci95=metrics.confidence_intervals(patients, truth, prediction))
 
 
 def score_predictions(fields, patients, tpp):
@@ -126,15 +129,11 @@ def score_predictions(fields, patients, tpp):
     found = {"n_patients": len(np.unique(patients)), "n_segments": len(tpp)}
     for name, truth, prediction in (("tpp", fields["tpp"], tpp),
                                     ("p_crit", fields["p_crit"], fields["map"] - tpp)):
-        found[name] = metrics.scores(truth, prediction)
-        found[name].pop("n")
-        found[name]["ci95"] = metrics.confidence_intervals(patients, truth, prediction)
+        found[name] = scores_with_intervals(truth, prediction, patients)
     if "p_crit_true" in fields:
         true_tpp = fields["map"] - fields["p_crit_true"]
         label = metrics.scores(true_tpp, fields["tpp"])
-        found["true"] = metrics.scores(true_tpp, tpp)
-        found["true"].pop("n")
-        found["true"]["ci95"] = metrics.confidence_intervals(patients, true_tpp, tpp)
+        found["true"] = scores_with_intervals(true_tpp, tpp, patients)
         p_crit = metrics.scores(fields["p_crit_true"], fields["map"] - tpp)
         found["true"]["p_crit_r2"] = p_crit["r2"]
         found["true"]["label"] = {k: label[k] for k in ("rmse", "mae", "mead", "bias", "sd")}
@@ -152,11 +151,9 @@ def compare_baselines(fields, patients, tpp, train, train_patients, tune, vitals
     predictions = {name: baseline.predict(fields) for name, baseline in fitted.items()}
     found = {}
     for name, prediction in predictions.items():
-        found[name] = metrics.scores(fields["tpp"], prediction)
-        found[name].pop("n")
+        found[name] = scores_with_intervals(fields["tpp"], prediction, patients)
         p_crit = metrics.scores(fields["p_crit"], fields["map"] - prediction)
         found[name]["p_crit_r2"] = p_crit["r2"]
-        found[name]["ci95"] = metrics.confidence_intervals(patients, fields["tpp"], prediction)
         found[name]["skill"] = metrics.skill(fields["tpp"], tpp, prediction, patients)
         if "p_crit_true" in fields:
             true_tpp = fields["map"] - fields["p_crit_true"]
@@ -212,7 +209,7 @@ def evaluate(checkpoint_path, data=None, split=None, condition=None, salt_file=N
     TPP_PPG_dataset(scored.index, "segment", SCORED)        # raises where one of them is absent
     fields_needed = tuple(dict.fromkeys(FIELDS_OF_BASELINES + tuple(keys[1:-1])))
     fields = fields_of(scored, fields_needed + ("p_crit_true",))
-    patients = patients_of(scored)
+    patients = scored.index.segment_patients()
     prediction = predict_dataset(model, scored, batch_size, device, workers).astype(np.float64)
     tpp = fields["map"] - prediction if keys[-1] == "p_crit" else prediction
 
@@ -233,8 +230,8 @@ def evaluate(checkpoint_path, data=None, split=None, condition=None, salt_file=N
         train, tune = (TPP_PPG_dataset(train_index.select(of_encounters == part), "segment", keys)
                        for part in ("train", "tune"))
         results["baselines"], results["skill"] = compare_baselines(
-            fields, patients, tpp, fields_of(train, fields_needed), patients_of(train),
-            fields_of(tune, fields_needed), keys[1:-1])
+            fields, patients, tpp, fields_of(train, fields_needed),
+            train.index.segment_patients(), fields_of(tune, fields_needed), keys[1:-1])
     else:
         print("baselines left out: the train patients' data are not here")
         results["baselines"], results["skill"] = {}, None

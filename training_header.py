@@ -289,6 +289,13 @@ def backward_group(forward, group, device, loss_sum, amp_context, scaler):
     return sums, [len(batch[-1]) for batch in group]
 
 
+def mean_losses(sums, rows, device):
+    """(mean over the segments of all processes, [each batch's]) of batches' summed losses, rows."""
+    totals = reduce_sum(torch.tensor([float(sum(sums)), sum(rows)], dtype=torch.float64,
+                                     device=device))
+    return float(totals[0] / totals[1]), (torch.stack(sums).cpu() / torch.tensor(rows)).tolist()
+
+
 def run_epoch(forward, loader, device, loss_sum, amp_context):
     """Mean loss over a loader's segments, and each batch's, without gradients."""
     sums, rows = [], []
@@ -299,9 +306,7 @@ def run_epoch(forward, loader, device, loss_sum, amp_context):
                 out = forward(*inputs)
             sums.append(loss_sum(out[:, 0].to(label.dtype), label))
             rows.append(len(label))
-    totals = reduce_sum(torch.tensor([float(sum(sums)), sum(rows)], dtype=torch.float64,
-                                     device=device))
-    return float(totals[0] / totals[1]), (torch.stack(sums).cpu() / torch.tensor(rows)).tolist()
+    return mean_losses(sums, rows, device)
 
 
 def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_decay=0, l1_reg=0,
@@ -405,10 +410,8 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
                 shown = loss_now if shown is None else (pbar_momentum * shown
                                                         + (1 - pbar_momentum) * loss_now)
                 bar.set_postfix_str(f"loss {shown:.4g}", refresh=False)
-        totals = reduce_sum(torch.tensor([float(sum(sums)), sum(rows)], dtype=torch.float64,
-                                         device=device))
-        train_loss = float(totals[0] / totals[1])
-        trajectories["batch_train_loss"] += (torch.stack(sums).cpu() / torch.tensor(rows)).tolist()
+        train_loss, batches = mean_losses(sums, rows, device)
+        trajectories["batch_train_loss"] += batches
 
         model.eval()
         val_losses = []
