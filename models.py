@@ -11,21 +11,133 @@ published state dict loads with `strict=True`). How they are executed is ours: a
 [B, C, L] tensors that lie channels-last in memory, i.e. as [B, L, C], where convolutions run as
 (1, K) `conv2d` at the machine's full arithmetic, and norms and ReLUs stream over memory once.
 """
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 MIN_SAMPLES = 600       # 10 s at 60 Hz: below, the last block's norm has next to nothing to average
+# On CPU a convolution over this many samples, by a kernel this long, is quicker through Fourier
+# transforms of pieces of about FFT_PIECE outputs (benchmarks/train_step.py).
+FFT_MIN_SAMPLES, FFT_MIN_KERNEL, FFT_PIECE = 150, 9, 50
 
 
 def convolve(conv, x):
-    """`conv(x)` for an `nn.Conv1d`, run as a (1, K) `conv2d` on channels-last memory.
+    """`conv(x)` for an `nn.Conv1d`; x [B, C_in, L] -> [B, C_out, L'], both channels-last.
 
-    x [B, C_in, L] -> [B, C_out, L'], both channels-last.
+    Run as a (1, K) `conv2d` on channels-last memory, or, where that needs less arithmetic, by FFT.
     """
-    y = F.conv2d(x.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias,
-                 stride=(1, conv.stride[0]), padding=(0, conv.padding[0]))
+    if (on_cpu_in_full_precision(x) and conv.stride[0] == 1 and x.shape[2] >= FFT_MIN_SAMPLES
+            and conv.kernel_size[0] >= FFT_MIN_KERNEL):
+        return convolve_by_fft(x, conv.weight, conv.bias)
+    return convolve_directly(x, conv.weight, conv.bias, conv.stride[0])
+
+
+def on_cpu_in_full_precision(x):
+    if hasattr(torch, "get_autocast_dtype"):                            # PyTorch 2.4
+        return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and not torch.is_autocast_cpu_enabled()
+
+
+def convolve_directly(x, weight, bias, stride):
+    y = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), bias,
+                 stride=(1, stride), padding=(0, weight.shape[2] // 2))
     return y.squeeze(2)
+
+
+def convolve_by_fft(x, weight, bias):
+    """Convolution of stride 1, padded to equal length: x [B, C_in, L] -> [B, C_out, L].
+
+    Overlap-save: the signal is cut into T pieces of N samples that yield N - K + 1 outputs each. In
+    the frequency domain a convolution is a product of matrices over the channels, one for each of F
+    frequencies: 4 F multiplications for N - K + 1 outputs instead of K for each. The transforms
+    of so few points are matrix products themselves; a complex product is a real one of [Re, Im].
+    """
+    samples, (out_channels, in_channels, kernel) = x.shape[2], weight.shape
+    pieces = max(1, round(samples / FFT_PIECE))
+    kept = -(-samples // pieces)
+    kept += (kept + kernel - 1) % 2                                     # N is even
+    forth, back = fourier_matrices(kept + kernel - 1, kernel, x.dtype)  # [F, 2, N], [kept, F, 2]
+    n_frequencies, _, n = forth.shape
+    forth, back = forth.flatten(0, 1), back.flatten(1)
+    x = F.pad(x.transpose(1, 2), (0, 0, kernel // 2, pieces * kept - samples + kernel // 2))
+    x = x.unfold(1, n, kept).transpose(2, 3).flatten(0, 1)              # [B T, N, C_in]
+    x = torch.bmm(forth.expand(len(x), -1, -1), x)                      # [B T, 2 F, C_in]
+    x = x.view(-1, n_frequencies, 2 * in_channels).transpose(0, 1)
+    # A network's convolution is a correlation: the kernel's spectrum is conjugated.
+    taps = weight.permute(2, 1, 0).flatten(1)                           # [K, C_in C_out]
+    w = torch.mm(forth[:, :kernel], taps).view(n_frequencies, 2, in_channels, out_channels)
+    real, imaginary = w[:, 0], -w[:, 1]
+    w = torch.cat([torch.cat([real, imaginary], 2), torch.cat([-imaginary, real], 2)], 1)
+    y = torch.bmm(x, w).transpose(0, 1)                                 # [B T, F, 2 C_out]
+    y = y.reshape(-1, 2 * n_frequencies, out_channels)
+    y = torch.baddbmm(bias, back.expand(len(y), -1, -1), y)             # [B T, kept, C_out]
+    return y.view(-1, pieces * kept, out_channels)[:, :samples].transpose(1, 2)
+
+
+def fourier_matrices(n, kernel, dtype):
+    """The real DFT of n (even) samples, [F, 2, n], and the last part of its inverse, as matrices.
+
+    The inverse gives the n - kernel + 1 first samples, [n - kernel + 1, F, 2]: those whose kernel
+    lies inside the piece. F = n / 2 + 1; the two rows are real and imaginary part.
+    """
+    frequency = torch.arange(n // 2 + 1, dtype=torch.float64)
+    angle = 2 * math.pi / n * torch.arange(n, dtype=torch.float64) * frequency.unsqueeze(1)
+    forth = torch.stack([angle.cos(), -angle.sin()], 1)
+    twice = torch.full((n // 2 + 1, 1, 1), 2.0 / n, dtype=torch.float64)
+    twice[[0, -1]] = 1.0 / n                # these two have no mirror image
+    back = (forth * twice)[:, :, :n - kernel + 1].permute(2, 0, 1)
+    return forth.to(dtype), back.to(dtype).contiguous()
+
+
+class StridedPair(torch.autograd.Function):
+    """The two strided convolutions at the start of a residual block, kernels K and 1, as one node.
+
+    x [B, C_in, L] -> two of [B, C_out, ceil(L / stride)]. Autograd alone would write the large
+    gradient of x twice and add, and its weight gradient runs at half the rate of a matrix product.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, skip_weight, skip_bias, stride):
+        ctx.save_for_backward(x, weight, skip_weight)
+        ctx.stride = stride
+        return (convolve_directly(x, weight, bias, stride),
+                convolve_directly(x, skip_weight, skip_bias, stride))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, skip_grad):
+        x, weight, skip_weight = ctx.saved_tensors
+        stride, (out_channels, in_channels, kernel) = ctx.stride, weight.shape
+        grad_x = torch.ops.aten.convolution_backward(
+            grad.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2), None, (1, stride),
+            (0, kernel // 2), (1, 1), False, (0, 0), 1, (True, False, False))[0].squeeze(2)
+        rows, skip_rows = grad.transpose(1, 2), skip_grad.transpose(1, 2)       # [B, L', C_out]
+        grad_x[:, :, ::stride] += torch.matmul(skip_rows, skip_weight[:, :, 0]).transpose(1, 2)
+        taken = x[:, :, ::stride].transpose(1, 2).flatten(0, 1)
+        grad_skip = torch.mm(skip_rows.flatten(0, 1).t(), taken).unsqueeze(2)
+
+        # Weight gradient: with `stride` samples of x to a row, tap q * stride + r of the kernel is
+        # the product of the gradient with the rows that are q later, columns of r.
+        lead = -(-(kernel // 2) // stride) * stride         # padding in front, in whole rows
+        shifts = -(-(kernel + lead - kernel // 2) // stride)
+        length = (rows.shape[1] + shifts - 1) * stride
+        padded = F.pad(x.transpose(1, 2), (0, 0, lead, length - lead - x.shape[2]))
+        padded = padded.view(-1, stride * in_channels)                  # [B (L' + shifts - 1), …]
+        spaced = F.pad(rows, (0, 0, 0, shifts - 1)).flatten(0, 1)[:len(padded) - shifts + 1]
+        taps = torch.stack([torch.mm(padded[q:q + len(spaced)].t(), spaced)
+                            for q in range(shifts)])
+        taps = taps.view(shifts * stride, in_channels, out_channels)[lead - kernel // 2:][:kernel]
+        return (grad_x, taps.permute(2, 1, 0), rows.sum((0, 1)), grad_skip, skip_rows.sum((0, 1)),
+                None)
+
+
+def convolve_pair(conv, skip, x):
+    """(conv(x), skip(x)) for `nn.Conv1d`s of kernels K and 1 and the same stride."""
+    if on_cpu_in_full_precision(x):
+        return StridedPair.apply(x, conv.weight, conv.bias, skip.weight, skip.bias, conv.stride[0])
+    return convolve(conv, x), convolve(skip, x)
 
 
 def norm_relu(norm, x):
@@ -106,11 +218,9 @@ class ResBlockV1(nn.Module):
         self.conv1 = ConvBlock(in_channels, out_channels, kernel_size, stride)
         self.conv2 = nn.Conv1d(out_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
-    def main_path(self, x):
-        return convolve(self.conv2, self.conv1(x))
-
     def forward(self, x):
-        return self.main_path(x) + convolve(self.conv1x1, x)
+        y, skip = convolve_pair(self.conv1.conv, self.conv1x1, x)
+        return convolve(self.conv2, norm_relu(self.conv1.instance_norm, y)) + skip
 
 
 class ResBlockV2(ResBlockV1):
@@ -121,7 +231,7 @@ class ResBlockV2(ResBlockV1):
         self.mini_res = NormReLU(in_channels)
 
     def forward(self, x):
-        return self.main_path(self.mini_res(x)) + convolve(self.conv1x1, x)
+        return convolve(self.conv2, self.conv1(self.mini_res(x))) + convolve(self.conv1x1, x)
 
 
 class ResBlockV3(ResBlockV2):

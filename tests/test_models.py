@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import models
 from benchmarks.published_style import PlainResNet
 from models import MyFirstResNet, get_model_v3, init_steady, receptive_field
 
@@ -160,3 +161,45 @@ def test_steady_weights_are_moving_averages_and_give_the_vitals_the_features_wei
     assert not (model.layers[0].conv.weight == model.layers[0].conv.weight[..., :1]).all()
     assert torch.allclose(model.projection.weight[:, 256:], vitals * (256 / 3) ** 0.5)
     init_steady(get_model_v3(0))        # and a network without vitals has none to weigh
+
+
+@pytest.mark.parametrize("samples, kernel", [(900, 15), (225, 15), (150, 9), (601, 31)])
+def test_the_convolution_by_fft_is_the_direct_one(samples, kernel):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, samples, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    fast = models.convolve_by_fft(x, weight, bias)
+    plain = torch.nn.functional.conv1d(x, weight, bias, padding=kernel // 2)
+    assert (fast - plain).abs().max() < 1e-12
+    weights = torch.randn_like(plain)
+    for ours, theirs in zip(*(torch.autograd.grad((y * weights).sum(), (x, weight, bias))
+                              for y in (fast, plain))):
+        assert (ours - theirs).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("samples, kernel, stride", [
+    (40, 15, 4), (41, 15, 4), (39, 7, 2), (30, 5, 3), (30, 15, 1), (43, 3, 5)])
+def test_the_strided_pair_is_two_convolutions(samples, kernel, stride):
+    torch.manual_seed(0)
+    x, *parameters = [torch.randn(shape, dtype=torch.float64, requires_grad=True)
+                      for shape in ((2, 3, samples), (4, 3, kernel), (4,), (4, 3, 1), (4,))]
+    weight, bias, skip_weight, skip_bias = parameters
+    ours = models.StridedPair.apply(x, weight, bias, skip_weight, skip_bias, stride)
+    theirs = (torch.nn.functional.conv1d(x, weight, bias, stride, kernel // 2),
+              torch.nn.functional.conv1d(x, skip_weight, skip_bias, stride))
+    gradients = []
+    for pair in (ours, theirs):
+        loss = sum((y * torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos()).sum()
+                   for y in pair)
+        gradients.append(torch.autograd.grad(loss, (x, weight, bias, skip_weight, skip_bias)))
+    for one, other in zip(ours + gradients[0], theirs + gradients[1]):
+        assert one.shape == other.shape and (one - other).abs().max() < 1e-12
+
+
+def test_autocast_takes_the_direct_convolutions():
+    torch.manual_seed(0)
+    model = get_model_v3(0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        short = model(torch.randn(2, 1, 3600))
+    assert short.dtype == torch.bfloat16
