@@ -1,10 +1,14 @@
-"""The toolkit: atomic files, figures, tables, progress, seeds, versions; imports nothing of ours.
+"""The toolkit: atomic files, figures, tables, HTML, progress, seeds; imports nothing of ours.
 
     from tk_utils import atomic_path, histogram_plot, print_table
 
 Importing it does no work: matplotlib, torch and tqdm are imported by the functions that use them.
 """
+import base64
 import contextlib
+import glob
+import html
+import io
 import json
 import math
 import numbers
@@ -14,6 +18,7 @@ import random
 import re
 import secrets
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -60,6 +65,35 @@ def atomic_path(path):
             os.close(descriptor)
 
 
+def remove_leftovers(path, older_than_s=0):
+    """Remove what killed writers of `atomic_path(path)` left; only where none is at work now."""
+    folder, name = os.path.split(os.path.realpath(path))
+    for temporary in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name)}.*.tmp")):
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(temporary) >= older_than_s:
+                os.remove(temporary)
+
+
+@contextlib.contextmanager
+def locked(path, message):
+    """Hold the lock file `path`; raises BlockingIOError(message) where another process holds it.
+
+    The system frees the lock when a process ends, however it ends; the empty file stays.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BlockingIOError(message) from None
+        yield
+
+
 def write_json(path, obj):
     """Write `obj` as JSON, atomically: sorted keys, NumPy's numbers too, NaN and inf as null."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -104,6 +138,7 @@ def _one_line(error):
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    text = "".join(c if c.isprintable() else " " for c in text)     # a terminal obeys some others
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -113,10 +148,8 @@ def print_table(rows, headers):
     Floats get two decimals and integers thousands separators; strings stay as they are, so format a
     number that needs something else yourself. None is an empty cell.
     """
-    cells = [[_cell(value) for value in row] for row in rows]
-    columns = list(zip(*cells)) if cells else [()] * len(headers)
-    widths = [max(map(len, (header,) + column)) for header, column in zip(headers, columns)]
-    numeric = [any(column) and all(_NUMBER.match(cell) for cell in column) for column in columns]
+    cells, numeric = _cells(rows, headers)
+    widths = [max(map(len, column)) for column in zip(headers, *cells)]
 
     def print_line(line):
         aligned = [cell.rjust(width) if right else cell.ljust(width)
@@ -129,7 +162,15 @@ def print_table(rows, headers):
         print_line(line)
 
 
-_NUMBER = re.compile(r"(nan|[-+]?inf|[-+\u2212\u2013<>=()\[\]\d.,:;%±×e/ ]*)$")
+def _cells(rows, headers):
+    """The cells as text, and which columns hold numbers alone."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    columns = list(zip(*cells)) if cells else [()] * len(headers)
+    return cells, [any(column) and all(_NUMBER.match(cell) for cell in column)
+                   for column in columns]
+
+
+_NUMBER = re.compile(r"(nan|[-+]?inf|([-+\u2212\u2013<>=()\[\]\d.,:;%±×e/ ]|\bto\b)*)$")
 
 
 def _cell(value):
@@ -142,6 +183,96 @@ def _cell(value):
     if isinstance(value, numbers.Real):
         return f"{float(value):.2f}"
     return str(value)
+
+
+# ---------------------------------------------------------------- one page of HTML
+
+# Dark on white (contrast 16:1), a table scrolls inside its own box, nothing is fetched or run.
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{title}</title><style>
+:root {{ color-scheme: light }}
+body {{ font: 16px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; color: #1b1f24;
+ background: #fff; max-width: 62rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }}
+h1 {{ font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 1rem }}
+h2 {{ font-size: 1.2rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid #c8ced6 }}
+h3 {{ font-size: 1rem; margin: 1.4rem 0 .3rem }}
+p, ul {{ max-width: 46rem }}
+.lead {{ font-size: 1.2rem }}
+.note {{ background: #b3261e; color: #fff; font-weight: 600; padding: .4rem .8rem;
+ border-radius: .3rem; max-width: none }}
+.small, figcaption, caption {{ font-size: .85rem; color: #4a525c }}
+.table {{ overflow-x: auto; margin: .8rem 0 }}
+table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums;
+ overflow-wrap: normal }}
+caption {{ text-align: left; padding-bottom: .2rem }}
+th, td {{ padding: .25rem .7rem .25rem 0; border-bottom: 1px solid #dfe3e8; text-align: left;
+ vertical-align: top }}
+th {{ border-bottom: 2px solid #8a939e }}
+th:first-child, td:first-child {{ min-width: 8rem }}
+.right {{ text-align: right; white-space: nowrap }}
+figure {{ margin: 1rem 0 }}
+img {{ display: block; max-width: 100%; height: auto }}
+@media print {{ body {{ font-size: 10pt; max-width: none; padding: 0 }}
+ .table {{ overflow: visible }} table {{ font-size: 7.5pt }} th, td {{ padding-right: .4rem }}
+ .right {{ white-space: normal }}
+ .note {{ print-color-adjust: exact; -webkit-print-color-adjust: exact }}
+ figure, tr {{ break-inside: avoid }} h2, h3 {{ break-after: avoid }} }}
+</style></head>
+<body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def html_page(path, title, body):
+    """Write one page that stands alone: style and pictures embedded, no script, opens offline.
+
+    title: plain text. body: HTML, joined from what html_text, html_table and html_figure return.
+    """
+    with atomic_path(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(_PAGE.format(title=html.escape(title), body=body))
+
+
+def html_text(text, tag="p", kind=None):
+    """An element of plain text (escaped). kind: 'lead' (large), 'small' or 'note' (a red field)."""
+    return f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag}>\n"
+
+
+def html_table(rows, headers, caption=""):
+    """A table in a box that scrolls sideways; cells and alignment as in `print_table`, escaped."""
+    cells, numeric = _cells(rows, headers)
+
+    def line(tag, texts):
+        attributes = [" class=right" if right else "" for right in numeric]
+        scope = " scope=col" if tag == "th" else ""
+        return "<tr>" + "".join(f"<{tag}{scope}{attribute}>{html.escape(text)}</{tag}>"
+                                for attribute, text in zip(attributes, texts)) + "</tr>\n"
+
+    label = html.escape(caption or ", ".join(headers), quote=True)
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return (f'<div class=table role=region tabindex=0 aria-label="{label}"><table>{title}\n<thead>'
+            + line("th", headers) + "</thead><tbody>" + "".join(line("td", row) for row in cells)
+            + "</tbody></table></div>\n")
+
+
+def html_figure(figure, alt, caption=""):
+    """A matplotlib Figure as an embedded picture. alt: what it shows, for who cannot see it."""
+    if not alt:
+        raise ValueError("a figure needs a text that says what it shows (alt)")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", facecolor="white")
+    # The size of the PNG stands in its header; known to the browser, the page does not jump.
+    width, height = struct.unpack(">II", buffer.getvalue()[16:24])
+    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return (f'<figure><img width={width * 2 // 3} height={height * 2 // 3} '
+            f'alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,'
+            f'{base64.b64encode(buffer.getvalue()).decode()}">{text}</figure>\n')
 
 
 # ---------------------------------------------------------------- progress
@@ -273,7 +404,7 @@ NOTE_STYLE = {"color": "white", "fontsize": 9, "fontweight": "bold", "ha": "cent
 TRAIN_COLOUR, TUNE_COLOUR = "#4c72b0", "#dd8452"
 
 
-def _new_figure(width_inches, height_inches):
+def new_figure(width_inches, height_inches):
     """A figure of its own: no pyplot, so no window, no global state, no choice of backend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -282,7 +413,7 @@ def _new_figure(width_inches, height_inches):
     return figure
 
 
-def _save_figure(figure, path):
+def save_figure(figure, path):
     """Write a figure atomically, as the suffix of `path` says (.png at 200 dpi, .pdf, .svg)."""
     suffix = os.path.splitext(os.fspath(path))[1].lstrip(".").lower() or "png"
     with atomic_path(path) as temporary:
@@ -301,7 +432,7 @@ def loss_lr_plot(trajectory, path, title_note=None, loss_label="Loss, MSE (mmHg�
     train, tune, lr = (np.asarray(trajectory[key], float).ravel()
                        for key in ("epoch_train_loss", "epoch_val_loss", "lr"))
     epochs = np.arange(1, len(train) + 1)
-    figure = _new_figure(5.2, 4.6)
+    figure = new_figure(5.2, 4.6)
     loss_axes, lr_axes = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": (2.4, 1), "hspace": 0.1})
 
@@ -343,10 +474,15 @@ def loss_lr_plot(trajectory, path, title_note=None, loss_label="Loss, MSE (mmHg�
     figure.align_ylabels()
     if title_note:
         loss_axes.text(0.5, 1.05, title_note, transform=loss_axes.transAxes, **NOTE_STYLE)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def histogram_plot(truth, prediction, path, scores, title_note=None, label="TPP"):
+    """`histogram_figure` written to `path`, in the format of its suffix."""
+    save_figure(histogram_figure(truth, prediction, scores, title_note, label), path)
+
+
+def histogram_figure(truth, prediction, scores, title_note=None, label="TPP"):
     """2-D histogram of predicted against true values (mmHg), equal axes, scores in a box.
 
     truth, prediction: [N] mmHg. scores: what metrics.scores returns, with `n_patients` and, if the
@@ -369,7 +505,7 @@ def histogram_plot(truth, prediction, path, scores, title_note=None, label="TPP"
     bins = np.arange(low, high + bin_mmhg, bin_mmhg)
     counts = np.histogram2d(truth, prediction, bins=(bins, bins))[0]
 
-    figure = _new_figure(5.0, 4.4)
+    figure = new_figure(5.0, 4.4)
     axes = figure.subplots()
     image = axes.pcolormesh(bins, bins, np.ma.masked_equal(counts.T, 0), cmap="viridis",
                             norm=LogNorm(vmin=1, vmax=max(counts.max(), 2)), rasterized=True)
@@ -403,4 +539,149 @@ def histogram_plot(truth, prediction, path, scores, title_note=None, label="TPP"
     if title_note:
         axes.annotate(title_note, (0.5, 1), xytext=(0, 56), xycoords="axes fraction",
                       textcoords="offset points", **NOTE_STYLE)
-    _save_figure(figure, path)
+    return figure
+
+
+def _note_on(axes, text):
+    """The red field on top of a figure, if there is a text for it."""
+    if text:
+        axes.annotate(text, (0.5, 1), xytext=(0, 9), xycoords="axes fraction",
+                      textcoords="offset points", **NOTE_STYLE)
+
+
+def _tidy(*all_axes):
+    for axes in all_axes:
+        axes.grid(color="0.9", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+
+
+def _cloud(axes, x, y, few=3000):
+    """Points; of more than `few` their density."""
+    if len(x) <= few:
+        axes.plot(x, y, ".", color=TRAIN_COLOUR, ms=4, alpha=0.5, mew=0, rasterized=True)
+        return
+    from matplotlib.colors import LogNorm
+    counts, *edges = np.histogram2d(x, y, bins=120, range=[np.percentile(v, [0.05, 99.95])
+                                                           + [-1e-3, 1e-3] for v in (x, y)])
+    axes.pcolormesh(*edges, np.ma.masked_equal(counts.T, 0), cmap="viridis", rasterized=True,
+                    norm=LogNorm(vmin=1, vmax=max(counts.max(), 2)))
+
+
+def intervals_figure(rows, label, title_note=None, line=None, highlight=None):
+    """A dot with its interval for each row. rows: [(name, value, low, high)], the first on top.
+
+    label: of the axis, with its unit. line: a value to mark; highlight: the number of a row.
+    """
+    figure = new_figure(6.4, 0.8 + 0.24 * len(rows))
+    axes = figure.subplots()
+    for place, (_, value, low, high) in enumerate(rows):
+        axes.plot([low, high], [place, place], color=TRAIN_COLOUR, lw=2)
+        axes.plot(value, place, "o", ms=6,
+                  color=TUNE_COLOUR if place == highlight else TRAIN_COLOUR)
+    if line is not None:
+        axes.axvline(line, color="0.4", lw=0.9, ls="--", zorder=0)
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    _tidy(axes)
+    _note_on(axes, title_note)
+    return figure
+
+
+def bland_altman_figure(truth, prediction, agreement, title_note=None):
+    """Error against the mean of both, with bias and limits. agreement: metrics.bland_altman's."""
+    figure = new_figure(6.4, 3.6)
+    axes = figure.subplots()
+    error = prediction - truth
+    _cloud(axes, (truth + prediction) / 2, error)
+    for name, style in (("upper", "--"), ("bias", "-"), ("lower", "--")):
+        one = agreement[name]
+        if np.isfinite(one["low"]):
+            axes.axhspan(one["low"], one["high"], color=TUNE_COLOUR, alpha=0.25, lw=0)
+        axes.axhline(one["value"], color="black", lw=1, ls=style)
+        axes.annotate(f"{name} {one['value']:+.1f}", (1, one["value"]), xytext=(-2, 2), ha="right",
+                      xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8)
+    reach = max(np.percentile(np.abs(error), 99.9), 5) * 1.15
+    axes.set_ylim(-reach, reach)
+    axes.set_xlabel("Mean of true and predicted TPP (mmHg)")
+    axes.set_ylabel("Predicted - true (mmHg)")
+    _tidy(axes)
+    _note_on(axes, title_note)
+    return figure
+
+
+def detection_figure(event, score, found, reliability=None, title_note=None):
+    """ROC curve of score [N] for event [N] (bool), and observed against predicted probability.
+
+    found: metrics.detection's; reliability: metrics.reliability's, or None to leave it out.
+    """
+    figure = new_figure(7.2 if reliability else 3.8, 3.6)
+    axes = np.atleast_1d(figure.subplots(1, 2 if reliability else 1, gridspec_kw={"wspace": 0.3}))
+    order = np.argsort(-score, kind="stable")
+    last = np.append(np.diff(score[order]) != 0, True)          # ties are one step of the curve
+    hits, others = np.cumsum(event[order])[last], np.cumsum(~event[order])[last]
+    if hits[-1] and others[-1]:
+        pick = np.unique(np.linspace(0, len(hits) - 1, 2000).astype(int))
+        axes[0].plot(np.append(0, others[pick] / others[-1]), np.append(0, hits[pick] / hits[-1]),
+                     color=TRAIN_COLOUR)
+        axes[0].plot(1 - found["specificity"]["value"], found["sensitivity"]["value"], "o", ms=7,
+                     color=TUNE_COLOUR)
+    auc = found["auc"]
+    axes[0].set_title(f"ROC area {auc['value']:.2f} ({auc['low']:.2f} to {auc['high']:.2f})",
+                      fontsize=9)
+    axes[0].set_xlabel("False alarms (1 - specificity)")
+    axes[0].set_ylabel(f"TPP < {found['threshold']:g} found (sensitivity)")
+    if reliability:
+        for one in reliability["bins"]:
+            axes[1].plot([one["predicted"]] * 2, [one["low"], one["high"]], color=TRAIN_COLOUR)
+            axes[1].plot(one["predicted"], one["value"], "o", ms=5, color=TRAIN_COLOUR)
+        axes[1].set_xlabel(f"Predicted probability of TPP < {found['threshold']:g}")
+        axes[1].set_ylabel("Observed share")
+    for one in axes:
+        one.plot([0, 1], [0, 1], color="0.5", lw=0.9, ls="--", zorder=0)
+        one.set_aspect("equal")
+    _tidy(*axes)
+    if title_note:
+        figure.text(0.5, 1.0, title_note, **NOTE_STYLE)
+    return figure
+
+
+def trend_figure(true_change, change, zone, title_note=None):
+    """Four-quadrant plot of changes (mmHg); the exclusion zone is the grey square."""
+    from matplotlib.patches import Rectangle
+    figure = new_figure(4.2, 4.0)
+    axes = figure.subplots()
+    if len(true_change):
+        _cloud(axes, true_change, change)
+        reach = 1.1 * max(np.percentile(np.abs(np.concatenate([true_change, change])), 99.8),
+                          2 * zone)
+        axes.set_xlim(-reach, reach)
+        axes.set_ylim(-reach, reach)
+    axes.add_patch(Rectangle((-zone, -zone), 2 * zone, 2 * zone, color="0.75", alpha=0.6))
+    axes.axhline(0, color="black", lw=0.8)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_aspect("equal")
+    axes.set_xlabel("Change of true TPP (mmHg)")
+    axes.set_ylabel("Change of predicted TPP (mmHg)")
+    _tidy(axes)
+    _note_on(axes, title_note)
+    return figure
+
+
+def waveforms_figure(waveforms, titles, fs, seconds=15, title_note=None):
+    """The first seconds of waveforms [rows, samples] below one another, each with its title."""
+    figure = new_figure(7.2, 0.95 * len(waveforms) + 0.5)
+    all_axes = np.atleast_1d(figure.subplots(len(waveforms), 1, sharex=True,
+                                             gridspec_kw={"hspace": 0.75}))
+    samples = int(seconds * fs)
+    for axes, wave, title in zip(all_axes, waveforms, titles):
+        axes.plot(np.arange(samples) / fs, wave[:samples], color=TRAIN_COLOUR, lw=0.9)
+        axes.set_title(title, fontsize=8, loc="left", pad=2)
+        axes.set_yticks([])
+    all_axes[-1].set_xlabel("Time (s)")
+    _tidy(*all_axes)
+    if title_note:
+        figure.text(0.5, 0.93, title_note, **NOTE_STYLE)
+    return figure

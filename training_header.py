@@ -7,10 +7,19 @@ exporting go through it and nothing else.
 """
 import ctypes
 import hashlib
+import io
 import math
 import os
+import pickle
+import random
+import re
+import signal
+import sys
+import threading
+import time
 import zipfile
-from contextlib import nullcontext
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -19,6 +28,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlat
 
 from datasets import (
     DEFAULT_CONDITION,
+    FIELDS,
     FS,
     PARTS,
     SEGMENT_SAMPLES,
@@ -29,6 +39,7 @@ from datasets import (
     create_dataset_index,
     fit_normaliser,
     get_gate,
+    hash_patients,
     kept_dataset_index,
     load_dataset_index,
     make_loader,
@@ -49,14 +60,15 @@ from tk_utils import atomic_path, progress, reset_all_seeds, write_json
 
 __all__ = [      # noqa: F822 - DEVICE comes from __getattr__
     "DEFAULT_CONDITION", "DEVICE", "FS", "PARTS", "SEGMENT_SAMPLES", "SEGMENT_SECONDS",
-    "CheckpointError", "ConvBlock", "CosineAnnealingLR", "DataError", "DatasetIndex",
-    "MyFirstResNet", "NormalisedModel", "ReduceLROnPlateau", "ResBlockV1", "ResBlockV2",
-    "ResBlockV3", "StepLR", "TPP_PPG_dataset", "TrainingError", "atomic_path", "choose_device",
-    "compile_or_not", "create_dataset_index", "fit_normaliser", "get_gate", "get_model_v3",
+    "CheckpointError", "ConvBlock", "CosineAnnealingLR", "DataError", "DatasetIndex", "Interrupted",
+    "MyFirstResNet", "NonFiniteLoss", "NormalisedModel", "ReduceLROnPlateau", "ResBlockV1",
+    "ResBlockV2", "ResBlockV3", "StepLR", "TPP_PPG_dataset", "TrainingError", "atomic_path",
+    "choose_device", "compile_or_not", "create_dataset_index", "fit_normaliser", "get_gate",
+    "get_model_v3",
     "hash_patients", "init_steady", "kept_dataset_index", "load_checkpoint",
     "load_dataset_index", "load_model", "make_loader", "predict_dataset", "progress", "read_salt",
     "receptive_field", "reset_all_seeds", "salt_mark", "save_checkpoint", "split_index",
-    "split_patients", "training_loop", "write_json",
+    "save_tensors", "split_patients", "training_loop", "write_json",
 ]
 
 
@@ -139,39 +151,183 @@ class NormalisedModel(nn.Module):
         return self.network(ppg, *vitals) * self.label_sd + self.label_mean
 
 
+def save_tensors(path, obj):
+    """`torch.save`, whole or not at all; a full disk is an OSError (torch's own is none)."""
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+
+
 def save_checkpoint(path, model, model_args, config, split, provenance, metrics=None):
     """Writes a `NormalisedModel` and what it takes to understand it later, whole or not at all."""
     weights = model.network.state_dict()
-    with atomic_path(path) as temporary:
-        torch.save({
-            "model": {k: v.detach().cpu().contiguous() for k, v in weights.items()},
-            "model_args": model_args, "keys": model.keys, "normaliser": model.normaliser,
-            "config": config, "split": split, "provenance": provenance, "metrics": metrics or {},
-        }, temporary)
+    save_tensors(path, {
+        "model": {k: v.detach().cpu().contiguous() for k, v in weights.items()},
+        "model_args": model_args, "keys": model.keys, "normaliser": model.normaliser,
+        "config": config, "split": split, "provenance": provenance, "metrics": metrics or {}})
 
 
-def load_checkpoint(path):
-    """The dictionary of a checkpoint; only tensors and plain values are ever unpickled.
+LARGEST_PICKLE = 2 ** 25        # bytes of all that is not weights; a million hashed patients fit in
 
-    Raises CheckpointError for a missing file and for one that is no checkpoint of this project.
+
+class StorageCheck(pickle._Unpickler):
+    """Goes through the pickle of a file of torch.save and builds nothing; raises ValueError where
+    it names anything but tensors, or a tensor larger than what the file holds for it.
+
+    It is the unpickler in Python: the one in C allocates whatever a damaged file asks for.
+    """
+    item_bytes = {"DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage": 4,
+                  "HalfStorage": 2, "BFloat16Storage": 2, "ShortStorage": 2, "CharStorage": 1,
+                  "ByteStorage": 1, "BoolStorage": 1}
+
+    def __init__(self, archive, folder):
+        super().__init__(io.BytesIO(archive.read(f"{folder}/data.pkl")))
+        self.archive, self.folder = archive, folder
+        self.left = sum(one.file_size for one in archive.infolist())
+
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self.check_tensor
+        if module == "torch" and name in self.item_bytes:
+            return name
+        raise ValueError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+    def persistent_load(self, saved):
+        _, kind, key, _, count = saved
+        size = self.archive.getinfo(f"{self.folder}/data/{key}").file_size
+        if size != count * self.item_bytes[kind]:
+            raise ValueError(f"a storage of {size} bytes, expected {count} numbers")
+        return count, self.item_bytes[kind]
+
+    def check_tensor(self, storage, offset, shape, strides, *_):
+        count, item_bytes = storage
+        last = offset + sum((n - 1) * step for n, step in zip(shape, strides))
+        self.left -= math.prod(shape) * item_bytes      # no storage counts twice
+        if (len(shape) != len(strides) or min((offset,) + shape + strides) < 0
+                or math.prod(shape) and last >= count or self.left < 0):
+            raise ValueError(f"a tensor {shape} larger than its storage")
+
+
+def load_tensors(path):
+    """What torch.save wrote to a file, if that is tensors and plain values; nothing in it is run.
+
+    PyTorch sees it only after its zip entries (uncompressed, as long as they say, check sums right,
+    which PyTorch does not look at) and its pickle have been found to be harmless. Raises
+    CheckpointError.
     """
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such checkpoint (python train_resnet.py makes one)")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: not a checkpoint (expected a zip file of torch.save)")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: not a checkpoint (expected a file)")
+    if torch_version() < (2, 6):
+        print(f"WARNING: PyTorch {torch.__version__}: before 2.6 loading a checkpoint from others "
+              "can run code (CVE-2025-32434); it is checked first, but do upgrade", file=sys.stderr)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = {one.filename for one in entries}
+            pickles = [name for name in names if name.endswith("/data.pkl")]
+            if (len(names) < len(entries) or len(pickles) != 1
+                    or any(one.compress_type or one.file_size != one.compress_size
+                           for one in entries)
+                    or sum(one.file_size for one in entries) > os.path.getsize(path)
+                    or archive.getinfo(pickles[0]).file_size > LARGEST_PICKLE):
+                raise ValueError("its entries are not those of torch.save")
+            if archive.testzip() is not None:
+                raise ValueError("damaged: a check sum is wrong")
+            StorageCheck(archive, os.path.dirname(pickles[0])).load()
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile:
+        raise CheckpointError(f"{path}: not a checkpoint (expected a zip file of torch.save)") \
+            from None
     except Exception as error:  # noqa: BLE001 - a foreign file fails in the unpickler in many ways
-        reason = (str(error).splitlines() or [""])[0][:200]
+        reason = "".join(c if c.isprintable() else " " for c in str(error)[:200])
         raise CheckpointError(f"{path}: not a checkpoint ({type(error).__name__}: "
                               f"{reason})") from None
+
+
+def check_plain(value):
+    """Raises ValueError unless a value is numbers, printable text, and lists and dictionaries of
+    them, of sensible number and depth (they could hold themselves)."""
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        one, depth = waiting.pop()
+        count += 1
+        if depth > 10 or count > 10 ** 7:
+            raise ValueError("settings too deep or too many")
+        if isinstance(one, (dict, list, tuple)):
+            parts = list(one) + list(one.values()) if isinstance(one, dict) else one
+            waiting += [(part, depth + 1) for part in parts]
+        elif isinstance(one, str):
+            if len(one) > 10000 or not one.isprintable():
+                raise ValueError("text with control characters, or too long")
+        elif one is not None and not isinstance(one, (bool, int, float)):
+            raise ValueError(f"a {type(one).__name__} among the settings")
+
+
+def check_settings(saved):
+    """Raises ValueError where a checkpoint's settings are not those of a network for our data."""
+    check_plain({part: value for part, value in saved.items() if part != "model"})
+    keys, normaliser = saved["keys"], saved["normaliser"]
+    if (keys[:1] != ["ppg"] or keys[-1] not in ("tpp", "p_crit") or len(set(keys)) < len(keys)
+            or not set(keys) <= set(FIELDS)):
+        raise ValueError("keys: expected ppg, vitals and tpp or p_crit")
+    for key in keys[1:]:
+        mean, sd = (normaliser[key][what] for what in ("mean", "sd"))
+        if not (isinstance(mean, float) and isinstance(sd, float) and 0 < sd < math.inf
+                and -math.inf < mean < math.inf):
+            raise ValueError(f"normaliser of {key}: mean {mean}, sd {sd}")
+    if not all(isinstance(h, str) for hashes in saved["split"].values() for h in hashes):
+        raise ValueError("split: expected lists of hashed patients")
+    if not (isinstance(saved["config"].get("condition"), str)
+            and isinstance(saved["provenance"].get("origin"), str)):
+        raise ValueError("no condition or origin of the data")
+    for name, weights in saved["model"].items():
+        if not (isinstance(name, str) and isinstance(weights, torch.Tensor)
+                and weights.dtype == torch.float32 and torch.isfinite(weights).all()):
+            raise ValueError(f"weights {name!r:.80}: expected finite float32")
+
+
+def load_checkpoint(path):
+    """The dictionary of a checkpoint, checked; only tensors and plain values are ever unpickled.
+
+    Raises CheckpointError for a missing file and for one that is no checkpoint of this project.
+    """
+    checkpoint = load_tensors(path)
     expected = {"model": dict, "model_args": dict, "keys": list, "normaliser": dict, "config": dict,
                 "split": dict, "provenance": dict, "metrics": dict}
     for key, kind in expected.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise CheckpointError(f"{path}: not a checkpoint of this project (no {kind.__name__} "
                                   f"{key!r})")
+    for check, what in ((check_settings, "not a checkpoint of this project"),
+                        (check_network, "the saved weights and settings do not fit")):
+        try:
+            check(checkpoint)
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError,
+                AssertionError) as error:       # of what stands where something else should
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path}: {what} ({reason})") from None
     return checkpoint
+
+
+def check_network(saved):
+    """Raises what PyTorch raises where weights, settings and keys do not make a network for our
+    segments. No memory is taken for it: settings alone could ask for any amount."""
+    for key, value in saved["model_args"].items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if len(numbers) > 100 or any(isinstance(n, bool) or not 0 <= n < 1e6 for n in numbers):
+            raise ValueError(f"{key}: expected numbers up to a million")
+    with torch.device("meta"):
+        network = get_model_v3(**saved["model_args"])
+        network(torch.zeros(1, 1, SEGMENT_SAMPLES), *torch.zeros(network.num_discrete, 1))
+    expected = {key: tuple(weights.shape) for key, weights in network.state_dict().items()}
+    if expected != {key: tuple(weights.shape) for key, weights in saved["model"].items()}:
+        raise ValueError("weights of other names or shapes than the settings say")
+    NormalisedModel(network, saved["keys"], saved["normaliser"])
 
 
 def load_model(path, device=None):
@@ -180,15 +336,9 @@ def load_model(path, device=None):
     Returns a `NormalisedModel` in evaluation mode: raw units in, mmHg out.
     """
     checkpoint = path if isinstance(path, dict) else load_checkpoint(path)
-    name = "the checkpoint" if isinstance(path, dict) else path
-    try:
-        network = get_model_v3(**checkpoint["model_args"])
-        network.load_state_dict(checkpoint["model"], strict=True)
-        model = NormalisedModel(network, checkpoint["keys"], checkpoint["normaliser"])
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{name}: the saved weights and settings do not fit "
-                              f"({reason})") from None
+    network = get_model_v3(**checkpoint["model_args"])
+    network.load_state_dict(checkpoint["model"], strict=True)
+    model = NormalisedModel(network, checkpoint["keys"], checkpoint["normaliser"])
     return model.to(device or "cpu").eval()
 
 
@@ -205,11 +355,6 @@ def read_salt(path):
     if len(salt) != 32:
         raise DataError(f"{path}: expected a salt of 32 characters")
     return salt
-
-
-def hash_patients(patients, salt):
-    """Patients' names as salted hashes, which may leave the hospital."""
-    return [hashlib.sha256(f"{salt}/{patient}".encode()).hexdigest()[:16] for patient in patients]
 
 
 def salt_mark(salt):
@@ -266,10 +411,81 @@ def compile_or_not(model):
     return forward
 
 
-def backward_group(forward, group, device, loss_sum, amp_context, scaler):
+class Interrupted(Exception):
+    """Training was asked to stop and has saved its state; the message is one line."""
+
+
+class NonFiniteLoss(TrainingError):
+    """The loss of a step is not finite; `epoch` and `batches` (their numbers) say which."""
+
+    def __init__(self, message, epoch, batches):
+        super().__init__(message)
+        self.epoch, self.batches = epoch, batches
+
+
+@contextmanager
+def stop_signals():
+    """A list that holds the SIGINT or SIGTERM received so far; a second SIGINT ends us at once."""
+    received = []
+
+    def take(number, _):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():   # Python would refuse
+        yield received
+        return
+    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def plain_errors():
+    """Turns what PyTorch raises when memory, a loader worker or another process is gone into one
+    line that says what to do."""
+    advice = (
+        (r"out of memory|can't allocate memory|bad allocation", "out of memory: a smaller "
+         "--batch-size with as many times --accumulate needs less and computes the same"),
+        (r"DataLoader worker .* (exited|is killed)", "a loader worker was ended from outside (out "
+         "of memory?): lower --workers"),
+        (r"gloo|nccl|[Cc]onnection (closed|reset)|Broken pipe", "another process of this run has "
+         "ended; its own message says why"))
+    try:
+        yield
+    except MemoryError:
+        raise TrainingError(advice[0][1]) from None
+    except RuntimeError as error:
+        for pattern, line in advice:
+            if re.search(pattern, str(error), re.IGNORECASE):
+                raise TrainingError(line) from error
+        raise
+
+
+def rng_state():
+    """The states of all random generators that a training step may draw from, as plain values."""
+    numpy_state = np.random.get_state()
+    return {"python": random.getstate(), "torch": torch.get_rng_state(),
+            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_rng_state(state):
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def backward_group(loss_of, group, device, scaler, no_sync):
     """Gradients of the mean loss over the batches of a group, as if they were one batch.
 
-    Returns each batch's summed loss (on the device: reading it would make the host wait) and rows.
+    loss_of(batch): its summed loss, and the one to minimise. Returns each batch's loss (on the
+    device: reading it would make the host wait) and rows.
     """
     _, world = distributed()
     count = sum(len(batch[-1]) for batch in group)
@@ -277,13 +493,11 @@ def backward_group(forward, group, device, loss_sum, amp_context, scaler):
         count = reduce_sum(torch.tensor(float(count), device=device))
     sums = []
     for i, batch in enumerate(group):
-        *inputs, label = [t.to(device, non_blocking=True) for t in batch]
+        batch = [t.to(device, non_blocking=True) for t in batch]
         wait = world > 1 and i < len(group) - 1         # processes exchange gradients once a step
-        with forward.no_sync() if wait else nullcontext():
-            with amp_context():
-                out = forward(*inputs)
-            loss = loss_sum(out[:, 0].to(label.dtype), label)
-            share = loss * world / count                # processes' gradients are averaged
+        with no_sync() if wait else nullcontext():
+            loss, weighted = loss_of(batch)
+            share = weighted * world / count            # processes' gradients are averaged
             (scaler.scale(share) if scaler else share).backward()
         sums.append(loss.detach())
     return sums, [len(batch[-1]) for batch in group]
@@ -296,16 +510,14 @@ def mean_losses(sums, rows, device):
     return float(totals[0] / totals[1]), (torch.stack(sums).cpu() / torch.tensor(rows)).tolist()
 
 
-def run_epoch(forward, loader, device, loss_sum, amp_context):
+def run_epoch(loss_of, loader, device):
     """Mean loss over a loader's segments, and each batch's, without gradients."""
     sums, rows = [], []
     with torch.no_grad():
         for batch in loader:
-            *inputs, label = [t.to(device, non_blocking=True) for t in batch]
-            with amp_context():
-                out = forward(*inputs)
-            sums.append(loss_sum(out[:, 0].to(label.dtype), label))
-            rows.append(len(label))
+            batch = [t.to(device, non_blocking=True) for t in batch]
+            sums.append(loss_of(batch)[0])
+            rows.append(len(batch[-1]))
     return mean_losses(sums, rows, device)
 
 
@@ -313,7 +525,8 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
                   early_stopping=-1, scheduler_and_args=None, warmup_epochs=0,
                   gradient_accumulation=1, optimizer_type=None, criterion="mse", batch_cosine=False,
                   checkpoints_name=None, verbose=False, gradient_clipping=None, pbar_momentum=0.95,
-                  device=None, repeat_val=1, *, amp=None, compiled=False, on_epoch=None):
+                  device=None, repeat_val=1, *, amp=None, compiled=False, on_epoch=None,
+                  weigh=None, resume_path=None, experiment=None, checkpoint_minutes=10):
     """Trains `model` and returns (the model with its best weights, trajectories).
 
     Loaders yield (ppg [B, 1, L], vitals [B]…, label [B]); `model(ppg, *vitals)` gives [B, 1].
@@ -325,13 +538,19 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
     gradient_accumulation: one step for so many batches, equal to one batch of their size; clipping
     acts on the accumulated gradient. checkpoints_name: also save each epoch's state dict as
     `<checkpoints_name>_<epoch>.pth`. repeat_val: passes over the tune loader (level 'patient' draws
-    anew). amp: 'bf16' or 'fp16' autocast. compiled: through `torch.compile`. on_epoch: called with
-    a dictionary after each epoch.
+    anew). amp: 'bf16' or 'fp16' autocast. compiled: through `torch.compile`. weigh: the train
+    loader's batches hold one more tensor [B] before the label, and this function makes it the
+    segments' weights, about 1 on average. on_epoch: called with a
+    list of dictionaries, one for each epoch so far.
+    resume_path: the whole state is kept in this file after each epoch, every checkpoint_minutes,
+    and when SIGINT or SIGTERM arrive (then raises Interrupted); if the file is there, training goes
+    on from it as if it had never stopped, to the last bit on CPU (inside an epoch with our loaders,
+    from its start with others). experiment: kept in the file, for the caller to compare.
     Trajectories are arrays: batch_train_loss, epoch_train_loss, batch_val_loss, epoch_val_loss, lr.
     Under torchrun each process passes its own share of the segments; gradients and losses are those
-    of all. Raises TrainingError when the loss is not finite.
+    of all. Raises NonFiniteLoss, and TrainingError for what cannot be trained.
     """
-    losses = {"mse": nn.MSELoss(reduction="sum"), "l1": nn.L1Loss(reduction="sum")}
+    losses = {"mse": nn.MSELoss(reduction="none"), "l1": nn.L1Loss(reduction="none")}
     if criterion not in losses:
         raise TrainingError(f"criterion {criterion!r}: expected 'mse' or 'l1'")
     if batch_cosine and (not scheduler_and_args or scheduler_and_args[0] is not CosineAnnealingLR):
@@ -340,7 +559,6 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
         raise TrainingError("the train or the tune loader is empty")
     if total_epochs < 1:
         raise TrainingError(f"total_epochs {total_epochs}: expected at least 1")
-    loss_sum = losses[criterion]
     device = device if isinstance(device, torch.device) else choose_device(device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -349,9 +567,10 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
         torch.backends.cudnn.allow_tf32 = True
     rank, world = distributed()
     model.to(device)
-    forward = compile_or_not(model) if compiled and world == 1 else model
-    if world > 1:
-        forward = nn.parallel.DistributedDataParallel(torch.compile(model) if compiled else model)
+    forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    no_sync = forward.no_sync if world > 1 else nullcontext
+    if compiled:
+        forward = compile_or_not(forward)
     parameters = [p for p in model.parameters() if p.requires_grad]
     # one kernel for all parameters, where PyTorch has it: everywhere on CUDA, from 2.4 on CPU
     fused = optimizer_type is None and (device.type == "cuda" or torch_version() >= (2, 4))
@@ -366,89 +585,178 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
         raise TrainingError(f"amp {amp!r}: expected 'bf16' or 'fp16'")
     scaler = torch.cuda.amp.GradScaler() if amp == "fp16" and device.type == "cuda" else None
 
-    def amp_context():
-        return torch.autocast(device.type, dtypes[amp]) if amp else nullcontext()
+    def loss_of(network, batch, weigh=None):
+        """The summed loss of a batch, and the same with weights, which is what is minimised."""
+        *inputs, label = batch
+        weight = weigh(inputs.pop()) if weigh else None
+        with torch.autocast(device.type, dtypes[amp]) if amp else nullcontext():
+            out = network(*inputs)
+        each = losses[criterion](out[:, 0].to(label.dtype), label)
+        total = each.sum()
+        return total, total if weight is None else (each * weight).sum()
 
-    trajectories = {name: [] for name in ("batch_train_loss", "epoch_train_loss", "batch_val_loss",
-                                          "epoch_val_loss", "lr")}
-    best_loss, best_epoch, best_weights = math.inf, 0, None
+    # All that the next step depends on, beside the states of `parts` and the random generators.
+    run = {"epoch": 0, "batches": 0, "sums": [], "rows": [], "best_loss": math.inf, "best_epoch": 0,
+           "best_weights": None, "log": [], "seconds": 0.0, "done": False,
+           "trajectories": {name: [] for name in ("batch_train_loss", "epoch_train_loss",
+                                                  "batch_val_loss", "epoch_val_loss", "lr")}}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "warmup": warmup,
+             "scaler": scaler}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    bad_batch = torch.full((), -1, dtype=torch.int64, device=device)
+    saved_at = started = time.monotonic()
+
+    def check_finite():
+        worst = bad_batch.clone()
+        if world > 1:
+            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        last = int(worst)
+        if last >= 0:
+            first = last - last % gradient_accumulation
+            raise NonFiniteLoss(f"the training loss is not finite at epoch {run['epoch'] + 1}, "
+                                f"batch {last + 1}; a lower --lr or clipping may help",
+                                run["epoch"], list(range(first, last + 1)))
+
+    def save():
+        nonlocal saved_at, started
+        if resume_path is None:
+            return
+        states = [rng_state()]
+        if world > 1:
+            states = [None] * world
+            torch.distributed.all_gather_object(states, rng_state())
+        now = time.monotonic()
+        run["seconds"], started, saved_at = run["seconds"] + now - started, now, now
+        if rank == 0:
+            save_tensors(resume_path, {
+                "run": dict(run, sums=torch.stack(run["sums"]).cpu() if run["sums"] else None),
+                "parts": {name: part.state_dict() for name, part in parts.items()},
+                "rng": states, "experiment": experiment})
+
+    saved = [None]
+    if rank == 0 and resume_path is not None and os.path.exists(resume_path):
+        saved = [load_tensors(resume_path)]
+    if world > 1:
+        torch.distributed.broadcast_object_list(saved)
+    saved = saved[0]
+    if saved is not None:
+        try:
+            run.update(saved["run"])
+            run["sums"] = [] if run["sums"] is None else list(run["sums"].to(device))
+            for name, part in parts.items():
+                part.load_state_dict(saved["parts"][name])
+            set_rng_state(saved["rng"][rank])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise TrainingError(f"{resume_path}: not the state of this run "
+                                f"({' '.join(str(error).split())[:200]})") from None
+    resumable = hasattr(train_loader.sampler, "first_batch")    # inside an epoch
+    trajectories = run["trajectories"]
     read_every = 1 if device.type == "cpu" else 50          # reading a loss makes the host wait
-    for epoch in range(total_epochs):
-        for loader in (train_loader, val_loader):
-            if hasattr(loader.sampler, "set_epoch"):
-                loader.sampler.set_epoch(epoch)
-        model.train()
-        sums, rows, group, steps, shown = [], [], [], 0, None
-        bar = progress(train_loader, desc=f"epoch {epoch + 1}/{total_epochs}", disable=rank > 0)
-        for number, batch in enumerate(bar, 1):
-            group.append(batch)
-            if len(group) < gradient_accumulation and number < len(train_loader):
-                continue
-            group_sums, group_rows = backward_group(forward, group, device, loss_sum, amp_context,
-                                                    scaler)
-            sums += group_sums
-            rows += group_rows
-            if scaler:
-                scaler.unscale_(optimizer)
-            if gradient_clipping is not None:
-                nn.utils.clip_grad_norm_(parameters, gradient_clipping)
-            scaler.step(optimizer) if scaler else optimizer.step()
-            if scaler:
-                scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if l1_reg:
-                shrink_weights(parameters, optimizer.param_groups[0]["lr"] * l1_reg)
-            if batch_cosine and epoch >= warmup_epochs:
-                for _ in group:
-                    scheduler.step()
-            group, steps = [], steps + 1
-            if steps % read_every == 0 or number == len(train_loader):
-                loss_now = float(sums[-1]) / max(1, rows[-1])
-                if not math.isfinite(loss_now):
-                    raise TrainingError(f"the training loss is {loss_now} at epoch {epoch + 1}, "
-                                        f"batch {number}; a lower --lr or clipping may help")
+    with plain_errors(), stop_signals() as signals:
+        while run["epoch"] < total_epochs and not run["done"]:
+            epoch, shown, group, steps = run["epoch"], None, [], 0
+            if resumable:
+                train_loader.sampler.set_epoch(epoch, run["batches"])
+            elif hasattr(train_loader.sampler, "set_epoch"):
+                train_loader.sampler.set_epoch(epoch)
+            if hasattr(val_loader.sampler, "set_epoch"):
+                val_loader.sampler.set_epoch(epoch)
+            model.train()
+            n_batches = len(train_loader)
+            bar = progress(train_loader, desc=f"epoch {epoch + 1}/{total_epochs}", total=n_batches,
+                           initial=run["batches"], disable=rank > 0)
+            for number, batch in enumerate(bar, run["batches"] + 1):
+                group.append(batch)
+                if len(group) < gradient_accumulation and number < n_batches:
+                    continue
+                sums, rows = backward_group(lambda one: loss_of(forward, one, weigh), group, device,
+                                            scaler, no_sync)
+                run["sums"] += sums
+                run["rows"] += rows
+                bad_batch = torch.where((bad_batch < 0) & ~torch.isfinite(sum(sums)), number - 1,
+                                        bad_batch)
+                if scaler:
+                    scaler.unscale_(optimizer)
+                if gradient_clipping is not None:
+                    nn.utils.clip_grad_norm_(parameters, gradient_clipping)
+                scaler.step(optimizer) if scaler else optimizer.step()
+                if scaler:
+                    scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                if l1_reg:
+                    shrink_weights(parameters, optimizer.param_groups[0]["lr"] * l1_reg)
+                if batch_cosine and epoch >= warmup_epochs:
+                    for _ in group:
+                        scheduler.step()
+                group, steps, run["batches"] = [], steps + 1, number
+                if steps % read_every and number < n_batches:
+                    continue
+                check_finite()
+                loss_now = float(run["sums"][-1]) / max(1, run["rows"][-1])
                 shown = loss_now if shown is None else (pbar_momentum * shown
                                                         + (1 - pbar_momentum) * loss_now)
                 bar.set_postfix_str(f"loss {shown:.4g}", refresh=False)
-        train_loss, batches = mean_losses(sums, rows, device)
-        trajectories["batch_train_loss"] += batches
+                due = time.monotonic() - saved_at > 60 * checkpoint_minutes
+                asked = torch.tensor([float(due), float(len(signals))], device=device)
+                due, stop = (reduce_sum(asked) > 0).tolist()    # all processes agree
+                if resumable and (due or stop) and number < n_batches:
+                    save()
+                if stop and number < n_batches:
+                    bar.close()
+                    where = f"epoch {epoch + 1}, batch {number} of {n_batches}"
+                    raise Interrupted(
+                        f"interrupted at {where}; " + (
+                            "nothing was saved" if resume_path is None else
+                            "saved: the same command goes on from here" if resumable else
+                            "the same command goes on from the start of the epoch"))
+            train_loss, batches = mean_losses(run["sums"], run["rows"], device)
+            trajectories["batch_train_loss"] += batches
+            run.update(sums=[], rows=[], batches=0, epoch=epoch + 1)
 
-        model.eval()
-        val_losses = []
-        for repeat in range(repeat_val):
-            if repeat and hasattr(val_loader.sampler, "set_epoch"):
-                val_loader.sampler.set_epoch(epoch + total_epochs * repeat)
-            mean, batches = run_epoch(model, val_loader, device, loss_sum, amp_context)
-            val_losses.append(mean)
-            trajectories["batch_val_loss"] += batches
-        val_loss = float(np.mean(val_losses))
-        if not math.isfinite(val_loss):
-            raise TrainingError(f"the tune loss is {val_loss} after epoch {epoch + 1}")
-        trajectories["epoch_train_loss"].append(train_loss)
-        trajectories["epoch_val_loss"].append(val_loss)
-        trajectories["lr"].append(optimizer.param_groups[0]["lr"])
-        if val_loss < best_loss:
-            best_loss, best_epoch = val_loss, epoch
-            best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        if epoch < warmup_epochs:
-            warmup.step()
-        elif isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(val_loss)
-        elif scheduler is not None and not batch_cosine:
-            scheduler.step()
-        if rank == 0:
-            if checkpoints_name is not None:
-                with atomic_path(f"{checkpoints_name}_{epoch + 1}.pth") as temporary:
-                    torch.save(model.state_dict(), temporary)
-            if on_epoch is not None:
-                on_epoch({"epoch": epoch + 1, "train_loss": train_loss, "tune_loss": val_loss,
-                          "lr": trajectories["lr"][-1], "best_epoch": best_epoch + 1})
-            if verbose:
-                print(f"epoch {epoch + 1}/{total_epochs}: train loss {train_loss:.4g}, tune loss "
-                      f"{val_loss:.4g}, best {best_loss:.4g} (epoch {best_epoch + 1})", flush=True)
-        if 0 < early_stopping <= epoch - best_epoch:
-            break
-    model.load_state_dict(best_weights)
+            model.eval()
+            val_losses = []
+            for repeat in range(repeat_val):
+                if repeat and hasattr(val_loader.sampler, "set_epoch"):
+                    val_loader.sampler.set_epoch(epoch + total_epochs * repeat)
+                mean, batches = run_epoch(lambda one: loss_of(model, one), val_loader, device)
+                val_losses.append(mean)
+                trajectories["batch_val_loss"] += batches
+            val_loss = float(np.mean(val_losses))
+            if not math.isfinite(val_loss):
+                raise TrainingError(f"the tune loss is {val_loss} after epoch {epoch + 1}")
+            trajectories["epoch_train_loss"].append(train_loss)
+            trajectories["epoch_val_loss"].append(val_loss)
+            trajectories["lr"].append(optimizer.param_groups[0]["lr"])
+            if val_loss < run["best_loss"]:
+                run["best_loss"], run["best_epoch"] = val_loss, epoch
+                run["best_weights"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            if epoch < warmup_epochs:
+                warmup.step()
+            elif isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(val_loss)
+            elif scheduler is not None and not batch_cosine:
+                scheduler.step()
+            run["done"] = 0 < early_stopping <= epoch - run["best_epoch"]
+            seconds = run["seconds"] + time.monotonic() - started
+            run["log"].append({"epoch": epoch + 1, "train_loss": train_loss, "tune_loss": val_loss,
+                               "lr": trajectories["lr"][-1], "best_epoch": run["best_epoch"] + 1,
+                               "seconds": round(seconds, 2)})
+            save()
+            if rank == 0:
+                if checkpoints_name is not None:
+                    save_tensors(f"{checkpoints_name}_{epoch + 1}.pth", model.state_dict())
+                if on_epoch is not None:
+                    on_epoch(run["log"])
+                if verbose:
+                    print(f"epoch {epoch + 1}/{total_epochs}: train loss {train_loss:.4g}, tune "
+                          f"loss {val_loss:.4g}, best {run['best_loss']:.4g} (epoch "
+                          f"{run['best_epoch'] + 1})", flush=True)
+            stop = reduce_sum(torch.tensor(float(len(signals)), device=device)) > 0
+            if stop and run["epoch"] < total_epochs and not run["done"]:
+                raise Interrupted(f"interrupted after epoch {epoch + 1}; " + (
+                    "nothing was saved" if resume_path is None
+                    else "saved: the same command goes on from here"))
+    model.load_state_dict(run["best_weights"])
     return model.cpu(), {name: np.array(values) for name, values in trajectories.items()}
 
 
@@ -464,4 +772,9 @@ def predict_dataset(model, dataset, batch_size=256, device=None, workers=0):
         for batch in progress(loader, desc="predicting"):
             inputs = [t.to(device, non_blocking=True) for t in batch[:len(model.keys) - 1]]
             out.append(model(*inputs)[:, 0])
-    return torch.cat(out).cpu().numpy()
+    predictions = torch.cat(out).cpu().numpy()
+    wrong = np.flatnonzero(~np.isfinite(predictions))
+    if len(wrong):
+        raise DataError(f"{dataset.place(wrong[0])}: the model's answer is {predictions[wrong[0]]} "
+                        f"({len(wrong)} of {len(predictions)} segments; damaged PPG or vitals?)")
+    return predictions

@@ -148,7 +148,7 @@ def test_the_tune_loss_is_taken_in_evaluation_mode_without_gradients():
 
 def test_each_epoch_is_reported_as_it_ends():
     rows = []
-    seen = train_line(3, label=10, tune_label=3, on_epoch=rows.append)[1]
+    seen = train_line(3, label=10, tune_label=3, on_epoch=lambda log: rows.append(log[-1]))[1]
     assert [r["epoch"] for r in rows] == [1, 2, 3]
     assert [r["train_loss"] for r in rows] == seen["epoch_train_loss"].tolist()
     assert [r["tune_loss"] for r in rows] == seen["epoch_val_loss"].tolist()
@@ -468,7 +468,7 @@ def test_no_epochs_or_no_batches_are_refused():
 
 
 @pytest.mark.parametrize("label, tune_label, message", [
-    (math.nan, 0, "the training loss is nan at epoch 1, batch 1"),
+    (math.nan, 0, "the training loss is not finite at epoch 1, batch 1"),
     (0, math.inf, "the tune loss is inf after epoch 1")])
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(label, tune_label, message):
     with pytest.raises(TrainingError, match=message) as caught:

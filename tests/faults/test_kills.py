@@ -1,0 +1,151 @@
+"""Runs that are killed: started again with the same command, they end in the same weights.
+
+    python tests/faults/test_kills.py 100 0         # so many kills, seed; prints what happened
+
+SIGKILL arrives at a random moment of a real run (start, training, saving, scoring, drawing), again
+and again, until the run ends by itself. Every second run writes slowly (each sync waits), so that
+many kills fall inside a write. The tests do a few of these, the command any number.
+"""
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE)]
+from conftest import ROOT, make_file  # noqa: E402
+
+SLOW = """
+import os, runpy, sys, time
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]
+sys.path[:0] = [{root!r}]
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+OPTIONS = ["--epochs", "3", "--batch-size", "8", "--device", "cpu", "--checkpoint-minutes", "0"]
+KINDS = {
+    "one process": ([], []),
+    "workers and accumulation": ([], ["--workers", "2", "--accumulate", "2"]),
+    "two ranks": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], []),
+}
+
+
+def start(folder, kind, slow=False):
+    launcher, options = KINDS[kind]
+    script = os.path.join(ROOT, "train_resnet.py")
+    if slow and not launcher:
+        launcher = ["-c", SLOW.format(root=ROOT)]
+    command = [sys.executable, *launcher, script, "--data", "../d.h5", *OPTIONS, *options]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=True,
+                            env=dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg"))
+
+
+def fingerprint(folder):
+    """Of the final weights, the normaliser and the trajectories, to the last bit."""
+    import torch
+    found = hashlib.sha256()
+    checkpoint = torch.load(os.path.join(folder, "runs", "M1.5.pth"), weights_only=True)
+    trajectory = torch.load(os.path.join(folder, "runs", "M1.5_trajectory.pth"), weights_only=True)
+    for tensors in (checkpoint["model"], trajectory):
+        for name, values in tensors.items():
+            found.update(name.encode() + values.numpy().tobytes())
+    found.update(repr(sorted(checkpoint["normaliser"].items())).encode())
+    return found.hexdigest()
+
+
+def finished(folder, kind):
+    """Runs to the end, unless ended before; the seconds that took. Raises for a failed run."""
+    begun = time.monotonic()
+    process = start(folder, kind)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return time.monotonic() - begun
+
+
+def whole_files(folder):
+    """Raises where a file that a reader could find is not whole; returns how many there are."""
+    import json
+
+    import torch
+    count = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            if name.startswith("."):        # locks, temporaries
+                continue
+            count += 1
+            if name.endswith(".pth"):
+                torch.load(path, weights_only=True)
+            elif name.endswith(".json"):
+                with open(path) as file:
+                    json.load(file)
+            elif name.endswith(".png"):
+                with open(path, "rb") as file:
+                    assert file.read()[-8:-4] == b"IEND", path
+            elif name.endswith(".csv"):
+                with open(path) as file:
+                    assert file.read().endswith("\n"), path
+    return count
+
+
+def killed_runs(base, kind, kills, rng):
+    """So many kills of runs of this kind: (kills, runs that were completed between them)."""
+    reference = os.path.join(base, "reference")
+    os.makedirs(reference)
+    usual_s = finished(reference, kind)
+    expected, done, completed = fingerprint(reference), 0, 0
+    while done < kills:
+        folder = os.path.join(base, f"run{completed}")
+        os.makedirs(folder)
+        while True:
+            process = start(folder, kind, slow=done % 2 == 1)
+            try:
+                output = process.communicate(timeout=rng.uniform(0.0, 1.1 * usual_s))[0]
+                assert process.returncode == 0, output
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                done += 1
+                whole_files(folder)
+                if done >= kills:
+                    finished(folder, kind)
+                    break
+        assert whole_files(folder) > 5
+        assert fingerprint(folder) == expected, f"{kind}: other weights after {done} kills"
+        left = [name for name in os.listdir(os.path.join(folder, "runs")) if "tmp" in name]
+        assert not left and not os.path.exists(os.path.join(folder, "runs", "M1.5_resume.pth"))
+        shutil.rmtree(folder)
+        completed += 1
+    return done, completed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, tmp_path):
+    make_file(tmp_path / "d.h5", patients=6, encounters=1, rows=8)
+    assert killed_runs(str(tmp_path), kind, 2, random.Random(len(kind)))[0] == 2
+
+
+def main(kills, seed):
+    rng = random.Random(seed)
+    for number, kind in enumerate(KINDS):
+        share = kills // 2 if number == 0 else (kills + 3) // 4
+        with tempfile.TemporaryDirectory() as base:
+            make_file(os.path.join(base, "d.h5"), patients=6, encounters=1, rows=8)
+            done, completed = killed_runs(base, kind, share, rng)
+            print(f"{kind}: {done} kills, {completed} runs completed, all with the weights of the "
+                  "unbroken run, 0 half-written files", flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
