@@ -5,37 +5,70 @@
         recording = read_recording(found.path)
         recording.channels['ABP'].samples, recording.channels['ABP'].fs
 
-Formats: WFDB (single- and multi-segment records; needs the wfdb package) and CSV with a header.
-One reader function per format, chosen by the file's name in `reader_of`: a new format is a new
-function there. What the monitor did not give is NaN and stays NaN, also in `resample`.
+Formats: WFDB (records of one or many segments), VitalDB (.vital), EDF and EDF+ (also with gaps),
+CSV, Parquet and HDF5 with plain waveforms. `READERS`, at the end, has a function for each ending
+and the package that it needs; a new format is one more line there. What the monitor did not give is
+NaN and stays NaN, also in `resample`. Files are not trusted: nothing outside a record's own folder
+is opened, and nothing larger than a file of its size can hold is allocated.
 """
 
+import contextlib
 import csv
+import gzip
 import importlib
+import io
 import os
 import re
+import zlib
 from array import array
 from dataclasses import dataclass
 from typing import Dict, List, NamedTuple, Optional
 
 import numpy as np
 
-# Names monitors and archives give to the two waveforms, best first. They are compared as
-# `plain_name` makes them: lower case, letters and digits only, no device prefix, no unit.
+# Names monitors and archives give to waveforms and numerics, best first. They are compared as
+# `plain_name` makes them: lower case, letters and digits only, no device prefix, no unit. Sources:
+# the signals of MIMIC-III and -IV (physionet.org), VitalDB's track list (vitaldb.net/dataset), the
+# pressure labels of Philips IntelliVue (Data Export manual; ABP, ART, Ao, FAP, BAP, UAP), GE's
+# numbered ones (ART1, AR1), IEEE 11073 codes (MDC_PRESS_BLD_ART_ABP; NOM_... in Philips' exports).
+# P1 to P4 are absent on purpose: a monitor calls any unlabelled pressure so, a venous one as well.
+ARTERIAL = ("abp", "art", "artabp", "art1", "ar1", "ibp", "ibp1", "aobp", "ao", "aort", "radial",
+            "rad", "artrad", "radart", "abprad", "radabp", "artradial", "radialart", "art2", "ar2",
+            "fap", "fem", "bap", "uap", "artumb", "arterialpressure", "arterialbloodpressure",
+            "invasivebloodpressure")
+CUFF = ("nbp", "nibp", "noninv")  # looked for after the arterial line
+
+
+def _numerics(endings, names):
+    arterial, cuff = ([site + ending for site in sites for ending in endings]
+                      for sites in (ARTERIAL, CUFF))
+    return (*arterial, *names, *cuff)
+
+
 CHANNEL_ALIASES = {
-    "abp": ("abp", "art", "art1", "ibp", "ibp1", "aobp", "ao", "radial", "rad", "artrad", "radart",
-            "abprad", "radabp", "artradial", "radialart", "art2", "fap", "fem", "bap", "uap",
-            "arterialpressure", "arterialbloodpressure", "invasivebloodpressure"),
-    "ppg": ("pleth", "ppg", "plethr", "plethl", "spo2wave", "spo2waveform", "spo2pleth",
-            "plethspo2", "spo2ppg", "ppgfinger", "fingerppg", "plethysmogram",
+    "abp": ARTERIAL,
+    "ppg": ("pleth", "ppg", "plethr", "plethl", "plethwave", "spo2wave", "spo2waveform",
+            "spo2pleth", "plethspo2", "spo2ppg", "ppgfinger", "fingerppg", "plethysmogram",
             "photoplethysmogram"),
+    "map": _numerics(("mean", "m", "mbp", "map"), ("map", "mbp", "mabp", "meanbp")),
+    "sbp": _numerics(("sys", "s", "sbp", "systolic"), ("sbp", "sys", "systolic", "systolicbp")),
+    "dbp": _numerics(("dias", "dia", "d", "dbp", "diastolic"),
+                     ("dbp", "dias", "dia", "diastolic", "diastolicbp")),
+    "hr": ("hr", "heartrate", "ecghr", "hrecg", "ecgcardbeatrate", "pulse", "pulserate", "pr",
+           "abphr", "arthr", "plethhr", "plethpulserate", "spo2hr", "spo2pr"),
 }
 TIME_NAMES = ("times", "time", "t", "seconds", "sec", "timesec", "timeseconds")  # plain names
 MISSING_CELLS = ("", "nan", "na", "n/a", "null", "none", "-", "--")
 LONGEST_GAPS_S = 7 * 86400.0  # in one file; more is a slip in its times, not a recording
+JITTER_S = 0.01  # by which a block's time stamp may be off: no gap
 GAP_MARGIN_S = 1 / 60  # beside a gap: what a low-passed, continued signal is least sure of
 SHORTEST_STRETCH_S = 0.25  # between two gaps; a shorter one holds no beat
+NUMERICS_FS = 1.0  # Hz: of a .vital file's numbers, which come when the monitor has a new one
 BLOCK = 36000  # samples resampled at a time, to bound memory
+# The samples that a file may promise per channel: 2**25 (256 MB, 3 days at 125 Hz, gaps included),
+# and 32 for each of its bytes (8 bits compressed 32-fold).
+FREE_SAMPLES, SAMPLES_PER_BYTE = 1 << 25, 32
+MOST_OBJECTS = 10000  # looked at in an HDF5 file
 INSTALL_LINE = "pip install -r requirements-extra.txt"
 
 
@@ -47,7 +80,7 @@ class RecordingError(ValueError):
 
     def __init__(self, path, what, detail=""):
         super().__init__(path, what, detail)  # all three are args, so that it can be pickled
-        self.path, self.what, self.detail = path, what, " ".join(str(detail).split())
+        self.path, self.what, self.detail = path, what, _printable(detail)
 
     def __str__(self):
         return f"{self.path}: {self.what}" + (f" ({self.detail})" if self.detail else "")
@@ -56,7 +89,7 @@ class RecordingError(ValueError):
 @dataclass
 class Channel:
     samples: np.ndarray  # [n] float64, NaN where nothing was recorded; empty if only listed
-    fs: float  # Hz
+    fs: float  # Hz; NaN if only listed and not known
     unit: str
     start_s: float = 0.0  # time of samples[0] after the recording's start
 
@@ -69,13 +102,15 @@ class Recording:
 
 class Found(NamedTuple):
     path: str
-    typed: str  # what the user typed: `path` itself, or the folder that holds it
+    typed: str  # what the user typed: `path` itself, or the folder or list that holds it
 
 
 def find_recordings(inputs) -> List[Found]:
-    """Recordings named by `inputs` (files, WFDB record names, folders), each folder's sorted.
+    """Recordings named by `inputs`: files, WFDB record names, folders, lists (RECORDS files).
 
-    Headers that are the segments of a multi-segment record are part of that record.
+    A folder is walked, with all folders in it, in sorted order. The lines of a list name records
+    or folders beside it. Not recordings of their own: segments of a WFDB record, and the numerics
+    that MIMIC keeps beside a waveform record.
     """
     found, seen = [], set()
     for typed in inputs:
@@ -83,7 +118,9 @@ def find_recordings(inputs) -> List[Found]:
         if os.path.isdir(typed):
             paths = _recordings_in(typed)
             if not paths:
-                raise RecordingError(typed, "no WFDB header (.hea) and no .csv file in this folder")
+                raise RecordingError(typed, f"no recording in this folder ({', '.join(READERS)})")
+        elif os.path.basename(typed).startswith("RECORDS") and os.path.isfile(typed):
+            paths = _listed_in(typed)
         else:
             path = typed[:-4] + ".hea" if typed.lower().endswith(".dat") else typed
             if not os.path.isfile(path) and os.path.isfile(typed + ".hea"):
@@ -104,22 +141,60 @@ def _recordings_in(folder):
     paths = []
     for parent, folders, files in os.walk(folder):
         folders.sort()
-        segments = set()
-        for file in files:
-            if file.lower().endswith(".hea"):
-                try:
-                    segments.update(_read_header(os.path.join(parent, file)).segments)
-                except RecordingError:
-                    continue  # it stays in the list; reading it will say what is wrong
         paths += [
             os.path.join(parent, file)
             for file in sorted(files)
-            if os.path.splitext(file)[1].lower() in (".hea", ".csv")
+            if os.path.splitext(file)[1].lower() in READERS
             and not file.startswith(".")
             and not file.endswith("_problems.csv")  # prepare.py's own
-            and file[:-4] not in segments
         ]
-    return paths
+    return [path for path in _whole_records(paths) if not _is_prepared(path)]
+
+
+def _listed_in(path):
+    """The recordings that a list names, like MIMIC's RECORDS: a record or folder in each line."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        entries = [line.strip() for line in file]
+    paths = []
+    for number, entry in enumerate(entries, 1):
+        if os.path.isabs(entry) or re.search(r"(^|[/\\])\.\.([/\\]|$)|[:\x00]", entry):
+            raise RecordingError(path, f"line {number} names a record outside the list's folder")
+        target = os.path.join(os.path.dirname(path), entry)
+        if entry and os.path.isdir(target):
+            paths += _recordings_in(target)
+        elif entry:
+            known = os.path.splitext(entry)[1].lower() in READERS
+            paths.append(target if known else target + ".hea")
+    if not paths:
+        raise RecordingError(path, "this list names no recording")
+    return _whole_records(paths)
+
+
+def _whole_records(paths):
+    """`paths` without the WFDB headers that are parts of others among them."""
+    headers, parts = {}, set()
+    for path in paths:
+        if path.lower().endswith(".hea"):
+            with contextlib.suppress(RecordingError, OSError):  # reading it will say what is wrong
+                headers[path] = _read_header(path)
+    for path, header in headers.items():
+        folder = os.path.dirname(path)
+        parts.update(os.path.join(folder, name + ".hea") for name, _ in header.segments)
+        # 3000003n holds the numbers (at most one a second) beside the waveforms of 3000003.
+        if path[-5] == "n" and path[:-5] + ".hea" in headers and header.fs < 1.5:
+            parts.add(path)
+    return [path for path in paths if path not in parts]
+
+
+def _is_prepared(path):
+    """An HDF5 file that prepare.py or simulate.py made."""
+    if os.path.splitext(path)[1].lower() not in (".h5", ".hdf5"):
+        return False
+    import h5py
+
+    with contextlib.suppress(OSError, RuntimeError), h5py.File(path, "r") as file:
+        return "layout_version" in file.attrs
+    return False
 
 
 def recording_name(path):
@@ -128,59 +203,68 @@ def recording_name(path):
 
 
 def plain_name(name):
-    """'SNUADC/ART' -> 'art', 'abp_mmhg' -> 'abp', 'Pleth [NU]' -> 'pleth'."""
+    """'SNUADC/ART' -> 'art', 'abp_mmhg' -> 'abp', 'Pleth [NU]' -> 'pleth', 'ABP Mean' -> 'abpmean',
+    'NOM_PRESS_BLD_ART_ABP' -> 'artabp'."""
     name = re.sub(r"[\[(].*?[\])]", "", name.rsplit("/", 1)[-1].lower())
     name = re.sub(r"[^a-z0-9]", "", name)
+    name = re.sub(r"^(nls)?(nom|mdc)(pressbld|pulsoxim)?", "", name)
     return name[:-4] if name.endswith("mmhg") else name
 
 
 def choose_channel(names, kind, wanted=None) -> Optional[str]:
-    """The name in `names` that holds `kind` ('abp' or 'ppg'); None if there is none.
+    """The name in `names` that holds `kind`, a key of CHANNEL_ALIASES; None if there is none.
 
     `wanted` overrides the aliases: that exact name or, failing that, the same in another case.
     """
     if wanted is not None:
         alike = [name for name in names if name.lower() == wanted.lower()]
         return wanted if wanted in names else alike[0] if alike else None
-    for alias in CHANNEL_ALIASES[kind]:
-        for name in names:
-            if plain_name(name) == alias:
-                return name
-    return None
+    plain = {}
+    for name in names:
+        plain.setdefault(plain_name(name), name)
+    return next((plain[alias] for alias in CHANNEL_ALIASES[kind] if alias in plain), None)
 
 
 def reader_of(path):
-    """The function that reads this file: `reader(path, wanted, csv_rate) -> {name: Channel}`.
-
-    `wanted(names)` returns those of the names whose samples are to be read.
-    """
-    ending = os.path.splitext(path)[1].lower()
-    if ending == ".hea":
-        return _read_wfdb
-    if ending == ".csv":
-        return _read_csv
-    raise RecordingError(path, "neither a WFDB header (.hea) nor a .csv file")
+    """(package, function) for this file; the function is called as `_read` does and returns
+    {name: Channel}, with samples where `wanted(names)` returned the name."""
+    try:
+        return READERS[os.path.splitext(path)[1].lower()]
+    except KeyError:
+        raise RecordingError(path, f"not a recording ({', '.join(READERS)})") from None
 
 
 def check_readers(paths):
     """Raise now if a package that one of these files needs is missing."""
-    wfdb_paths = [path for path in paths if reader_of(path) is _read_wfdb]
-    if wfdb_paths:
-        _import_reader("wfdb", wfdb_paths[0])
+    for package, path in {reader_of(path)[0]: path for path in paths}.items():
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            what = f"reading it needs the package {error.name}: {INSTALL_LINE}"
+            raise RecordingError(path, what) from None
 
 
-def list_channels(path, csv_rate=None):
+def list_channels(path, csv_rate=None, hdf5=None):
     """{name: Channel without samples} of a recording."""
-    return reader_of(path)(path, lambda names: [], csv_rate)
+    return _read(path, lambda names: [], csv_rate, hdf5)
 
 
-def read_recording(path, wanted=None, csv_rate=None) -> Recording:
+def read_recording(path, wanted=None, csv_rate=None, hdf5=None) -> Recording:
     """Read a recording; `wanted(names)` chooses the channels to read (default: all of them).
 
-    `csv_rate` (Hz) says that the rows of a CSV are evenly spaced; its time column is then not used.
+    `csv_rate` (Hz) says that the rows of a CSV or Parquet file are evenly spaced; its time column
+    is then not used. `hdf5` = {'abp': dataset, 'ppg': dataset, 'fs': Hz}, each may be None, says
+    where an HDF5 file holds the waveforms, which are then its channels ABP and PPG, and their rate.
+    Without it, all one-dimensional datasets are channels, with their rate in the attribute fs or
+    sampling_rate.
     """
-    channels = reader_of(path)(path, wanted or list, csv_rate)
-    return Recording(recording_name(path), {n: c for n, c in channels.items() if c.samples.size})
+    channels = _read(path, wanted or list, csv_rate, hdf5)
+    channels = {name: channel for name, channel in channels.items() if channel.samples.size}
+    for channel in channels.values():
+        channel.samples[np.isinf(channel.samples)] = np.nan
+        if not 0 <= channel.start_s <= LONGEST_GAPS_S:
+            raise RecordingError(path, "a channel starts more than a week from the recording")
+    return Recording(recording_name(path), channels)
 
 
 def resample(channel, fs_out, n_out):
@@ -227,12 +311,88 @@ def resample(channel, fs_out, n_out):
     return out
 
 
-def _import_reader(package, path):
+def _read(path, wanted, csv_rate, hdf5):
+    """What the file's reader gives; whatever goes wrong in a package becomes a RecordingError."""
+    check_readers([path])
+    package, reader = reader_of(path)
     try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        what = f"reading it needs the package {error.name}: {INSTALL_LINE}"
-        raise RecordingError(path, what) from None
+        channels = reader(path, wanted, csv_rate, hdf5)
+    except RecordingError:
+        raise
+    except OSError as error:
+        raise RecordingError(path, "cannot be read", error.strerror or error) from None
+    except Exception as error:  # noqa: BLE001 - packages raise a dozen kinds for malformed files
+        what = f"{package} cannot read this file ({type(error).__name__})"
+        raise RecordingError(path, what, error) from None
+    for channel in channels.values():
+        channel.unit = _printable(channel.unit)
+    return {_printable(name): channel for name, channel in channels.items()}
+
+
+def _printable(text):
+    """In one line, without what a terminal would take for a command."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+
+
+def _check_size(path, n_samples, n_bytes):
+    """Raise if a channel of n_samples would be allocated for a file of n_bytes that cannot hold it.
+    """
+    if n_samples > FREE_SAMPLES + SAMPLES_PER_BYTE * n_bytes:
+        raise RecordingError(
+            path, f"promises {n_samples:,} samples, more than a file of its size can hold")
+
+
+def _unique(names):
+    """A second 'ABP' becomes 'ABP#2'."""
+    return [
+        name if name not in names[:i] else f"{name}#{names[:i].count(name) + 1}"
+        for i, name in enumerate(names)
+    ]
+
+
+def _positions(path, starts_s, lengths, period, slack_s):
+    """(period, position of every block on a grid of samples, seconds that it is off its stamp).
+
+    Time stamps are rounded and jitter, clocks drift: blocks that follow one another (to slack_s)
+    are counted, their mean over all gives the true period, and only the first block after a gap is
+    placed by its stamp.
+    """
+    before = np.cumsum(lengths) - lengths
+    steps = np.diff(starts_s)
+    jumps = steps - lengths[:-1] * period > slack_s
+    gaps_s = float(steps[jumps].sum())
+    if gaps_s > LONGEST_GAPS_S:
+        raise RecordingError(
+            path, f"jumps in time of {gaps_s / 86400:.3g} days together; is time in seconds?")
+    if not jumps.all():
+        measured = steps[~jumps].sum() / lengths[:-1][~jumps].sum()
+        late = abs(measured / period - 1) * (before[-1] + lengths[-1])  # samples, at the end
+        if late > 0.1 and measured > period / 2:
+            period = measured
+    first = np.concatenate(([0], np.flatnonzero(jumps) + 1))  # of every run
+    places = np.rint((starts_s[first] - starts_s[0]) / period).astype(np.int64)
+    positions = np.repeat(places - before[first], np.diff(np.append(first, starts_s.size))) + before
+    return period, positions, np.abs(positions * period - (starts_s - starts_s[0]))
+
+
+def _join(path, starts_s, blocks, fs):
+    """(samples, fs): blocks of samples, nominally at fs, at their times; NaN between them."""
+    lengths = np.array([len(block) for block in blocks])
+    order = np.argsort(starts_s, kind="stable")
+    starts_s, lengths = np.asarray(starts_s, np.float64)[order], lengths[order]
+    if not np.isfinite(starts_s).all():
+        raise RecordingError(path, "a time stamp is not a number")
+    period, positions, late_s = _positions(path, starts_s, lengths, 1 / fs,
+                                           max(JITTER_S, 1.5 / fs))
+    if abs(period * fs - 1) > 1e-3 or late_s.max() > 2 * JITTER_S + 2 / fs:
+        period = 1 / fs  # an unsteady clock: each block by its own stamp
+        positions = np.rint((starts_s - starts_s[0]) / period).astype(np.int64)
+    n = int((positions + lengths).max())
+    _check_size(path, n, os.path.getsize(path))
+    samples = np.full(n, np.nan)
+    for position, i in zip(positions, order):
+        samples[position:position + len(blocks[i])] = blocks[i]
+    return samples, float(f"{1 / period:.10g}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -246,9 +406,11 @@ WFDB_BYTES = {"0": 0, "8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160"
 
 
 class _Header(NamedTuple):
+    fs: float  # Hz, of the frames
     data_files: List[str]
-    segments: List[str]
-    n_bytes: float  # that the data files must have at least; 0 if not told
+    segments: List[tuple]  # (name, frames)
+    n_samples: int  # of all signals; 0 where there are segments
+    n_bytes: float  # that the data files must have at least
 
 
 def _read_header(path):
@@ -257,11 +419,8 @@ def _read_header(path):
     wfdb opens what a header names, wherever it lies, and takes what it cannot parse for absent; so
     this is read before wfdb sees it. https://www.physionet.org/physiotools/wag/header-5.htm
     """
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            text = file.read(1 << 24)  # 16 MB of header is a multi-segment record of years
-    except OSError as error:
-        raise RecordingError(path, f"cannot be read: {error.strerror}") from None
+    with open(path, encoding="ascii", errors="replace") as file:
+        text = file.read(1 << 24)  # 16 MB of header is a multi-segment record of years
     lines = [line.split("#")[0].split() for line in text.splitlines()]
     lines = [fields for fields in lines if fields]
     if not lines or len(lines[0]) < 2:
@@ -271,6 +430,7 @@ def _read_header(path):
         if fields[0] in (".", "..") or re.search(r"[/\\:\x00]", fields[0]):
             raise RecordingError(path, "this WFDB header names a data file outside its own folder")
     files = [fields[0] for fields in others if fields[0] != "~"]
+    per_frame = n_bytes = 0
     try:
         fs = float(record_line[2].split("/")[0].split("(")[0]) if len(record_line) > 2 else 250.0
         frames = int(record_line[3]) if len(record_line) > 3 else 0
@@ -278,157 +438,371 @@ def _read_header(path):
         if not 0 < fs < 1e6 or frames < 0 or n_lines != len(others):
             raise ValueError
         if "/" in record_line[0]:
-            gaps_s = sum(int(fields[1]) for fields in others if fields[0] == "~") / fs
-        else:
-            formats = [re.match(r"(\d+)(?:x(\d+))?", fields[1]).groups() for fields in others]
-            per_frame = sum(WFDB_BYTES[name] * int(count or 1) for name, count in formats)
+            segments = [(fields[0], max(0, int(fields[1]))) for fields in others]
+            return _Header(fs, [], segments, 0, 0)
+        for fields in others:
+            name, count = re.match(r"(\d+)(?:x(\d+))?", fields[1]).groups()
+            per_frame += int(count or 1)
+            n_bytes += frames * int(count or 1) * WFDB_BYTES[name]
     except (ValueError, IndexError, KeyError, AttributeError):
         raise RecordingError(
             path, "not a WFDB header: unreadable number of signals, frequency, length or format"
         ) from None
-    if "/" not in record_line[0]:
-        return _Header(files, [], frames * per_frame)
-    if gaps_s > LONGEST_GAPS_S:
-        raise RecordingError(path, f"gaps of {gaps_s / 86400:.3g} days together")
-    return _Header([], files, 0)
+    return _Header(fs, files, [], frames * per_frame, n_bytes)
 
 
-def _check_wfdb_files(path):
-    """Raise unless every file that this record needs is there and about as long as promised."""
-    folder, header = os.path.dirname(path), _read_header(path)
-    for segment in header.segments:
-        segment_path = os.path.join(folder, segment + ".hea")
-        if not os.path.isfile(segment_path):
-            raise RecordingError(path, "the header of one of its segments is missing", segment)
-        if _read_header(segment_path).segments:
-            raise RecordingError(path, "a segment of a multi-segment record has segments itself")
-        _check_wfdb_files(segment_path)
-    files = [os.path.join(folder, name) for name in set(header.data_files)]
-    for file in files:
+def _check_wfdb_files(path, header):
+    """The bytes of the data files; raise unless all are there and as long as promised."""
+    n_bytes = 0
+    for name in sorted(set(header.data_files)):
+        file = os.path.join(os.path.dirname(path), name)
         if not os.path.isfile(file):
-            raise RecordingError(path, "its data file is missing", os.path.basename(file))
+            raise RecordingError(path, "its data file is missing", name)
+        n_bytes += os.path.getsize(file)
     # wfdb allocates what the header promises.
-    if files and int(header.n_bytes) > sum(map(os.path.getsize, files)):
+    if header.data_files and int(header.n_bytes) > n_bytes:
         raise RecordingError(path, "its data file is shorter than its header promises")
+    _check_size(path, header.n_samples, n_bytes)
+    return n_bytes
 
 
-def _read_wfdb(path, wanted, csv_rate):
-    wfdb = _import_reader("wfdb", path)
-    _check_wfdb_files(path)
-    folder = os.path.dirname(os.path.abspath(path))  # absolute, no pn_dir: never from the network
-    try:
-        record = wfdb.rdheader(os.path.join(folder, recording_name(path)))
-        # [(name, frames)]; a single-segment record is its own only segment
-        segments = [(recording_name(path), record.sig_len)]
-        if isinstance(record, wfdb.MultiRecord):
-            segments = list(zip(record.seg_name, record.seg_len))
-        # The first that is not a gap; in a variable-layout record it has all signals and no samples
-        first = next((name for name, _ in segments if name != "~"), None)
-        layout = wfdb.rdheader(os.path.join(folder, str(first)))
-        names = _unique(layout.sig_name or [])
-        channels = {
-            name: Channel(np.empty(0), float(layout.fs * per_frame), unit or "")
-            for name, per_frame, unit in zip(names, layout.samps_per_frame, layout.units)
-        } if names else {}
-        chosen = {name: [] for name in wanted(names)}
-        if chosen:
-            for segment, n_frames in segments:
-                _read_wfdb_segment(wfdb, path, folder, segment, n_frames, layout, chosen)
-    except RecordingError:
-        raise
-    except OSError as error:
-        raise RecordingError(path, "cannot be read", error.strerror or error) from None
-    except Exception as error:  # noqa: BLE001 - wfdb raises a dozen kinds for malformed files
-        raise RecordingError(
-            path, f"wfdb cannot read this record ({type(error).__name__})", error
-        ) from None
-    if not channels:
+def _read_wfdb(path, wanted, csv_rate=None, hdf5=None):
+    import wfdb
+
+    header = _read_header(path)
+    if header.segments:
+        return _read_wfdb_segments(path, header, wanted)
+    _check_wfdb_files(path, header)
+    base = os.path.abspath(path)[:-4]  # absolute, no pn_dir: never from the network
+    record = wfdb.rdheader(base)
+    names = _unique(record.sig_name or [])
+    if not names:
         raise RecordingError(path, "this WFDB record has no signals")
-    for name, pieces in chosen.items():
-        channels[name].samples = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+    channels = {
+        name: Channel(np.empty(0), float(record.fs * per_frame), unit or "")
+        for name, per_frame, unit in zip(names, record.samps_per_frame, record.units)
+    }
+    chosen = list(wanted(names))
+    if chosen:
+        # smooth_frames=True, wfdb's default, would average the faster channels' samples away.
+        with np.errstate(all="ignore"):  # a damaged gain: infinite samples are gaps
+            record = wfdb.rdrecord(base, channels=[names.index(name) for name in chosen],
+                                   smooth_frames=False)
+        for name, samples in zip(chosen, record.e_p_signal):
+            channels[name].samples = np.asarray(samples, np.float64)
     return channels
 
 
-def _read_wfdb_segment(wfdb, path, folder, segment, n_frames, layout, chosen):
-    """Append a segment's samples (NaN where it lacks the signal) to the lists in `chosen`.
+def _read_wfdb_segments(path, header, wanted):
+    """The segments joined, here, because wfdb 4.3's own joining fails on gaps with several rates.
 
-    Segments are joined here, because wfdb 4.3's own joining fails on gaps with several rates.
+    A gap's name is ~; one without frames is a layout, with the signals that any segment has.
     """
-    base, present, values = os.path.join(folder, segment), [], {}
-    if segment != "~" and n_frames != 0:
-        header = wfdb.rdheader(base)
-        present = _unique(header.sig_name or [])
-        read = [present.index(name) for name in chosen if name in present]
-        if read:
-            # smooth_frames=True, wfdb's default, would average the faster channels' samples away.
-            signals = wfdb.rdrecord(base, channels=read, smooth_frames=False).e_p_signal
-            values = {present[i]: np.asarray(x, np.float64) for i, x in zip(read, signals)}
-    names = _unique(layout.sig_name)
-    for name, pieces in chosen.items():
-        per_frame = layout.samps_per_frame[names.index(name)]
-        if name in values:
-            if header.samps_per_frame[present.index(name)] * header.fs != per_frame * layout.fs:
-                raise RecordingError(path, f"the sampling rate of {name} changes between segments")
-            pieces.append(values[name])
-        else:
-            pieces.append(np.full((n_frames or 0) * per_frame, np.nan))
-
-
-def _unique(names):
-    """A second 'ABP' becomes 'ABP#2'."""
-    return [
-        name if name not in names[:i] else f"{name}#{names[:i].count(name) + 1}"
-        for i, name in enumerate(names)
-    ]
+    paths = {name: os.path.join(os.path.dirname(path), name + ".hea")
+             for name, _ in header.segments if name != "~"}
+    n_bytes = 0
+    for name, segment in paths.items():
+        if not os.path.isfile(segment):
+            raise RecordingError(path, "the header of one of its segments is missing", name)
+        inner = _read_header(segment)
+        if inner.segments:
+            raise RecordingError(path, "a segment of this record has segments itself", name)
+        n_bytes += _check_wfdb_files(segment, inner)
+    if not paths:
+        raise RecordingError(path, "this WFDB record has no signals")
+    channels = _read_wfdb(next(iter(paths.values())), lambda names: [])
+    chosen = {name: channels[name].fs / header.fs for name in wanted(list(channels))}
+    for name, per_frame in chosen.items():
+        n_samples = round(per_frame * sum(frames for _, frames in header.segments))
+        _check_size(path, n_samples, n_bytes)
+        channels[name].samples = np.full(n_samples, np.nan)
+    start = 0
+    for segment, frames in header.segments if chosen else ():
+        if segment != "~" and frames:
+            read = _read_wfdb(paths[segment], lambda names: [n for n in names if n in chosen])
+            for name in set(read).intersection(chosen):
+                if read[name].fs != channels[name].fs:
+                    raise RecordingError(path, "a channel's rate changes between segments", name)
+                at = slice(round(start * chosen[name]), round((start + frames) * chosen[name]))
+                if read[name].samples.size != at.stop - at.start:
+                    raise RecordingError(
+                        path, "a segment is not as long as the record's header says", segment)
+                channels[name].samples[at] = read[name].samples
+        start += frames
+    return channels
 
 
 # ---------------------------------------------------------------------------------------------
-# CSV
+# VitalDB
 
 
-def _read_csv(path, wanted, csv_rate):
+def _read_vital(path, wanted, csv_rate, hdf5):
+    """Waveforms at their own rates; numbers on a grid of NUMERICS_FS, NaN where none came."""
+    _check_vital(path)
+    file = _open_vital(path, header_only=True)
+    tracks = {name: track for name, track in file.trks.items() if track.type in (1, 2)}
+    channels = {
+        name: Channel(np.empty(0), float(track.srate) if track.type == 1 else NUMERICS_FS,
+                      track.unit)
+        for name, track in tracks.items()
+    }
+    chosen = list(wanted(list(channels)))
+    tracks = _open_vital(path, track_names=chosen).trks if chosen else {}
+    if chosen and not any(tracks[name].recs for name in chosen):
+        raise RecordingError(path, "vitaldb finds no samples in its tracks", ", ".join(chosen))
+    for name in chosen:
+        track, channel = tracks[name], channels[name]
+        starts_s = np.array([record["dt"] for record in track.recs]) - file.dtstart
+        blocks = [np.atleast_1d(record["val"]) for record in track.recs]
+        if not blocks:
+            continue
+        if not 1e-3 < channel.fs < 1e6:
+            raise RecordingError(path, "a track has no sampling rate", name)
+        if track.type == 2:
+            starts_s = np.rint(starts_s * NUMERICS_FS) / NUMERICS_FS
+        elif track.fmt > 2:  # integers; in "packed" files an extreme one stands for a gap
+            limits = np.iinfo(blocks[0].dtype)
+            gap = (limits.min or limits.max) if getattr(file, "packed", False) else None
+            blocks = [np.where(block == gap, np.nan, block * track.gain + track.offset)
+                      for block in blocks]
+        channel.start_s = float(starts_s.min())
+        channel.samples, channel.fs = _join(path, starts_s, blocks, channel.fs)
+    return channels
+
+
+def _open_vital(path, **options):
+    import vitaldb
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        file = vitaldb.VitalFile(os.path.abspath(path), **options)  # absolute: never a URL
+    if printed.getvalue():  # it prints what goes wrong, and goes on with what it has
+        raise RecordingError(path, "vitaldb cannot read this file", printed.getvalue())
+    return file
+
+
+def _check_vital(path):
+    """Raise unless this is a whole .vital file, of which vitaldb would take what there is, and one
+    that does not unpack to absurd amounts."""
+    limit = 8 * (FREE_SAMPLES + SAMPLES_PER_BYTE * os.path.getsize(path))
+    try:
+        with gzip.open(path) as file:
+            if file.read(4) != b"VITA":
+                raise RecordingError(path, "not a .vital file")
+            while file.read(1 << 20):
+                if file.tell() > limit:
+                    raise RecordingError(path, f"unpacks to over {limit:,} bytes: no recording")
+    except (OSError, EOFError, zlib.error) as error:
+        raise RecordingError(path, "not a whole .vital file", error) from None
+
+
+# ---------------------------------------------------------------------------------------------
+# EDF
+
+
+EDF_FIELDS = {"label": (0, 16), "unit": (96, 8), "low": (104, 8), "high": (112, 8),
+              "code_low": (120, 8), "code_high": (128, 8), "size": (216, 8)}  # first byte, width
+
+
+def _read_edf(path, wanted, csv_rate, hdf5):
+    """EDF, EDF+C and EDF+D (https://www.edfplus.info/specs/edfplus.html), each channel at its rate.
+
+    pyedflib reads the samples; of EDF+D, whose records have gaps between them, it reads nothing
+    (https://github.com/holgern/pyedflib/issues/63), so those are read here.
+    """
+    import pyedflib
+
+    try:
+        with open(path, "rb") as file:
+            header = file.read(256)
+            n_records, seconds, n = int(header[236:244]), float(header[244:252]), int(header[252:])
+            text = file.read(256 * max(n, 0))
+        field = {key: np.frombuffer(text, f"S{width}", n, n * first)
+                 for key, (first, width) in EDF_FIELDS.items()}
+        low, high, code_low, code_high, sizes = (
+            field[key].astype(float) for key in ("low", "high", "code_low", "code_high", "size"))
+        ends = np.cumsum(sizes).astype(np.int64)  # of every signal in a data record
+        if not (n_records > 0 and 0 < seconds < 1e6 and (sizes >= 1).all()
+                and (code_low < code_high).all() and np.isfinite([low, high]).all()):
+            raise ValueError
+    except ValueError:
+        raise RecordingError(path, "not an EDF file: unreadable header") from None
+    if os.path.getsize(path) < 256 * (1 + n) + 2 * n_records * int(ends[-1]):
+        raise RecordingError(path, "this EDF file is shorter than its header promises")
+    labels, units = ([value.decode("latin-1").strip() for value in field[key]]
+                     for key in ("label", "unit"))
+    is_stamps = [header[192:196] == b"EDF+" and label == "EDF Annotations" for label in labels]
+    waves = [i for i in range(n) if not is_stamps[i]]
+    names = _unique([labels[i] for i in waves])
+    channels = {name: Channel(np.empty(0), float(sizes[i] / seconds), units[i])
+                for name, i in zip(names, waves)}
+    chosen = list(wanted(names))
+    if header[192:197] != b"EDF+D":
+        with pyedflib.EdfReader(path) as file:
+            for name in chosen:
+                channels[name].samples = file.readSignal(names.index(name))
+    elif chosen:
+        records = np.memmap(path, "<i2", "r", 256 * (1 + n), (n_records, int(ends[-1])))
+        spans = [records[:, int(end - size):end] for end, size in zip(ends, sizes)]
+        stamps = spans[is_stamps.index(True)] if any(is_stamps) else records[:, :0]
+        starts_s = np.array([
+            float((re.match(rb"[+-]\d+(\.\d*)?(?=[\x14\x15])", row.tobytes()) or [b"nan"])[0])
+            for row in stamps])
+        for name in chosen:
+            i = waves[names.index(name)]
+            blocks = low[i] + (spans[i] - code_low[i]) * (
+                (high[i] - low[i]) / (code_high[i] - code_low[i]))
+            channels[name].samples, channels[name].fs = _join(
+                path, starts_s - starts_s.min(), blocks, channels[name].fs)
+    return channels
+
+
+# ---------------------------------------------------------------------------------------------
+# HDF5
+
+
+def _read_hdf5(path, wanted, csv_rate, hdf5):
+    import h5py
+
+    said = hdf5 or {}
+    with h5py.File(path, "r") as file:
+        datasets = _hdf5_datasets(path, file)
+        places = {kind.upper(): said[kind].strip("/") for kind in ("abp", "ppg") if said.get(kind)}
+        for name in places.values():
+            if name not in datasets:
+                raise RecordingError(path, "no one-dimensional dataset of numbers of its own (no "
+                                           "link) at the path that was given", name)
+        others = {} if len(places) == 2 else datasets
+        datasets = {**{name: datasets[place] for name, place in places.items()}, **others}
+        channels = {
+            name: Channel(np.empty(0), float(said.get("fs") or _attribute(dataset, "fs")
+                                             or _attribute(dataset, "sampling_rate") or np.nan),
+                          str(_attribute(dataset, "unit") or _attribute(dataset, "units") or ""))
+            for name, dataset in datasets.items()
+        }
+        chosen = list(wanted(list(channels)))
+        for name in chosen:
+            others = (plain_name(other) for other in channels if other not in chosen)
+            if name not in places and plain_name(name) in others:
+                raise RecordingError(path, "several datasets are named like the chosen one; say "
+                                           "which: --abp PATH --ppg PATH", name)
+            if not 0 < channels[name].fs < 1e6:
+                raise RecordingError(path, "a dataset has no attribute fs or sampling_rate; give "
+                                           "the rate: --fs HZ", name)
+            dataset = datasets[name]
+            n_chunk = np.prod(dataset.chunks or 0, dtype=float)  # is unpacked as a whole
+            _check_size(path, int(max(dataset.size, n_chunk)), dataset.id.get_storage_size())
+            channels[name].samples = np.asarray(dataset[()], np.float64).reshape(-1)
+    return channels
+
+
+def _attribute(dataset, name):
+    """A single number or text; None if there is none."""
+    if name not in dataset.attrs or dataset.attrs.get_id(name).shape not in ((), (1,)):
+        return None
+    value = np.ravel(dataset.attrs[name])[0]
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _hdf5_datasets(path, file):
+    """{path in the file: one-dimensional dataset of numbers}, without whatever leads out of it.
+
+    `visititems` follows hard links only, and meets each object once, as links can make loops. A
+    dataset may be [1, n], too, as MATLAB writes it.
+    """
+    import h5py
+
+    datasets, met = {}, []
+
+    def look(name, item):
+        met.append(name)
+        if (isinstance(item, h5py.Dataset) and item.shape and item.dtype.kind in "fiu"
+                and item.size == max(item.shape) > 0
+                and not item.external and not item.is_virtual):
+            datasets[name] = item
+        return len(met) > MOST_OBJECTS or None  # anything but None ends the visit
+
+    if file.visititems(look):
+        raise RecordingError(path, f"more than {MOST_OBJECTS} objects: not one recording")
+    if not datasets:
+        raise RecordingError(path, "no one-dimensional dataset of numbers")
+    return datasets
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables: CSV and Parquet
+
+
+def _read_csv(path, wanted, csv_rate, hdf5):
     """A header line; a time column in seconds or `csv_rate`; an empty or NaN cell is a gap.
 
     The csv module reads about a million rows per second and takes any cell; NumPy's readers are
     either slower by far (genfromtxt) or stop at an empty cell (loadtxt).
     """
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            first_line = file.readline(1 << 16)
-            delimiter = max(",;\t", key=first_line.count)
-            cells = next(csv.reader([first_line], delimiter=delimiter), [])
-            header = [cell.strip() for cell in cells]
-            if not any(header) or all(_is_number(cell) for cell in header):
-                raise RecordingError(path, "no header line with column names")
-            names = _unique(header)
-            time_column = None if csv_rate else _time_column(path, names)
-            signals = [name for i, name in enumerate(names) if i != time_column and name]
-            chosen = list(wanted(signals))
-            columns = [names.index(name) for name in chosen]
-            if time_column is not None:
-                columns = [time_column] + columns
-            values = _read_columns(path, csv.reader(file, delimiter=delimiter), names, columns)
-    except OSError as error:
-        raise RecordingError(path, f"cannot be read: {error.strerror}") from None
-    except csv.Error as error:
-        raise RecordingError(path, f"not a readable CSV file: {error}") from None
-    if time_column is None:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        first_line = file.readline(1 << 16)
+        delimiter = max(",;\t", key=first_line.count)
+        cells = next(csv.reader([first_line], delimiter=delimiter), [])
+        header = [cell.strip() for cell in cells]
+        if not any(header) or all(_is_number(cell) for cell in header):
+            raise RecordingError(path, "no header line with column names")
+        names, rows = _unique(header), csv.reader(file, delimiter=delimiter)
+        return _table(path, names, names, wanted, csv_rate,
+                      lambda columns: _read_columns(path, rows, names, columns))
+
+
+def _read_parquet(path, wanted, csv_rate, hdf5):
+    """Like a CSV; the time column may hold dates. (pandas reads Parquet with pyarrow, too.)"""
+    import pyarrow
+    from pyarrow import parquet
+
+    def read_columns(names):
+        table = file.read(columns=names)
+        columns = []
+        for column in map(table.column, names):
+            if pyarrow.types.is_timestamp(column.type):
+                times = column.cast(pyarrow.timestamp("ns")).to_numpy().astype(np.int64)
+                columns.append((times - times[:1]) / 1e9)
+            else:
+                columns.append(np.array(column.cast("float64").to_numpy()))
+        if columns and not columns[0].size:
+            raise RecordingError(path, "no rows")
+        return columns
+
+    with parquet.ParquetFile(path) as file:
+        fields = {field.name: field.type for field in file.schema_arrow}
+        numbers = [name for name, kind in fields.items()
+                   if pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)]
+        _check_size(path, file.metadata.num_rows, os.path.getsize(path))
+        return _table(path, list(fields), numbers, wanted, csv_rate, read_columns)
+
+
+def _table(path, names, signals, wanted, csv_rate, read_columns):
+    """Channels of a table; `read_columns(names)` gives their float64 arrays."""
+    times = [name for alias in TIME_NAMES for name in names if plain_name(name) == alias]
+    if not csv_rate and not times:
+        raise RecordingError(path, "no time column (time_s, time or t, in seconds); give the "
+                                   "sampling rate: --csv-rate")
+    time = None if csv_rate else times[0]
+    signals = [name for name in signals if name and name != time]
+    chosen = list(wanted(signals))
+    values = read_columns(([] if time is None else [time]) + chosen)
+    if time is None:
         fs = float(csv_rate)
     else:
         fs, positions = _time_grid(path, values.pop(0))
-        values = [_place(column, positions) for column in values]
-    samples = dict(zip(chosen, values))
-    return {name: Channel(samples.get(name, np.empty(0)), fs, _unit(name)) for name in signals}
-
-
-def _time_column(path, names):
-    for alias in TIME_NAMES:
-        for i, name in enumerate(names):
-            if plain_name(name) == alias:
-                return i
-    raise RecordingError(
-        path, "no time column (time_s, time or t, in seconds); give the sampling rate: --csv-rate"
-    )
+        for i, column in enumerate(values):
+            _check_size(path, int(positions[-1]) + 1, os.path.getsize(path))
+            values[i] = np.full(positions[-1] + 1, np.nan)
+            values[i][positions] = column
+    channels = {name: Channel(np.empty(0), fs, _unit(name)) for name in signals}
+    for name, column in zip(chosen, values):
+        known = np.flatnonzero(np.isfinite(column))
+        # A slower channel among the rows of a faster one has a cell in every k-th row.
+        every = int(np.gcd.reduce(np.diff(known))) if known.size > 10 else 1
+        first = int(known[0] % every) if every > 1 else 0
+        channels[name].samples = column[first::every].copy()
+        channels[name].fs, channels[name].start_s = fs / every, first / fs
+    return channels
 
 
 def _unit(name):
@@ -439,8 +813,9 @@ def _unit(name):
     return match.group(1) if match else ""
 
 
-def _read_columns(path, rows, names, columns):
-    """[float64 array per column]; a row's missing cells are NaN."""
+def _read_columns(path, rows, names, wanted):
+    """[float64 array per wanted column]; a row's missing cells are NaN."""
+    columns = [names.index(name) for name in wanted]
     values = [array("d") for _ in columns]
     filled = list(zip(columns, [column.append for column in values]))
     for row in rows:
@@ -460,17 +835,11 @@ def _read_columns(path, rows, names, columns):
     arrays = [np.array(column) for column in values]
     if columns and not arrays[0].size:
         raise RecordingError(path, "no rows below the header")
-    for column in arrays:
-        column[np.isinf(column)] = np.nan
     return arrays
 
 
 def _time_grid(path, times):
-    """(fs, index of every row on an even grid from the first row on) of a time column.
-
-    Stamps are often rounded to a millisecond, so the rate is the mean over all steps that are no
-    jumps; a row's place within a stretch is counted, and stretches are placed by their stamps.
-    """
+    """(fs, index of every row on an even grid from the first row on) of a time column."""
     if not np.isfinite(times).all():
         line = int(np.flatnonzero(~np.isfinite(times))[0]) + 2
         raise RecordingError(path, f"line {line}: no time; give the sampling rate: --csv-rate")
@@ -483,36 +852,28 @@ def _time_grid(path, times):
             path, f"line {line}: time does not increase; if the rows are evenly spaced: --csv-rate"
         )
     step = np.median(steps)
-    jumps = steps > 1.5 * step
-    gaps_s = float(steps[jumps].sum())
-    if gaps_s > LONGEST_GAPS_S:
-        raise RecordingError(
-            path, f"jumps in time of {gaps_s / 86400:.3g} days together; is time in seconds?"
-        )
-    period = steps[~jumps].mean()
-    starts = np.concatenate(([0], np.flatnonzero(jumps) + 1))  # first row of every stretch
-    lengths = np.diff(np.append(starts, times.size))
-    places = np.rint((times[starts] - times[0]) / period).astype(np.int64)
-    positions = np.repeat(places - starts, lengths) + np.arange(times.size)
-    late = np.abs(positions * period - (times - times[0])) / period
-    if (np.diff(positions) <= 0).any() or late.max() > 2:
+    period, positions, late_s = _positions(path, times, np.ones(times.size, np.int64), step,
+                                           step / 2)
+    if (np.diff(positions) <= 0).any() or late_s.max() > 2 * period:
         raise RecordingError(
             path,
-            f"line {int(late.argmax()) + 2}: time is not evenly spaced "
-            f"({late.max():.1f} samples off); if the rows are: --csv-rate",
+            f"line {int(late_s.argmax()) + 2}: time is not evenly spaced "
+            f"({late_s.max() / period:.1f} samples off); if the rows are: --csv-rate",
         )
     return float(f"{1 / period:.10g}"), positions
 
 
-def _place(values, positions):
-    grid = np.full(positions[-1] + 1, np.nan)
-    grid[positions] = values
-    return grid
-
-
 def _is_number(cell):
-    try:
+    with contextlib.suppress(ValueError):
         float(cell)
-    except ValueError:
-        return False
-    return True
+        return True
+    return False
+
+
+# ending: (package, reader)
+READERS = {
+    ".hea": ("wfdb", _read_wfdb), ".vital": ("vitaldb", _read_vital),
+    ".edf": ("pyedflib", _read_edf), ".csv": ("csv", _read_csv),
+    ".parquet": ("pyarrow", _read_parquet), ".h5": ("h5py", _read_hdf5),
+    ".hdf5": ("h5py", _read_hdf5),
+}

@@ -1,11 +1,17 @@
-"""recordings.py: what is read from WFDB and CSV files, and how it is resampled."""
+"""recordings.py: what is read from files of every format, and how it is resampled."""
+import csv
+import gzip
+import inspect
 import os
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
+from scipy import signal
 
+import labels
 import recordings
 from recordings import Channel, RecordingError, choose_channel, find_recordings, read_recording
 
@@ -13,13 +19,13 @@ SHARED = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
 needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason="no ../shared/data here")
 
 
-def write_wfdb(folder, name, samples, fs=125, units="mmHg", signal="ABP", gain=100):
+def write_wfdb(folder, name, samples, fs=125, units="mmHg", name_of_signal="ABP", gain=100):
     """A one-signal WFDB record in format 16, NaN included, without the wfdb package."""
     digital = np.where(np.isfinite(samples), np.rint(np.nan_to_num(samples) * gain), -32768)
     digital.astype("<i2").tofile(os.path.join(folder, name + ".dat"))
     with open(os.path.join(folder, name + ".hea"), "w") as file:
         file.write(f"{name} 1 {fs} {len(samples)}\n"
-                   f"{name}.dat 16 {gain}/{units} 16 0 0 0 0 {signal}\n")
+                   f"{name}.dat 16 {gain}/{units} 16 0 0 0 0 {name_of_signal}\n")
     return os.path.join(folder, name + ".hea")
 
 
@@ -95,15 +101,27 @@ def test_a_60_hz_recording_is_passed_through_unchanged():
     ("ABP", "abp"), ("ART", "abp"), ("art1", "abp"), ("AOBP", "abp"), ("abp_mmhg", "abp"),
     ("SNUADC/ART", "abp"), ("ABP [mmHg]", "abp"), ("Radial", "abp"), ("ART_RAD", "abp"),
     ("PLETH", "ppg"), ("Pleth", "ppg"), ("ppg", "ppg"), ("SpO2 wave", "ppg"),
-    ("SNUADC/PLETH", "ppg"),
+    ("SNUADC/PLETH", "ppg"), ("waves/abp", "abp"), ("AR1", "abp"), ("NOM_PRESS_BLD_ART_ABP", "abp"),
+    ("MDC_PRESS_BLD_ART", "abp"), ("Bx50/IBP1", "abp"), ("NOM_PULS_OXIM_PLETH", "ppg"),
+    ("Solar8000/ART_MBP", "map"), ("ABP Mean", "map"), ("ABPm [mmHg]", "map"), ("ART_DBP", "dbp"),
+    ("ABP Dias", "dbp"), ("ABPd [mmHg]", "dbp"), ("NOM_PRESS_BLD_ART_ABP_DIA", "dbp"),
+    ("ABP Sys", "sbp"), ("Solar8000/ART_SBP", "sbp"), ("NBP Sys", "sbp"), ("NIBP_MBP", "map"),
+    ("HR [bpm]", "hr"), ("Solar8000/HR", "hr"), ("NOM_ECG_CARD_BEAT_RATE", "hr"),
 ])
 def test_usual_names_are_recognised(name, kind):
-    other = {"abp": "ppg", "ppg": "abp"}[kind]
-    assert choose_channel(["II", name, "RESP"], kind) == name
-    assert choose_channel(["II", name, "RESP"], other) is None
+    for other in recordings.CHANNEL_ALIASES:
+        expected = name if other == kind else None
+        assert choose_channel(["II", name, "RESP"], other) == expected
 
 
-@pytest.mark.parametrize("name", ["ABP Mean", "ART_MBP", "SpO2", "PLETH_HR", "PAP", "CVP", "RAP"])
+def test_numbers_of_the_arterial_line_go_before_those_of_the_cuff():
+    names = ["NBP Mean", "NIBP_MBP", "Solar8000/ART_MBP"]
+    assert choose_channel(names, "map") == "Solar8000/ART_MBP"
+    assert choose_channel(names[:2], "map") == "NBP Mean"
+
+
+@pytest.mark.parametrize("name", [
+    "ABP Mean", "ART_MBP", "SpO2", "PLETH_HR", "PAP", "CVP", "RAP", "P1"])
 def test_numerics_and_other_pressures_are_not_taken_for_the_waveform(name):
     assert choose_channel([name], "abp") is None
     assert choose_channel([name], "ppg") is None
@@ -190,6 +208,15 @@ def test_every_sample_of_channels_at_several_rates_is_kept(tmp_path):
         (250, "mmHg", 0), (125, "NU", 0)]
 
 
+def test_a_header_may_leave_the_length_to_the_data_file(tmp_path):
+    pytest.importorskip("wfdb")
+    path = write_wfdb(tmp_path, "r", 80 + np.arange(500) / 10)
+    header = (tmp_path / "r.hea").read_text()
+    (tmp_path / "r.hea").write_text(header.replace("r 1 125 500", "r 1 125"))
+    np.testing.assert_allclose(read_recording(path).channels["ABP"].samples,
+                               80 + np.arange(500) / 10)
+
+
 @pytest.mark.parametrize("layout", ["fixed", "variable"])
 def test_segments_of_a_record_are_joined_and_their_gaps_are_nan(tmp_path, layout):
     pytest.importorskip("wfdb")
@@ -247,15 +274,338 @@ def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
     assert str(tmp_path) not in caught.value.what
 
 
-def test_a_missing_wfdb_package_is_named_with_its_install_line(tmp_path):
-    write_wfdb(tmp_path, "r", np.zeros(100))
-    code = ('import sys; sys.modules["wfdb"] = None\n'
-            'import recordings\n'
-            'try: recordings.read_recording(sys.argv[1])\n'
-            'except recordings.RecordingError as error: print(error)')
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.hea")], text=True,
-                         capture_output=True, cwd=os.path.dirname(recordings.__file__))
-    assert "wfdb" in run.stdout and "pip install -r requirements-extra.txt" in run.stdout
+# ----------------------------------------------------------------------------- the other formats
+
+RATES = {"ABP": 250, "PLETH": 125}
+GAP_S = (85, 92)
+ROUNDING = {"wfdb": 0.005, "edf": 400 / 65535, "vital": 1e-4, "packed.vital": 1e-4, "csv": 5e-4,
+            "parquet": 1e-9, "hdf5": 1e-9}  # a step or half of one, in each file's own unit
+
+
+@pytest.fixture(scope="module")
+def signals():
+    """200 s of a Windkessel's pressure and of a smoother PPG, at two rates, with a gap."""
+    rng, fs = np.random.default_rng(5), 250
+    flow = np.zeros(200 * fs)
+    t = 0.3
+    while t < 199:
+        n = int(0.28 * fs)  # ejection
+        stroke_ml = 65 * (1 + 0.12 * np.sin(2 * np.pi * 0.04 * t) + 0.02 * rng.normal())
+        flow[int(t * fs):int(t * fs) + n] += stroke_ml * np.pi / 2 / 0.28 * np.sin(
+            np.pi * np.arange(n) / n)
+        t += 0.8 + 0.01 * rng.normal()
+    r, c, p_crit = 0.5, 1.2, 40
+    decay = np.exp(-1 / fs / (r * c))
+    abp = p_crit + signal.lfilter([1 - decay], [1, -decay], r * flow, zi=[decay * 40])[0]
+    ppg = 50 + signal.filtfilt(*signal.butter(2, 4, fs=fs), abp - 80)
+    made = {"ABP": abp, "PLETH": ppg[::2].copy()}
+    for name, samples in made.items():
+        samples[GAP_S[0] * RATES[name]:GAP_S[1] * RATES[name]] = np.nan
+    return made
+
+
+def write_edf(path, signals):
+    """EDF+D: what pyedflib writes, without the data records (of 1 s) in which there is nothing."""
+    pyedflib = pytest.importorskip("pyedflib")
+    with pyedflib.EdfWriter(str(path), len(signals), file_type=pyedflib.FILETYPE_EDFPLUS) as file:
+        for i, name in enumerate(signals):
+            file.setSignalHeader(i, {
+                "label": name, "dimension": {"ABP": "mmHg"}.get(name, "NU"),
+                "sample_frequency": RATES[name], "physical_min": -50, "physical_max": 350,
+                "digital_min": -32768, "digital_max": 32767, "transducer": "", "prefilter": ""})
+        file.writeSamples([np.nan_to_num(samples) for samples in signals.values()])
+    whole = path.read_bytes()
+    size = 256 * (2 + len(signals))
+    n = int(whole[236:244])
+    body = np.frombuffer(whole[size:], np.uint8).reshape(n, -1)
+    abp = signals["ABP"].reshape(n, -1)
+    kept = np.isfinite(abp).all(axis=1)
+    if not kept.all():
+        header = whole[:192] + b"EDF+D" + whole[197:236] + b"%-8d" % kept.sum() + whole[244:size]
+        path.write_bytes(header + body[kept].tobytes())
+
+
+def write_vital(path, signals, packed, start=1.6e9 + 0.123, drift=0.0):
+    """Blocks of 1 s, as monitors send them; heart rates every 2 s."""
+    vitaldb = pytest.importorskip("vitaldb")
+    file = vitaldb.VitalFile()
+    file.dtstart = file.dtend = start
+    for name, samples in signals.items():
+        fs = RATES[name]
+        blocks = [{"dt": start + i * (1 + drift), "val": block.astype(np.float32)}
+                  for i, block in enumerate(samples.reshape(-1, fs)) if np.isfinite(block).all()]
+        file.add_track("SNUADC/" + name, blocks, srate=fs, unit={"ABP": "mmHg"}.get(name, ""))
+    file.add_track("Solar8000/HR", [{"dt": start + 2.0 * i, "val": 60.0 + i} for i in range(100)])
+    can_pack = "packed" in inspect.signature(file.to_vital).parameters  # vitaldb 1.6
+    file.to_vital(str(path), **({"packed": packed} if can_pack else {}))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, signals):
+    """{format: path} of one recording in every format."""
+    pandas, folder = pytest.importorskip("pandas"), tmp_path_factory.mktemp("formats")
+    frames = np.column_stack([signals["ABP"].reshape(-1, 2), signals["PLETH"]])
+    digital = np.where(np.isfinite(frames), np.rint(np.nan_to_num(frames) * 100), -32768)
+    digital.astype("<i2").tofile(folder / "r.dat")
+    (folder / "r.hea").write_text(f"r 2 125 {len(frames)}\nr.dat 16x2 100/mmHg 16 0 0 0 0 ABP\n"
+                                  "r.dat 16 100/NU 16 0 0 0 0 PLETH\n")
+    write_edf(folder / "r.edf", signals)
+    write_vital(folder / "r.vital", signals, packed=False)
+    write_vital(folder / "p.vital", signals, packed=True)
+    with h5py.File(folder / "r.h5", "w") as file:
+        for name, samples in signals.items():
+            file[f"waves/{name}"] = samples
+            file[f"waves/{name}"].attrs["fs"] = RATES[name]
+    slow = np.full(signals["ABP"].size, np.nan)
+    slow[::2] = signals["PLETH"]  # in every second row
+    table = pandas.DataFrame({"time_s": np.arange(slow.size) / 250, "ABP": signals["ABP"],
+                              "PLETH": slow})[np.isfinite(signals["ABP"])]
+    table.to_csv(folder / "r.csv", index=False, float_format="%.3f")
+    table["time"] = pandas.Timestamp("2020-01-01") + pandas.to_timedelta(table.time_s, "s")
+    table.drop(columns="time_s").to_parquet(folder / "r.parquet")
+    names = {"wfdb": "r.hea", "packed.vital": "p.vital", "hdf5": "r.h5"}
+    return {form: str(folder / names.get(form, f"r.{form}")) for form in ROUNDING}
+
+
+def read_as(kind, path):
+    names = list(recordings.list_channels(path))
+    name = choose_channel(names, kind)
+    return read_recording(path, lambda names: [name]).channels[name]
+
+
+@pytest.mark.parametrize("form", sorted(ROUNDING))
+def test_every_format_gives_the_same_samples_at_the_same_times(files, signals, form):
+    for kind, name in (("abp", "ABP"), ("ppg", "PLETH")):
+        channel = read_as(kind, files[form])
+        assert (channel.fs, channel.start_s) == (RATES[name], 0)
+        np.testing.assert_allclose(channel.samples, signals[name], rtol=1e-6, atol=ROUNDING[form])
+
+
+@pytest.mark.parametrize("form", sorted(ROUNDING))
+def test_every_format_gives_the_same_segments_and_labels(files, signals, form):
+    expected = {name: recordings.resample(Channel(signals[name], RATES[name], ""), 60, 3 * 3600)
+                for name in signals}
+    for kind, name in (("abp", "ABP"), ("ppg", "PLETH")):
+        segments = recordings.resample(read_as(kind, files[form]), 60, 3 * 3600)
+        np.testing.assert_allclose(segments, expected[name], rtol=1e-5, atol=3 * ROUNDING[form])
+        if kind == "abp":
+            got = labels.label_segments(segments.reshape(3, 3600), 60)
+    truth = labels.label_segments(expected["ABP"].reshape(3, 3600), 60)
+    assert np.isfinite(truth["tpp"][[0, 2]]).all()
+    assert np.array_equal(got["reason"], truth["reason"])
+    for key in ("map", "sbp", "dbp", "pp", "p_crit", "tpp"):
+        np.testing.assert_allclose(got[key], truth[key], atol=0.5)
+
+
+def test_numbers_of_a_vital_file_keep_their_times(files):
+    path = files["vital"]
+    listed = {name: channel.fs for name, channel in recordings.list_channels(path).items()}
+    assert listed == {"SNUADC/ABP": 250, "SNUADC/PLETH": 125, "Solar8000/HR": 1}
+    rates = read_recording(path, lambda names: [choose_channel(names, "hr")]).channels
+    assert list(rates) == ["Solar8000/HR"]
+    samples = rates["Solar8000/HR"].samples
+    np.testing.assert_array_equal(samples[::2], 60 + np.arange(100))
+    assert np.isnan(samples[1::2]).all()
+
+
+def test_a_drifting_clock_of_a_vital_file_is_measured_and_does_not_shift_what_comes_late(
+        tmp_path, signals):
+    whole = {"ABP": np.tile(signals["ABP"][:80 * 250], 45)}  # an hour
+    write_vital(tmp_path / "d.vital", whole, packed=False, drift=50e-6)
+    channel = read_as("abp", str(tmp_path / "d.vital"))
+    assert np.isfinite(channel.samples).all()
+    assert channel.samples.size == whole["ABP"].size
+    assert channel.fs == pytest.approx(250 / (1 + 50e-6), rel=1e-7)
+
+
+def test_integer_tracks_of_a_vital_file_are_scaled_and_their_gaps_are_nan(tmp_path):
+    vitaldb = pytest.importorskip("vitaldb")
+    file = vitaldb.VitalFile()
+    file.dtstart = file.dtend = 1.6e9
+    blocks = [{"dt": 1.6e9 + i, "val": np.arange(100, dtype="<i2")} for i in (0, 1, 3)]
+    track = file.add_track("Bx50/IBP1", blocks, srate=100, unit="mmHg")
+    track.fmt, track.gain, track.offset = 5, 0.5, 10  # 16-bit
+    file.to_vital(str(tmp_path / "i.vital"))
+    samples = read_as("abp", str(tmp_path / "i.vital")).samples
+    expected = np.tile(10 + 0.5 * np.arange(100), 4)
+    expected[200:300] = np.nan
+    np.testing.assert_allclose(samples, expected)
+
+
+def test_a_continuous_edf_is_read_by_pyedflib_and_gives_the_same(tmp_path, signals):
+    whole = {name: samples[:80 * RATES[name]] for name, samples in signals.items()}
+    write_edf(tmp_path / "c.edf", whole)
+    text = (tmp_path / "c.edf").read_bytes()
+    (tmp_path / "d.edf").write_bytes(text[:196] + b"D" + text[197:])
+    continuous, with_gaps = (read_recording(str(tmp_path / f"{name}.edf")).channels
+                             for name in "cd")
+    for name, samples in whole.items():
+        assert continuous[name].unit == ("mmHg" if name == "ABP" else "NU")
+        np.testing.assert_allclose(continuous[name].samples, samples, atol=400 / 65535)
+        np.testing.assert_allclose(continuous[name].samples, with_gaps[name].samples, atol=1e-9)
+
+
+def test_hdf5_waveforms_are_found_at_given_paths_with_a_given_rate(tmp_path):
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        for patient in ("a", "b"):
+            file[f"{patient}/pressure"] = np.arange(50, dtype="f4")
+            file[f"{patient}/light"] = np.arange(50, dtype="i2")[None]
+    path = str(tmp_path / "w.h5")
+    assert sorted(recordings.list_channels(path)) == ["a/light", "a/pressure", "b/light",
+                                                      "b/pressure"]
+    said = {"abp": "/b/pressure", "ppg": "b/light", "fs": 50}
+    channels = read_recording(path, hdf5=said).channels
+    assert {name: c.fs for name, c in channels.items()} == {"ABP": 50, "PPG": 50}
+    np.testing.assert_array_equal(channels["PPG"].samples, np.arange(50))
+    assert list(recordings.list_channels(path, hdf5=dict(said, ppg=None)))[0] == "ABP"
+    with pytest.raises(RecordingError, match="give the rate: --fs HZ"):
+        read_recording(path, hdf5=dict(said, fs=None))
+    with pytest.raises(RecordingError, match="several datasets .* say which: --abp PATH"):
+        read_recording(path, lambda names: ["a/pressure"])
+    with pytest.raises(RecordingError, match="no one-dimensional dataset .* that was given"):
+        read_recording(path, hdf5=dict(said, abp="c/pressure"))
+
+
+def test_a_name_inside_a_file_cannot_command_the_terminal(tmp_path):
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file["a\x1b[31m\nb"] = np.arange(9.0)
+        file["a\x1b[31m\nb"].attrs["units"] = "\x1b[2J"
+    (name, channel), = recordings.list_channels(str(tmp_path / "w.h5")).items()
+    assert (name, channel.unit) == ("a?[31m b", "?[2J")
+    with pytest.raises(RecordingError) as caught:
+        read_recording(str(tmp_path / "w.h5"))
+    assert str(caught.value).isprintable()
+
+
+def test_nothing_in_an_hdf5_file_leads_out_of_it_or_round_in_circles(tmp_path):
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["abp"] = np.arange(9.0)
+    np.arange(9.0).tofile(tmp_path / "raw")
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file["external"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "abp")
+        file["soft"] = h5py.SoftLink("/own")
+        file["loop/again"] = file
+        file.create_dataset("raw", (9,), "f8", external=[(str(tmp_path / "raw"), 0, 72)])
+        layout = h5py.VirtualLayout((9,), "f8")
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "abp", (9,))
+        file.create_virtual_dataset("virtual", layout)
+        file["text"] = ["a", "b"]
+        file["complex"] = np.zeros(9, complex)
+        file["table"] = np.zeros((9, 9))
+        file["own"] = np.arange(9.0)
+    path = str(tmp_path / "w.h5")
+    assert list(recordings.list_channels(path)) == ["own"]
+    for name in ("external", "soft", "loop/again/own", "raw", "virtual", "text", "complex"):
+        with pytest.raises(RecordingError, match="no one-dimensional dataset"):
+            read_recording(path, hdf5={"abp": name, "fs": 9})
+
+
+def memory_mb(code, *arguments):
+    """Peak memory of a Python that runs `code`, and what it printed."""
+    import_path = os.path.dirname(recordings.__file__)
+    run = subprocess.run(
+        [sys.executable, "-c", "import resource, sys, recordings\n" + code + "\nprint(resource."
+         "getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)", *arguments],
+        text=True, capture_output=True, cwd=import_path)
+    assert run.returncode == 0, run.stderr
+    *lines, peak = run.stdout.splitlines()
+    return int(peak), "\n".join(lines)
+
+
+def huge_hdf5(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("abp", (10**12,), "f4", chunks=(10**6,)).attrs["fs"] = 125
+
+
+def huge_chunk(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("abp", (10,), "f4", chunks=(10**9,), maxshape=(None,),
+                            compression="gzip").attrs["fs"] = 125
+
+
+def huge_vital(path):
+    path.write_bytes(gzip.compress(b"VITA") + 40 * gzip.compress(bytes(10 << 20)))
+
+
+def huge_wfdb_gap(path):
+    write_wfdb(path.parent, "s", np.zeros(100))
+    path.write_text("h/3 1 125 100000200\ns 100\n~ 100000000\ns 100\n")
+
+
+def huge_null_signal(path):
+    path.write_text("h 1 125 99999999999\n~ 0 1/mmHg 16 0 0 0 0 ABP\n")
+
+
+def huge_csv_jump(path):
+    path.write_text("time,abp\n" + "".join(f"{i / 5000},80\n" for i in range(9)) + "600000,80\n")
+
+
+@pytest.mark.parametrize("ending, write", [
+    (".h5", huge_hdf5), (".h5", huge_chunk), (".vital", huge_vital), (".hea", huge_wfdb_gap),
+    (".hea", huge_null_signal), (".csv", huge_csv_jump)])
+def test_a_small_file_that_promises_absurd_amounts_is_refused_unallocated(tmp_path, ending, write):
+    if ending == ".hea":
+        pytest.importorskip("wfdb")
+    if ending == ".vital":
+        pytest.importorskip("vitaldb")
+    path = tmp_path / ("h" + ending)
+    write(path)
+    peak, printed = memory_mb("try: recordings.read_recording(sys.argv[1])\n"
+                              "except recordings.RecordingError as error: print(error)", str(path))
+    assert "can hold" in printed or "unpacks to" in printed
+    assert printed.count("\n") == 0
+    assert peak < 700
+
+
+@pytest.mark.parametrize("form", ["wfdb", "edf", "vital", "parquet", "hdf5", "csv"])
+def test_a_damaged_file_gives_its_samples_or_one_line(tmp_path, files, form):
+    """Cut short, or with bytes changed: never another exception, never a print."""
+    path, rng = files[form], np.random.default_rng(3)
+    with open(path, "rb") as file:
+        whole = file.read()
+    packed = form == "vital"  # damage lies inside, as gzip's own check would find it
+    whole = gzip.decompress(whole) if packed else whole
+    if form == "wfdb":
+        os.link(os.path.splitext(path)[0] + ".dat", tmp_path / "r.dat")
+    target = tmp_path / os.path.basename(path)
+    complaints = 0
+    for trial in range(25):
+        damaged = bytearray(whole)
+        if trial % 3 == 0:
+            damaged = damaged[:rng.integers(len(whole))]
+        else:
+            for _ in range(6):
+                damaged[rng.integers(min(len(whole), 3000))] = rng.integers(256)
+        target.write_bytes(gzip.compress(damaged, 1) if packed else damaged)
+        try:
+            read_recording(str(target))
+        except RecordingError as error:
+            complaints += 1
+            assert "\n" not in str(error) and str(tmp_path) not in error.what
+    assert complaints
+
+
+def test_a_vital_file_that_ends_early_is_refused(tmp_path, files):
+    with open(files["vital"], "rb") as file:
+        whole = file.read()
+    (tmp_path / "cut.vital").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(RecordingError, match="not a whole .vital file"):
+        read_recording(str(tmp_path / "cut.vital"))
+
+
+@pytest.mark.parametrize("ending, package", [
+    (".hea", "wfdb"), (".vital", "vitaldb"), (".edf", "pyedflib"), (".parquet", "pyarrow")])
+def test_a_missing_package_is_named_with_its_install_line(tmp_path, ending, package):
+    path = tmp_path / ("r" + ending)
+    path.write_bytes(b"VITA")
+    code = (f"sys.modules[{package!r}] = None\n"
+            "for function in (lambda p: recordings.check_readers([p]), recordings.list_channels):\n"
+            "    try: function(sys.argv[1])\n"
+            "    except recordings.RecordingError as error: print(error)")
+    _, printed = memory_mb(code, str(path))
+    line = f"reading it needs the package {package}: pip install -r requirements-extra.txt"
+    assert printed.splitlines()[0] == f"{path}: {line}"
+    assert len(printed.splitlines()) == 2
 
 
 # --------------------------------------------------------------------------------------- finding
@@ -274,8 +624,83 @@ def test_a_folder_gives_its_recordings_in_sorted_order_and_none_twice(tmp_path):
 def test_an_input_that_is_not_there_and_an_empty_folder_are_errors(tmp_path):
     with pytest.raises(RecordingError, match="no such file"):
         find_recordings([str(tmp_path / "nothing")])
-    with pytest.raises(RecordingError, match="no WFDB header"):
+    with pytest.raises(RecordingError, match="no recording in this folder"):
         find_recordings([str(tmp_path)])
+
+
+def write_archive(folder):
+    """Like MIMIC's: RECORDS in every folder, records of many segments, numerics beside them."""
+    for person, record in (("p001", "3000001"), ("p002", "3000002")):
+        inner = folder / "waves" / person / record
+        inner.mkdir(parents=True)
+        for part in ("_0001", "_0002"):
+            write_wfdb(inner, record + part, np.full(100, 80.0))
+        (inner / f"{record}_layout.hea").write_text(
+            f"{record}_layout 1 125 0\n~ 0 100/mmHg 16 0 0 0 0 ABP\n")
+        (inner / f"{record}.hea").write_text(
+            f"{record}/4 1 125 250\n{record}_layout 0\n{record}_0001 100\n~ 50\n"
+            f"{record}_0002 100\n")
+        write_wfdb(inner, record + "n", np.full(10, 80.0), fs=1, name_of_signal="HR")
+        (inner / "RECORDS").write_text(f"{record}_layout\n{record}_0001\n{record}_0002\n{record}\n")
+        (inner.parent / "RECORDS").write_text(f"{record}/\n")
+    (folder / "RECORDS").write_text("waves/p001/\nwaves/p002/\n")
+    (folder / "RECORDS-waveforms").write_text("waves/p002/3000002/3000002\n\n")
+
+
+def test_a_tree_with_record_lists_is_walked_and_its_lists_are_read(tmp_path):
+    pytest.importorskip("wfdb")
+    write_archive(tmp_path)
+
+    def found(name):
+        return [os.path.relpath(item.path, tmp_path).replace(os.sep, "/")
+                for item in find_recordings([str(tmp_path / name)])]
+
+    first, second = (f"waves/p00{i}/300000{i}/300000{i}.hea" for i in (1, 2))
+    assert found("") == found("RECORDS") == [first, second]
+    assert found("RECORDS-waveforms") == [second]
+    assert found("waves/p001/3000001/RECORDS") == [first]
+    assert found("waves/p001/3000001/3000001n") == ["waves/p001/3000001/3000001n.hea"]
+    samples = read_recording(str(tmp_path / first)).channels["ABP"].samples
+    np.testing.assert_array_equal(np.isfinite(samples), [True] * 100 + [False] * 50 + [True] * 100)
+
+
+def test_a_listed_record_that_is_not_there_is_an_error_of_its_own(tmp_path):
+    (tmp_path / "RECORDS").write_text("here\nabsent\n")
+    write_wfdb(tmp_path, "here", np.zeros(100))
+    found = find_recordings([str(tmp_path / "RECORDS")])
+    assert [os.path.basename(item.path) for item in found] == ["here.hea", "absent.hea"]
+    pytest.importorskip("wfdb")
+    with pytest.raises(RecordingError, match="No such file"):
+        read_recording(found[1].path)
+
+
+@pytest.mark.parametrize("entry", ["../x", "/etc/x", "a/../../x", "..", "c:\\x", "http://host/x"])
+def test_a_list_that_leads_out_of_its_folder_is_refused(tmp_path, entry):
+    (tmp_path / "RECORDS").write_text(f"a\n{entry}\n")
+    with pytest.raises(RecordingError, match="line 2 names a record outside"):
+        find_recordings([str(tmp_path / "RECORDS")])
+
+
+def test_a_prepared_file_is_not_a_recording_of_the_folder_it_lies_in(tmp_path):
+    for name, attribute in (("waves", "comment"), ("prepared", "layout_version")):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file.attrs[attribute] = 1
+    found = find_recordings([str(tmp_path)])
+    assert [os.path.basename(item.path) for item in found] == ["waves.h5"]
+
+
+@needs_shared
+def test_every_shared_recording_is_found_and_has_both_channels_at_the_rate_that_is_listed():
+    pytest.importorskip("wfdb")
+    with open(os.path.join(SHARED, "recordings.csv")) as file:
+        rates = {row["record"]: float(row["fs_hz"]) for row in csv.DictReader(file)}
+    found = find_recordings([os.path.join(SHARED, "wfdb")])
+    assert {recordings.recording_name(item.path) for item in found} == set(rates)
+    for item in found:
+        channels = recordings.list_channels(item.path)
+        for kind in ("abp", "ppg"):
+            channel = channels[choose_channel(channels, kind)]
+            assert channel.fs == pytest.approx(rates[recordings.recording_name(item.path)])
 
 
 @needs_shared
