@@ -8,6 +8,7 @@ import base64
 import contextlib
 import glob
 import html
+import importlib.util
 import io
 import json
 import math
@@ -78,20 +79,29 @@ def remove_leftovers(path, older_than_s=0):
 def locked(path, message):
     """Hold the lock file `path`; raises BlockingIOError(message) where another process holds it.
 
-    The system frees the lock when a process ends, however it ends; the empty file stays.
+    The system frees the lock when a process ends, however it ends.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, "a") as file:
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "a"))
+            try:
+                if os.name == "nt":
+                    import msvcrt
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    import fcntl
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise BlockingIOError(message) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    break               # else its holder has just removed it: it locks nobody out
         try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BlockingIOError(message) from None
-        yield
+            yield
+        finally:
+            with contextlib.suppress(OSError):      # Windows removes no open file
+                os.remove(path)
 
 
 def write_json(path, obj):
@@ -121,6 +131,7 @@ def run_script(main, *errors):
 
     0 or what main returns; 2 with one line `error: ...` on stderr for `errors` and OSError; 130
     when interrupted from the keyboard. Any other exception is a bug and keeps its traceback.
+    `errors` may be names of classes, which spares a script's --help the import of their modules.
     """
     try:
         code = main()
@@ -129,9 +140,24 @@ def run_script(main, *errors):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (OSError,) + errors as error:
+    except Exception as error:
+        kinds = type(error).__mro__
+        if OSError not in kinds and not any(one in errors or one.__name__ in errors
+                                            for one in kinds):
+            raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def lazy_module(name):
+    """The module `name`, imported when something of it is first used: what --help can do without."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.find_spec(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _one_line(error):

@@ -26,6 +26,7 @@ from evaluate import (
     draw_histogram,
     evaluate,
     find_files,
+    make_calibration,
     origin_of,
     print_results,
     simulated_note,
@@ -158,7 +159,7 @@ def main():
                 from None
         if rank == 0:
             description["provenance"]["wall_seconds"] = round(time.time() - started, 1)
-            save_and_report(options, model, trajectory, description, data, salt_file)
+            save_and_report(options, model, trajectory, description, datasets, data, salt_file)
     return 0
 
 
@@ -432,7 +433,7 @@ def describe(options, index, parts, datasets, origin, salt_file, parent):
             "seeds": {"seed": options.seed, "split_seed": options.split_seed}}}
 
 
-def save_and_report(options, model, trajectory, description, data, salt_file):
+def save_and_report(options, model, trajectory, description, datasets, data, salt_file):
     """Writes the checkpoint, scores it on the test patients as `evaluate.py` does, and draws."""
     import torch
 
@@ -443,9 +444,11 @@ def save_and_report(options, model, trajectory, description, data, salt_file):
         "data": [os.path.realpath(p) for p in data], "salt_file": os.path.realpath(salt_file)})
     save_tensors(f"runs/{options.name}_trajectory.pth",
                  {k: torch.from_numpy(values) for k, values in trajectory.items()})
-    save_checkpoint(path, model, **description)
+    calibration = make_calibration(model, datasets["train"], datasets["tune"],
+                                   device=options.device)
+    save_checkpoint(path, model, **description, calibration=calibration)
     results, arrays = evaluate(path, device=options.device)
-    save_checkpoint(path, model, **description, metrics=results)
+    save_checkpoint(path, model, **description, calibration=calibration, metrics=results)
     write_json(f"runs/{options.name}_metrics.json", results)
     loss_lr_plot(trajectory, FIGURES[0], results["note"])
     draw_histogram(results, arrays, FIGURES[1])

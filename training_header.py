@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
@@ -159,13 +160,15 @@ def save_tensors(path, obj):
         file.write(buffer.getbuffer())
 
 
-def save_checkpoint(path, model, model_args, config, split, provenance, metrics=None):
+def save_checkpoint(path, model, model_args, config, split, provenance, metrics=None,
+                    calibration=None):
     """Writes a `NormalisedModel` and what it takes to understand it later, whole or not at all."""
     weights = model.network.state_dict()
     save_tensors(path, {
         "model": {k: v.detach().cpu().contiguous() for k, v in weights.items()},
         "model_args": model_args, "keys": model.keys, "normaliser": model.normaliser,
-        "config": config, "split": split, "provenance": provenance, "metrics": metrics or {}})
+        "config": config, "split": split, "provenance": provenance, "metrics": metrics or {},
+        "calibration": calibration or {}})
 
 
 LARGEST_PICKLE = 2 ** 25        # bytes of all that is not weights; a million hashed patients fit in
@@ -282,6 +285,13 @@ def check_settings(saved):
             raise ValueError(f"normaliser of {key}: mean {mean}, sd {sd}")
     if not all(isinstance(h, str) for hashes in saved["split"].values() for h in hashes):
         raise ValueError("split: expected lists of hashed patients")
+    calibration = saved.get("calibration")
+    if calibration:     # metrics.fit_calibration and, for inputs unlike training's, fit_novelty
+        shape = np.shape(calibration["novelty"]["mean"])
+        if not (len(calibration["levels"]) == len(calibration["half_widths"])
+                and len(calibration["error_quantiles"]) > 1 and len(shape) == 1
+                and np.asarray(calibration["novelty"]["precision"], float).shape == shape * 2):
+            raise ValueError("calibration: lists that do not fit one another")
     if not (isinstance(saved["config"].get("condition"), str)
             and isinstance(saved["provenance"].get("origin"), str)):
         raise ValueError("no condition or origin of the data")
@@ -568,6 +578,8 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
     rank, world = distributed()
     model.to(device)
     forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    # weight gradients come channels-last: a copy of a few MB a step, not worth a line on each rank
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     no_sync = forward.no_sync if world > 1 else nullcontext
     if compiled:
         forward = compile_or_not(forward)

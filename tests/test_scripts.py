@@ -34,7 +34,7 @@ from training_header import (
 CPU = torch.device("cpu")
 SCORES = {"rmse", "mae", "mead", "r2", "bias", "sd"}
 BASELINES = {"mean_tpp", "map_minus_mean_pcrit", "ridge", "gradient_boosting", "ridge_all",
-             "gradient_boosting_all"}
+             "gradient_boosting_all", "gradient_boosting_ppg"}
 OUTPUTS = {"runs/M1.5.pth", "runs/M1.5_trajectory.pth", "runs/M1.5_log.csv",
            "runs/M1.5_metrics.json", "runs/M1.5_run.json", "figures_resnet/loss_lr_plot.png",
            "figures_resnet/histogram_plot.png"}
@@ -445,7 +445,7 @@ def spoil(folder, kind):
 @pytest.mark.parametrize("kind, options, message", [
     ("absent", (), "bad.h5: no such file"),
     ("text", (), "bad.h5: not a readable HDF5 file"),
-    ("foreign", (), "bad.h5: patient 0, encounter 0 (in the file's order): expected a group"),
+    ("foreign", (), "bad.h5: patient 0, encounter 0 (names: python datasets.py bad.h5 --who 0/0)"),
     ("no ppg", (), "no field 'ppg'"),
     ("no r2", (), "no field 'r2'"),
     ("no hr in one", (), "no field 'hr'"),
@@ -501,7 +501,7 @@ def test_a_script_ends_with_one_line_and_exit_code_2(run, tmp_path):
     ("moved data", ["runs/M1.5.pth"], "data/s.h5: no such file"),
     ("spoilt record", ["runs/M1.5.pth"], "M1.5_run.json: not the record of a run"),
     ("unlabelled data", ["runs/M1.5.pth", "--data", "u.h5", "--condition", "any"],
-     "u.h5: no field 'tpp'"),
+     "u.h5: no field 'p_crit'"),
     ("no test patient", ["runs/M1.5.pth", "--data", "data/o.h5", "--split", "test"],
      "none of the checkpoint's test patients"),
 ])
