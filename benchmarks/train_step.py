@@ -4,7 +4,8 @@
 
 Each candidate lives in a process of its own (the cure of freed memory acts on a whole process) and
 they take turns. The limit is the rate of a large float32 matrix product in the same run; the
-network's cost is 0.508 GFLOP forward and three times that for a step.
+network's cost is 0.508 GFLOP forward and three times that for a step, by the direct convolutions
+(ours does some of them by FFT, with fewer). bf16 is `--amp bf16`: other numbers, not to compare.
 """
 import argparse
 import multiprocessing
@@ -15,7 +16,7 @@ from common import alternate, print_machine
 from tk_utils import print_table
 
 GFLOP_FORWARD = 0.508
-CANDIDATES = ("published", "published, memory kept", "ours", "ours, compiled")
+CANDIDATES = ("published", "published, memory kept", "ours", "ours, bf16", "ours, compiled")
 
 
 def candidate(name, batch, pipe):
@@ -33,14 +34,18 @@ def candidate(name, batch, pipe):
     forward = compile_or_not(model) if name.endswith("compiled") else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
+    def predict():
+        with torch.autocast("cpu", torch.bfloat16, enabled=name.endswith("bf16")):
+            return forward(ppg, *vitals).float()
+
     def train():
         optimizer.zero_grad()
-        ((forward(ppg, *vitals) - label) ** 2).mean().backward()
+        ((predict() - label) ** 2).mean().backward()
         optimizer.step()
 
     def infer():
         with torch.no_grad():
-            forward(ppg, *vitals)
+            predict()
 
     for what in iter(pipe.recv, None):
         model.train(what == "train")
@@ -71,7 +76,7 @@ def main():
     print_machine()
     context = multiprocessing.get_context("spawn")
     pipes = {}
-    for name in CANDIDATES[:3 if options.no_compile else 4]:
+    for name in CANDIDATES[:4 if options.no_compile else 5]:
         pipes[name], theirs = context.Pipe()
         context.Process(target=candidate, args=(name, options.batch, theirs), daemon=True).start()
 
