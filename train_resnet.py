@@ -2,6 +2,8 @@
 
     python train_resnet.py                                  # simulates its data, trains, evaluates
     python train_resnet.py --data my.h5 --name mine         # one's own data, the M1.5 recipe
+    python train_resnet.py --data my.h5 --dry-run           # what that would read, train and write
+    python train_resnet.py --plot-log --name mine           # the figures again, at any time
     torchrun --nproc_per_node=2 train_resnet.py …           # several GPUs or processes
 
 Writes runs/<name>.pth (the checkpoint), runs/<name>_trajectory.pth, runs/<name>_log.csv,
@@ -13,8 +15,10 @@ in the same weights. Exit codes: 0 done, 2 an error in one line, 3 interrupted a
 """
 import argparse
 import hashlib
+import importlib.util
 import os
 import sys
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 
@@ -34,8 +38,10 @@ from evaluate import (
 from tk_utils import (
     atomic_path,
     git_revision,
+    histogram_figure,
     locked,
     loss_lr_plot,
+    print_table,
     remove_leftovers,
     run_script,
     versions,
@@ -50,6 +56,7 @@ M1_5 = {"epochs": 10, "batch_size": 256, "lr": 1e-3, "lr_step": 3, "lr_gamma": 0
 # little beside what differs between patients. Chosen by the tune patients' loss and the clock.
 SIMULATED = {"patients": 1200, "segments": 3, "seed": 0}
 SIMULATED_RECIPE = {"epochs": 9, "batch_size": 16, "lr_step": 7}
+SIMULATED_FILE = "data/simulated_{patients}x{segments}_seed{seed}.h5".format(**SIMULATED)
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 LABELS = ("tpp", "p_crit")
 NO_VITALS = {"ppg", "abp", "tpp", "p_crit", "p_crit_true"}      # waveforms, and the answer itself
@@ -58,58 +65,88 @@ NO_VITALS = {"ppg", "abp", "tpp", "p_crit", "p_crit_true"}      # waveforms, and
 INTERRUPTED = 3         # exit code: stopped by SIGINT or SIGTERM, state saved
 FIGURES = ("figures_resnet/loss_lr_plot.png", "figures_resnet/histogram_plot.png")
 ENDINGS = (".pth", "_resume.pth", "_trajectory.pth", "_log.csv", "_metrics.json", "_run.json")
+TIMED_STEPS = 5         # of --dry-run, after one that warms up
 
 
 def resume_path(options):
     return f"runs/{options.name}_resume.pth"
 
 
+def recipe_default(name):
+    """For --help: the recipe's value, and that for the default data where it is another."""
+    other = f" ({SIMULATED_RECIPE[name]} on the default data)" if name in SIMULATED_RECIPE else ""
+    return f"default {M1_5[name]}{other}"
+
+
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        epilog="exit codes: 0 done; 2 an error, in one line; 3 interrupted and saved")
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", metavar="FILE",
                        help="HDF5 files of the layout, or globs; default: simulate "
-                            f"{SIMULATED['patients']} patients into data/ once")
+                            f"{SIMULATED['patients']} patients into {SIMULATED_FILE} once")
     group.add_argument("--keys", nargs="+", default=KEYS, metavar="FIELD",
                        help=f"ppg, vitals, label (tpp or p_crit); default {' '.join(KEYS)}")
-    group.add_argument("--condition", default="default", help="quality gate (README, 'The gate')")
-    group.add_argument("--split-seed", type=int, default=0,
-                       help="which patients are train, tune, test")
+    group.add_argument("--condition", default="default", metavar="GATE",
+                       help="quality gate (docs/labels.md); default 'default'")
+    group.add_argument("--split-seed", type=int, default=0, metavar="N",
+                       help="which patients are train, tune, test; default 0")
     group.add_argument("--salt-file", metavar="FILE",
                        help="salt of the patients' hashes; default: tpp_ppg.salt beside the data")
+    group.add_argument("--keep-index", action="store_true",
+                       help="keep the index beside the data (<file>.index.npz) and use it again "
+                            "while the data do not change")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, help="passes over the train segments")
-    group.add_argument("--batch-size", type=int, help="segments in one step of each process")
-    group.add_argument("--accumulate", type=int, default=1, help="batches in one step")
-    group.add_argument("--lr", type=float, help="Adam's learning rate")
-    group.add_argument("--lr-step", type=int, help="epochs between reductions of the rate")
-    group.add_argument("--lr-gamma", type=float, help="factor of each reduction")
-    group.add_argument("--weight-decay", type=float, help="Adam's L2 weight decay")
-    group.add_argument("--l1", type=float, help="L1 penalty on weights")
+    group.add_argument("--epochs", type=int, metavar="N",
+                       help=f"passes over the train segments; {recipe_default('epochs')}")
+    group.add_argument("--batch-size", type=int, metavar="N",
+                       help="segments in one step of each process; "
+                            f"{recipe_default('batch_size')}")
+    group.add_argument("--accumulate", type=int, default=1, metavar="N",
+                       help="batches in one step; default 1")
+    group.add_argument("--lr", type=float, metavar="RATE",
+                       help=f"Adam's learning rate; {recipe_default('lr')}")
+    group.add_argument("--lr-step", type=int, metavar="EPOCHS",
+                       help=f"epochs between reductions of the rate; {recipe_default('lr_step')}")
+    group.add_argument("--lr-gamma", type=float, metavar="FACTOR",
+                       help=f"factor of each reduction; {recipe_default('lr_gamma')}")
+    group.add_argument("--weight-decay", type=float, metavar="X",
+                       help=f"Adam's L2 weight decay; {recipe_default('weight_decay')}")
+    group.add_argument("--l1", type=float, metavar="X",
+                       help=f"L1 penalty on weights; {recipe_default('l1')}")
     group.add_argument("--init", choices=("steady", "pytorch"), default="steady",
                        help="initial kernels (models.init_steady); default steady")
-    group.add_argument("--seed", type=int, default=0, help="of initial weights and order")
+    group.add_argument("--init-from", metavar="CHECKPOINT",
+                       help="fine-tune these weights, with their normalising, on the data")
+    group.add_argument("--seed", type=int, default=0, metavar="N",
+                       help="of initial weights and order; default 0")
     group.add_argument("--early-stopping", type=int, default=-1, metavar="EPOCHS",
                        help="stop after so many epochs without improvement; default: never")
     group.add_argument("--amp", choices=("bf16", "fp16"), help="autocast to a shorter float")
     group.add_argument("--weight-labels", action="store_true",
                        help="weigh each train segment by the standard error of its Pcrit")
-    group.add_argument("--init-from", metavar="CHECKPOINT",
-                       help="fine-tune these weights, with their normalising, on the data")
     group = parser.add_argument_group("running")
-    group.add_argument("--name", default="M1.5", help="of the files in runs/")
+    group.add_argument("--name", default="M1.5", help="of the files in runs/; default M1.5")
     group.add_argument("--device", help="cpu, cuda, cuda:1, …; default: CUDA where present")
-    group.add_argument("--workers", type=int, help="loader processes; default: 0 on CPU, 4 on CUDA")
+    group.add_argument("--workers", type=int, metavar="N",
+                       help="loader processes; default: 0 on CPU, 4 on CUDA")
     group.add_argument("--compile", action="store_true", dest="compiled",
                        help="torch.compile the network (needs a C++ compiler; measure it first: "
                             "benchmarks/train_step.py)")
-    group.add_argument("--keep-index", action="store_true",
-                       help="keep the index beside the data (<file>.index.npz) and use it again "
-                            "while the data do not change")
     group.add_argument("--checkpoint-minutes", type=float, default=10, metavar="MINUTES",
                        help="save the state so often, beside after each epoch; default 10")
     group.add_argument("--fresh", action="store_true",
                        help="begin anew where a run of this name is unfinished or finished")
+    group = parser.add_argument_group("following")
+    group.add_argument("--tensorboard", action="store_true",
+                       help="also write losses, rate, tune scores, speed and figures of each epoch "
+                            "to runs/<name>_tensorboard (needs the package tensorboard)")
+    group.add_argument("--dry-run", action="store_true",
+                       help="say what would be read, trained and written, time a few steps, stop")
+    group.add_argument("--plot-log", action="store_true",
+                       help="draw the figures again from the files of the run --name, finished or "
+                            "not; train nothing")
     options = parser.parse_args(arguments)
     recipe = dict(M1_5) if options.data else dict(M1_5, **SIMULATED_RECIPE)
     for name, value in recipe.items():
@@ -129,12 +166,20 @@ def parse_args(arguments=None):
                      f"{' or '.join(LABELS)}; never the label or a waveform among the vitals")
     if not options.name or os.path.basename(options.name) != options.name:
         parser.error(f"--name {options.name!r}: expected a name, not a path")
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs a package: pip install tensorboard")
+    if options.dry_run and "RANK" in os.environ:
+        parser.error("--dry-run: one process is enough, without torchrun")
     return options
 
 
 def main():
-    from training_header import Interrupted, NonFiniteLoss, TrainingError
     options = parse_args()
+    if options.plot_log:
+        return plot_log(options)
+    if options.dry_run:
+        return dry_run(options)
+    from training_header import Interrupted, NonFiniteLoss, TrainingError
     started = time.time()
     rank = join_processes(options.device)
     with only_run(options) if rank == 0 else nullcontext():
@@ -181,11 +226,20 @@ def join_processes(device):
     if "RANK" not in os.environ:
         return 0
     import torch
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     on_cuda = torch.cuda.is_available() and device != "cpu"
     torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.distributed.get_rank()
+
+
+def end_with(torchrun):
+    """Ends this process when torchrun is gone (killed): it would wait for the others for ever."""
+    while os.getppid() == torchrun:
+        time.sleep(1)
+    os._exit(1)
 
 
 def share(values):
@@ -200,7 +254,7 @@ def find_data(options, rank):
     """The data files: those named (globs expanded), or the default ones, simulated once."""
     if options.data:
         return find_files(options.data)
-    path = "data/simulated_{patients}x{segments}_seed{seed}.h5".format(**SIMULATED)
+    path = SIMULATED_FILE
     if rank == 0:
         changes = [f"{k} {v} instead of M1.5's {M1_5[k]}" for k, v in SIMULATED_RECIPE.items()
                    if getattr(options, k) == v]
@@ -371,7 +425,10 @@ def build(options, datasets, parent):
 
 
 def train(options, model, loaders, device, description):
-    from training_header import StepLR, training_loop
+    from training_header import StepLR, distributed, training_loop
+    add_to_board = None
+    if options.tensorboard and distributed()[0] == 0:
+        add_to_board = tensorboard(options, model, loaders, device, description)
 
     def on_epoch(log):
         with atomic_path(f"runs/{options.name}_log.csv") as temporary:
@@ -380,6 +437,8 @@ def train(options, model, loaders, device, description):
                 file.writelines(",".join(f"{v:.6g}" for v in row.values()) + "\n" for row in log)
         row = log[-1]
         left = row["seconds"] / row["epoch"] * (options.epochs - row["epoch"])
+        if add_to_board:
+            add_to_board(log)
         print(f"epoch {row['epoch']}/{options.epochs}: RMSE train {row['train_loss'] ** 0.5:.2f}, "
               f"tune {row['tune_loss'] ** 0.5:.2f} mmHg (best: epoch {row['best_epoch']}), "
               f"{row['seconds'] / 60:.1f} min, {left / 60:.1f} min left", flush=True)
@@ -403,11 +462,49 @@ def train(options, model, loaders, device, description):
         checkpoint_minutes=options.checkpoint_minutes)
 
 
+def tensorboard(options, model, loaders, device, description):
+    """A function that adds the newest epoch of the log to runs/<name>_tensorboard."""
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+
+    from metrics import scores
+    from training_header import make_loader
+    label = options.keys[-1]
+    tune = loaders[1].dataset
+    loader = make_loader(tune, options.batch_size)      # all tune segments, also under torchrun
+    truth, p_crit = tune.column(label).numpy(), tune.column("p_crit").numpy()
+    note = simulated_note(*2 * [description["provenance"]["origin"]])
+    writer = None
+
+    def add(log):
+        nonlocal writer
+        row, epoch = log[-1], log[-1]["epoch"]
+        if writer is None:      # a run that goes on replaces what came after its saved state
+            writer = SummaryWriter(f"runs/{options.name}_tensorboard", purge_step=epoch)
+        with torch.no_grad():
+            predicted = torch.cat([model(*(one.to(device) for one in batch[:-1]))[:, 0].cpu()
+                                   for batch in loader]).numpy()
+        found = dict(scores(truth, predicted), n_patients=tune.index.n_patients,
+                     p_crit_r2=scores(p_crit, p_crit + predicted - truth)["r2"])
+        seconds = row["seconds"] - (log[-2]["seconds"] if epoch > 1 else 0)
+        values = {"loss/train": row["train_loss"], "loss/tune": row["tune_loss"],
+                  "learning rate": row["lr"],
+                  "train segments per second": len(loaders[0].dataset) / seconds,
+                  **{f"tune/{key}": found[key]
+                     for key in ("rmse", "mae", "mead", "bias", "sd", "r2", "p_crit_r2")}}
+        for name, value in values.items():
+            writer.add_scalar(name, value, epoch)
+        writer.add_figure("tune", histogram_figure(truth, predicted, found, note, label), epoch)
+        writer.flush()
+
+    return add
+
+
 def describe(options, index, parts, datasets, origin, salt_file, parent):
     """What the checkpoint says of the run: options, hashed split, provenance; no paths or names."""
     from training_header import distributed, hash_patients, read_salt, salt_mark
     left_out = ("data", "salt_file", "name", "device", "workers", "keep_index", "init_from",
-                "fresh", "checkpoint_minutes")
+                "fresh", "checkpoint_minutes", "tensorboard", "dry_run", "plot_log")
     salt = read_salt(salt_file)
     fingerprint, parent_print, ancestors = hashlib.sha256(), None, {}
     if parent:
@@ -457,6 +554,102 @@ def save_and_report(options, model, trajectory, description, datasets, data, sal
     print(f"wrote {path}, its trajectory, log and metrics beside it, and figures_resnet/*.png")
 
 
+def plot_log(options):
+    """Draws the figures again from the files of a run: of one under way or broken off, the losses;
+    of a finished one, also the histogram, for which it is scored again."""
+    from training_header import load_checkpoint, load_tensors
+    start = f"runs/{options.name}"
+    if os.path.exists(f"{start}_log.csv"):
+        log = np.atleast_1d(np.genfromtxt(f"{start}_log.csv", delimiter=",", names=True))
+        trajectory = {"epoch_train_loss": log["train_loss"], "epoch_val_loss": log["tune_loss"],
+                      "lr": log["lr"]}
+    elif os.path.exists(f"{start}_trajectory.pth"):
+        trajectory = load_tensors(f"{start}_trajectory.pth")
+    else:
+        raise FileNotFoundError(f"{start}_log.csv: no such run has finished an epoch "
+                                f"(python train_resnet.py --name {options.name} trains it)")
+    unfinished = os.path.exists(resume_path(options))
+    saved = (load_tensors(resume_path(options))["experiment"] if unfinished
+             else load_checkpoint(f"{start}.pth"))
+    origin = saved["provenance"]["origin"]
+    loss_lr_plot(trajectory, FIGURES[0], simulated_note(origin, origin))
+    print(f"drawn: {FIGURES[0]}")
+    if not unfinished:
+        draw_histogram(*evaluate(f"{start}.pth", device=options.device), FIGURES[1])
+        print(f"drawn: {FIGURES[1]}")
+
+
+def dry_run(options):
+    """Says what this command would read, train and write, and how long it may take; writes nothing.
+    """
+    from training_header import load_checkpoint
+    data = find_files(options.data) if options.data else [SIMULATED_FILE]
+    if not os.path.exists(data[0]):
+        settings = " ".join(f"--{name} {value}" for name, value in SIMULATED.items())
+        megabytes = SIMULATED["patients"] * SIMULATED["segments"] * 3600 * 4 / 1e6
+        print(f"would simulate {SIMULATED['patients']:,} patients of {SIMULATED['segments']} "
+              f"segments first ({data[0]}, {megabytes:.0f} MB), then train on them. The rest can "
+              f"be said when they are there: python simulate.py --out {data[0]} {settings}")
+        return
+    options.keep_index = False
+    index, parts, datasets, origin = open_data(options, data, 0)
+    salt_file, parent = options.salt_file or beside(data[0]), None
+    if options.init_from:       # without a salt its patients cannot be compared, nor one be made
+        parent = (open_parent(options, parts, salt_file, 0) if os.path.exists(salt_file)
+                  else load_checkpoint(options.init_from))
+    model, loaders, device = build(options, datasets, parent)
+    step_s, look_s = time_steps(options, model, loaders, device)
+    minutes = options.epochs * (step_s * len(loaders[0]) + look_s * len(loaders[1])) / 60
+    weights_mb = sum(p.numel() for p in model.parameters()) * 4 / 1e6
+    print()
+    print_table([[path, f"{os.path.getsize(path) / 1e6:,.1f}"] for path in data],
+                ["would read", "MB"])
+    print(f"\nwould train {weights_mb / 4:.2f} M weights on {device}: {options.epochs} epochs of "
+          f"{len(loaders[0]):,} steps of {options.batch_size}, {1000 * step_s:.0f} ms each "
+          f"({TIMED_STEPS} steps timed), so about {minutes:.1f} min, and the evaluation\n")
+    # while it runs: weights, two moments of Adam, and the best weights
+    sizes = {".pth": weights_mb, "_resume.pth": 4 * weights_mb}
+    files = [f"runs/{options.name}{end}" for end in ENDINGS]
+    print_table([[path, f"{sizes[end]:.1f}" if end in sizes else "small",
+                  "is there" if os.path.exists(path) else ""]
+                 for path, end in zip(files + list(FIGURES), ENDINGS + FIGURES)],
+                ["would write", "MB", "now"])
+    if os.path.exists(files[0]) or os.path.exists(files[1]):
+        print(f"\n{options.name} has been trained or begun: the same options go on or show its "
+              "scores, others are refused; --fresh trains anew, --name OTHER beside it")
+
+
+def time_steps(options, model, loaders, device):
+    """Seconds of a training step and of a tune batch, their reading included (medians)."""
+    import torch
+
+    from training_header import keep_freed_memory
+    if device.type == "cpu":
+        keep_freed_memory()
+    model.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp)
+    medians = []
+    for loader, train in zip(loaders, (True, False)):
+        seconds, before = [], time.monotonic()
+        for number, batch in enumerate(loader):
+            inputs, label = batch[:len(options.keys) - 1], batch[-1].to(device)
+            with torch.set_grad_enabled(train):
+                with torch.autocast(device.type, dtype) if dtype else nullcontext():
+                    out = model(*(one.to(device) for one in inputs))
+                loss = ((out[:, 0].float() - label) ** 2).mean()
+            if train:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            loss.item()                             # CUDA has to be done before the clock is read
+            seconds.append(time.monotonic() - before)
+            before = time.monotonic()
+            if number == TIMED_STEPS:
+                break
+        medians.append(float(np.median(seconds[1:] or seconds)))
+    return medians
+
+
 if __name__ == "__main__":
-    from training_header import CheckpointError, DataError, TrainingError
-    sys.exit(run_script(main, CheckpointError, DataError, TrainingError))
+    sys.exit(run_script(main, "CheckpointError", "DataError", "TrainingError"))

@@ -309,3 +309,15 @@ def test_when_a_rank_dies_the_others_end_within_a_minute(folder):
     process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - begun < 60
     assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="an orphan is seen by its parent's number")
+def test_when_torchrun_is_killed_its_ranks_end(folder):
+    process = started(folder, launcher=("-m", "torch.distributed.run", "--standalone",
+                                        "--nproc_per_node=2"))
+    process.kill()
+    try:
+        process.communicate(timeout=60)     # reads until the ranks, who hold the other end, end
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise

@@ -6,6 +6,7 @@ SIGKILL arrives at a random moment of a real run (start, training, saving, scori
 and again, until the run ends by itself. Every second run writes slowly (each sync waits), so that
 many kills fall inside a write. The tests do a few of these, the command any number.
 """
+import contextlib
 import hashlib
 import os
 import random
@@ -62,6 +63,16 @@ def fingerprint(folder):
     return found.hexdigest()
 
 
+def kill(pid):
+    """A process and all that it started, as when the machine loses power."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        children = file.read().split()
+    os.kill(pid, signal.SIGKILL)
+    for child in children:
+        with contextlib.suppress(OSError):      # ended by itself
+            kill(int(child))
+
+
 def finished(folder, kind):
     """Runs to the end, unless ended before; the seconds that took. Raises for a failed run."""
     begun = time.monotonic()
@@ -113,7 +124,7 @@ def killed_runs(base, kind, kills, rng):
                 assert process.returncode == 0, output
                 break
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill(process.pid)
                 process.communicate()
                 done += 1
                 whole_files(folder)
@@ -129,7 +140,8 @@ def killed_runs(base, kind, kills, rng):
     return done, completed
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.skipif(not os.path.exists(f"/proc/self/task/{os.getpid()}/children"),
+                    reason="needs Linux's list of a process's children")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, tmp_path):
     make_file(tmp_path / "d.h5", patients=6, encounters=1, rows=8)
