@@ -150,7 +150,7 @@ def run_script(main, *errors):
 
 
 def lazy_module(name):
-    """The module `name`, imported when something of it is first used: what --help can do without."""
+    """The module `name`, imported when something of it is first used: --help can do without it."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.find_spec(name)
@@ -670,7 +670,7 @@ def detection_figure(event, score, found, reliability=None, title_note=None):
         one.set_aspect("equal")
     _tidy(*axes)
     if title_note:
-        figure.text(0.5, 1.0, title_note, **NOTE_STYLE)
+        figure.text(0.5, 0.93, title_note, **NOTE_STYLE)
     return figure
 
 

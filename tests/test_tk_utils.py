@@ -426,3 +426,80 @@ def test_figures_come_as_pdf_too_and_leave_pyplot_alone(tmp_path):
                    'print("matplotlib.pyplot" in sys.modules)')
     assert ended.stdout == "False\n", ended.stderr
     assert path.read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("n", [1, 40, 20_000])          # points; of many their density
+def test_the_figures_of_the_report_are_drawn_from_few_segments_and_many(tmp_path, n):
+    import metrics
+    rng = np.random.default_rng(0)
+    truth = rng.normal(36, 12, n)
+    prediction, patients = truth + rng.normal(0, 5, n), np.arange(n) % 50
+    agreement = metrics.bland_altman(patients, truth, prediction)
+    found = metrics.detection(patients, truth, prediction)
+    reliability = metrics.reliability(patients, truth < 34, rng.random(n))
+    figures = {
+        "intervals": tk_utils.intervals_figure([("ridge", 7, 6, 8), ("mean", 9, 8, 11)],
+                                               "RMSE (mmHg)", "SIMULATED DATA", line=7),
+        "agreement": tk_utils.bland_altman_figure(truth, prediction, agreement, "SIMULATED DATA"),
+        "detection": tk_utils.detection_figure(truth < 34, -prediction, found, reliability,
+                                               "SIMULATED DATA"),
+        "trend": tk_utils.trend_figure(truth[1:], prediction[1:], 5, "SIMULATED DATA"),
+        "waves": tk_utils.waveforms_figure(rng.normal(size=(2, 3600)), ["a", "b"], 60,
+                                           title_note="SIMULATED DATA")}
+    for name, figure in figures.items():
+        tk_utils.save_figure(figure, tmp_path / f"{name}.png")
+        assert pixels(tmp_path / f"{name}.png").std() > 5
+        assert red_pixels(tmp_path / f"{name}.png") > 1000, name
+
+
+def test_the_roc_curve_passes_through_ties_as_one_step(tmp_path):
+    event, score = np.array([True, False, True, False]), np.array([2.0, 1.0, 1.0, 0.0])
+    found = {"auc": {"value": 0.875, "low": 0.5, "high": 1.0}, "threshold": 34,
+             "sensitivity": {"value": 0.5}, "specificity": {"value": 1.0}}
+    curve = tk_utils.detection_figure(event, score, found).axes[0].lines[0]
+    assert curve.get_xdata().tolist() == [0, 0, 0.5, 1]
+    assert curve.get_ydata().tolist() == [0, 0.5, 1, 1]
+
+
+# ---------------------------------------------------------------- the page
+
+def test_a_page_escapes_every_text_and_is_written_whole(tmp_path):
+    bad = "<script>alert('&')</script>"
+    body = (tk_utils.html_text(bad, "p", "note")
+            + tk_utils.html_table([[bad, 1.5]], [bad, "n"], bad)
+            + tk_utils.html_figure(tk_utils.new_figure(1, 1), f'"{bad}', bad))
+    tk_utils.html_page(tmp_path / "new folder" / "p.html", bad, body)
+    text = (tmp_path / "new folder" / "p.html").read_text(encoding="utf-8")
+    assert "<script" not in text and text.count("&lt;script&gt;") >= 7
+    assert 'alt="&quot;' in text and '<html lang="en">' in text and 'charset="utf-8"' in text
+    assert os.listdir(tmp_path / "new folder") == ["p.html"]
+
+
+def test_a_page_may_load_and_run_nothing(tmp_path):
+    tk_utils.html_page(tmp_path / "p.html", "a {b} %s", "<p>{c}</p>")
+    text = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text and "<title>a {b} %s</title>" in text and "{c}" in text
+    assert "http://" not in text and "https://" not in text and "url(" not in text
+
+
+def test_a_table_in_a_page_scrolls_in_its_box_and_aligns_numbers_right():
+    text = tk_utils.html_table([["ridge", 6.254, 1200, "4.72 (4.27 to 5.21)"],
+                                ["mean", None, 7, "9.00 (8.00 to 9.50)"]],
+                               ["", "RMSE", "n", "95 %"])
+    assert text.startswith("<div class=table role=region tabindex=0 aria-label=")
+    assert "<td>ridge</td><td class=right>6.25</td><td class=right>1,200</td>" in text
+    assert "<td class=right>4.72 (4.27 to 5.21)</td>" in text and "<td class=right></td>" in text
+    assert "<th scope=col class=right>RMSE</th>" in text
+
+
+def test_a_picture_in_a_page_is_embedded_with_its_size_and_needs_words():
+    import base64
+    figure = tk_utils.new_figure(4, 2)
+    figure.subplots()
+    text = tk_utils.html_figure(figure, "what it shows", "caption")
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", text).group(1))
+    assert data.startswith(b"\x89PNG") and 'alt="what it shows"' in text
+    width, height = map(int, re.search(r"width=(\d+) height=(\d+)", text).groups())
+    assert 1.5 < width / height < 2.5 and "<figcaption>caption</figcaption>" in text
+    with pytest.raises(ValueError, match="alt"):
+        tk_utils.html_figure(figure, "")

@@ -1,0 +1,141 @@
+"""How well the evaluation's own statements hold, and what it costs.
+
+    python benchmarks/evaluation.py coverage [--repeats 1000]   # of 95 % intervals, by patients
+    python benchmarks/evaluation.py conformal                   # of prediction intervals
+    python benchmarks/evaluation.py scale                       # 1 million predictions
+"""
+import argparse
+import os
+import resource
+import sys
+import time
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import evaluate
+import metrics
+from tk_utils import print_table
+
+SHOWN = ("rmse", "mae", "mead", "r2", "bias", "sd", "skill", "limit", "within", "auc", "found")
+
+
+def virtual_patients(rng, n_patients):
+    """patients, truth, prediction, baseline: each patient with a level, bias, spread of its own."""
+    patients = np.repeat(np.arange(n_patients), rng.integers(3, 25, n_patients))
+    n, spread = len(patients), 5 * np.exp(rng.normal(0, 0.4, n_patients))
+    truth = rng.normal(36, 8, n_patients)[patients] + rng.normal(0, 9, n)
+    error = rng.normal(1, 3, n_patients)[patients] + rng.normal(size=n) * spread[patients]
+    worse = rng.normal(0, 6, n_patients)[patients] + rng.normal(0, 6, n)
+    return patients, truth, truth + error, truth + worse
+
+
+def every_score(patients, truth, prediction, baseline, n_boot):
+    """{score: (value, low, high)} of the scores whose coverage is tabulated."""
+    bootstrap = metrics.PatientBootstrap(patients, n_boot)
+    found, intervals = metrics.scores(truth, prediction), metrics.confidence_intervals(
+        bootstrap, truth, prediction)
+    found = {name: (found[name], *interval) for name, interval in intervals.items()}
+    detection = metrics.detection(bootstrap, truth, prediction)
+    for name, one in (("skill", metrics.skill(truth, prediction, baseline, bootstrap)),
+                      ("limit", metrics.bland_altman(bootstrap, truth, prediction)["upper"]),
+                      ("within", metrics.within_patient_correlation(bootstrap, truth, prediction)),
+                      ("auc", detection["auc"]), ("found", detection["sensitivity"])):
+        found[name] = (one["value"], one["low"], one["high"])
+    return found
+
+
+def coverage(options):
+    truth = every_score(*virtual_patients(np.random.default_rng(0), 40_000), n_boot=2)
+    rows = []
+    for n_patients in (5, 10, 30, 100, 300):
+        held, seen = dict.fromkeys(SHOWN, 0), dict.fromkeys(SHOWN, 0)
+        for repeat in range(options.repeats):
+            rng = np.random.default_rng([n_patients, repeat])
+            found = every_score(*virtual_patients(rng, n_patients), n_boot=options.draws)
+            for name in SHOWN:
+                _, low, high = found[name]
+                seen[name] += np.isfinite(low)
+                held[name] += low <= truth[name][0] <= high
+        rows.append([n_patients, *(f"{100 * held[name] / max(seen[name], 1):.1f}"
+                                   for name in SHOWN)])
+    print(f"% of {options.repeats} synthetic data sets in which the 95 % interval holds the truth")
+    print_table(rows, ["patients", *SHOWN])
+
+
+def conformal(options):
+    rows = []
+    for n_tune in (9, 19, 30, 100, 300):
+        held = {level: [] for level in metrics.LEVELS}
+        for repeat in range(200):
+            rng = np.random.default_rng([n_tune, repeat])
+            patients, truth, prediction, _ = virtual_patients(rng, n_tune + 300)
+            tune = patients < n_tune
+            calibration = metrics.fit_calibration((prediction - truth)[tune], patients[tune])
+            for level, half in zip(metrics.LEVELS, calibration["half_widths"]):
+                if half is not None:
+                    inside = (np.abs(prediction - truth) <= half)[~tune]
+                    _, owner, counts = np.unique(patients[~tune], return_inverse=True,
+                                                 return_counts=True)
+                    held[level].append(np.mean(np.bincount(owner, inside) / counts))
+        rows.append([n_tune, *(f"{100 * np.mean(held[level]):.1f}" if held[level] else "none"
+                               for level in metrics.LEVELS)])
+    print("% of a new patient's segments in the prediction interval, mean over 200 draws")
+    print_table(rows, ["tune patients", *(f"{level:.0%}" for level in metrics.LEVELS)])
+
+
+class Waves:
+    """Stands for the dataset of a million segments where only pictures are wanted of it."""
+
+    def waveform(self, key, segments):
+        return np.sin(np.arange(3600) / 8 + np.asarray(segments)[:, None]).astype(np.float32)
+
+
+def scale(options):
+    """All scores, intervals and figures of a million predictions of 2,000 patients."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(2000), 500)
+    n = len(patients)
+    fields = {"map": rng.normal(78, 10, n), "tpp": rng.normal(36, 12, n), "r2": rng.random(n),
+              "hr": rng.normal(80, 15, n), "pp": rng.normal(60, 15, n),
+              "pulse_quality": rng.random(n), "pulse_irregularity": rng.random(n) / 3}
+    fields["p_crit"] = fields["map"] - fields["tpp"]
+    own = rng.normal(0, 3, 2000)[patients]
+    tpp = fields["tpp"] + own + rng.normal(0, 5, n)
+    baselines = {f"baseline {i}": fields["tpp"] + rng.normal(0, 7 + i, n) for i in range(7)}
+    part = evaluate.Part(Waves(), fields, patients, patients)
+    wall, processor = time.perf_counter(), time.process_time()
+    bootstrap = metrics.PatientBootstrap(patients)
+    calibration = metrics.fit_calibration((tpp - fields["tpp"])[:100_000], patients[:100_000])
+    results = {**evaluate.score_predictions(part, tpp, bootstrap), "note": None, "simulated": False}
+    results["baselines"] = {name: evaluate.score_beside(part, tpp, one, bootstrap)
+                            for name, one in baselines.items()}
+    results["uncertainty"] = evaluate.how_sure(part, tpp, calibration, None, bootstrap)
+    results["strata"] = evaluate.strata(part, tpp, calibration, None)
+    results["patients"] = evaluate.spread_over_patients(patients, tpp - fields["tpp"])
+    scored = time.process_time() - processor
+    figures = evaluate.make_figures(results, {
+        "truth": fields["tpp"], "prediction": tpp, "patients": patients, "part": part,
+        "worst": evaluate.worst_segments(part, tpp)})
+    for figure, _ in figures.values():
+        figure.savefig(os.devnull, format="png", dpi=200)
+    used = time.process_time() - processor
+    print(f"{n:,} predictions of {bootstrap.n_patients:,} patients, {len(baselines)} baselines: "
+          f"{used:.1f} s of processor time, "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB at most; "
+          f"scores {scored:.1f} s, figures {used - scored:.1f} s, "
+          f"by the clock {time.perf_counter() - wall:.1f} s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("coverage", "conformal", "scale"))
+    parser.add_argument("--repeats", type=int, default=1000, help="synthetic data sets")
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws of each")
+    options = parser.parse_args()
+    {"coverage": coverage, "conformal": conformal, "scale": scale}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
