@@ -27,8 +27,12 @@ from dataclasses import dataclass, replace
 
 import h5py
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+
+if __name__ == "__main__":          # --who needs no PyTorch, and does not wait for it
+    DataLoader = Dataset = Sampler = object
+else:
+    import torch
+    from torch.utils.data import DataLoader, Dataset, Sampler
 
 FS = 60                             # Hz
 SEGMENT_SECONDS = 60
@@ -126,7 +130,7 @@ RULES = {   # as they are spelled in the names of the published conditions
     "pcrit_lt_map": ("p_crit", None, "map"), "pcrit_lt_100": ("p_crit", None, 100),
     # Ours, on the labels' standard error and the measures of labels.signal_quality; 0.15 s parts
     # most simulated damped lines from the others, the sources of 0.1 and 0.86 are given there.
-    "pcrit_se_lt_6": ("p_crit_se", None, 6), "regular_rhythm": ("beat_irregularity", None, 0.1),
+    "pcrit_se_lt_5.5": ("p_crit_se", None, 5.5), "regular_rhythm": ("beat_irregularity", None, 0.1),
     "not_damped": ("upstroke_s", None, 0.15), "ppg_quality_gt_86": ("ppg_quality", 0.86, None),
 }
 PUBLISHED_CONDITION = "r2_gt_5_and_pcrit_gt_0_pcrit_lt_map_pp_gt_10_map_lt_120_pcrit_lt_100"
@@ -146,7 +150,7 @@ def get_gate(condition):
     if str(condition).startswith(DEFAULT_CONDITION + "_and_"):
         base, more = get_gate(DEFAULT_CONDITION), condition[len(DEFAULT_CONDITION + "_and_"):]
         return replace(base, ranges=base.ranges + get_gate(more).ranges)
-    rule = "|".join(RULES)
+    rule = "|".join(map(re.escape, RULES))
     if not re.fullmatch(f"({rule})(_(and_)?({rule}))*", str(condition)):
         raise DataError(f"condition {condition!r}: expected 'default', 'any', or any of "
                         f"{', '.join(RULES)} joined by '_and_'")
@@ -264,23 +268,24 @@ def member_names(group):
 
 
 def member(group, name, kind):
-    """Member `name` of an h5py group, or None if it is absent, a link, or not of that kind."""
-    is_own = isinstance(group.get(name, getlink=True), h5py.HardLink)
-    item = group[name] if is_own else None
+    """Member `name` of an h5py group, or None if it is a link, or not of that kind."""
+    link = group.id.links.get_info(name.encode(errors="surrogateescape"))
+    item = group[name] if link.type == h5py.h5l.TYPE_HARD else None
     return item if isinstance(item, kind) else None
 
 
 def find_fields(group, where, file_size):
     """{field: h5py dataset} of an encounter, checked; what is not in `FIELDS` is left alone."""
-    found = {key: member(group, key, h5py.Dataset) for key in FIELDS}
+    there = set(group)                  # to ask for what is absent costs as much
+    found = {key: member(group, key, h5py.Dataset) for key in FIELDS if key in there}
     found = {key: item for key, item in found.items() if item is not None}
     if "ppg" not in found:
         raise DataError(f"{where}: no field 'ppg'")
     rows = found["ppg"].shape[0] if found["ppg"].shape else 0
     for key, item in found.items():
-        shapes = [(rows,)]
-        if key in WAVEFORMS:
-            shapes = [(rows, SEGMENT_SAMPLES), (rows, 1, SEGMENT_SAMPLES)]
+        shapes = [(rows, SEGMENT_SAMPLES), (rows, 1, SEGMENT_SAMPLES)]
+        if key not in WAVEFORMS:
+            shapes = [(rows,)]
         if item.shape not in shapes:
             raise DataError(f"{where}, field {key!r}: shape {item.shape}, expected {shapes[0]}")
         plist, kind = item.id.get_create_plist(), item.id.get_type().get_class()

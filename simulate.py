@@ -1,7 +1,9 @@
 """Virtual patients with a known closing pressure: waveforms, labels and truth in the HDF5 layout.
 
     python simulate.py --out data/simulated.h5 --patients 400 --segments 12 --seed 1 --workers 2
-    python simulate.py --out FILE --patients N --segments N --beats peak --abp
+    python simulate.py --out FILE --patients N --segments N --label-method waveform_balance --abp
+    python simulate.py --label-report --out-dir label_report           # the labels' own error
+    python simulate.py --label-report data/icu.h5 --out-dir label_report  # agreement on real ones
 
 The left ventricle ejects into a three-element Windkessel that empties towards Pcrit; the radial
 line shows the arterial pressure, from which labels.py makes the labels exactly as for a recording;
@@ -13,20 +15,21 @@ These are not real patients: a network that is good on them has learnt this mode
 """
 import argparse
 import concurrent.futures
+import csv
+import math
 import multiprocessing
 import os
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from scipy.signal import butter, lfilter, lfiltic, resample_poly, sosfilt
-from scipy.special import expit
 
-import datasets
 import labels
 import tk_utils
+
+datasets = tk_utils.lazy_module("datasets")     # it brings PyTorch, for which --help does not wait
 
 FS_SIM = 240            # Hz: resolves ejection and line resonance; divides by 4 to the layout's 60
 LEAD_SECONDS = 10       # before each segment: the Windkessel (tau < 2 s) forgets how it began
@@ -101,6 +104,9 @@ class Settings:
     filling_tau_s: float = 0.22                             # a longer wait fills a larger stroke
     thoracic_mmhg: Uniform = Uniform(0.0, 0.4)              # the breath's own pressure swing
     vasomotion_mmhg: Uniform = Uniform(0.1, 0.7)            # SD of Pcrit's course within a minute
+    # Vessels that stiffen and open with pressure: C and R fall as exp(-(P - MAP) / this).
+    compliance_bend_mmhg: float = np.inf
+    resistance_bend_mmhg: float = np.inf
     fibrillation_share: float = 0.04                        # of the patients
     fibrillation_interval_sd: float = 0.18
     ectopic_share: float = 0.1                              # of the patients
@@ -134,7 +140,7 @@ DEFAULT = Settings()
 
 
 def simulate_patient(seed, patient_number, n_segments, beats="foot", keep_abp=False,
-                     settings=DEFAULT):
+                     settings=DEFAULT, label_method="published"):
     """One patient's encounter as the layout's fields: dict of arrays with `n_segments` rows.
 
     A pure function of its arguments. `ppg` (and `abp` if kept) is [n_segments, 3600] float32.
@@ -148,9 +154,11 @@ def simulate_patient(seed, patient_number, n_segments, beats="foot", keep_abp=Fa
         segment = {**patient, **{name: values[i] for name, values in states.items()}}
         abp[i], ppg[i] = simulate_segment(rng, segment, settings)
     gap_s = np.where(rng.random(n_segments) < 0.03, 60.0 * rng.integers(1, 60, n_segments), 0.0)
-    fields = labels.label_segments(abp, datasets.FS, beats=beats)
-    fields["reason"] |= labels.ppg_reasons(ppg, datasets.FS)
+    fields = labels.label_segments(abp, datasets.FS, beats=beats, method=label_method)
+    quality = labels.signal_quality(abp, ppg, datasets.FS)
+    fields["reason"] |= quality.pop("reason")
     fields.update(
+        quality,
         ppg=ppg,
         p_crit_true=states["p_crit"].astype(np.float32),
         start_s=datasets.SEGMENT_SECONDS * np.arange(n_segments) + np.cumsum(gap_s),
@@ -187,6 +195,7 @@ def draw_patient(rng, s):
 
 def drift(rng, patient, n, s):
     """The segment-to-segment course of what changes: dict of (n,) arrays."""
+    from scipy.signal import lfilter
     def course(sd):                              # first-order autoregression of stationary SD
         steps = rng.normal(size=n) * np.sqrt(1 - s.drift_memory ** 2)
         steps[:1] = rng.normal(size=1)
@@ -208,14 +217,15 @@ def drift(rng, patient, n, s):
 
 # --------------------------------------------------------------------------------- one minute
 
-def simulate_segment(rng, p, s):
+def simulate_segment(rng, p, s, segment_seconds=60):
     """(abp in mmHg, ppg in the monitor's unit), each [3600], of the patient state `p`."""
-    seconds = LEAD_SECONDS + datasets.SEGMENT_SECONDS + TAIL_SECONDS
+    seconds = LEAD_SECONDS + segment_seconds + TAIL_SECONDS
     t = np.arange(seconds * FS_SIM) / FS_SIM
     breath = 2 * np.pi * (p["respiration_hz"] * t + rng.random())
     flow = ventricle(rng, t, breath, p, s)
     closing = p["p_crit"] + p["vasomotion_mmhg"] * slow_wander(rng, t)
-    pressure = arterial_pressure(flow, closing, p)
+    bends = (s.compliance_bend_mmhg, s.resistance_bend_mmhg)
+    pressure = arterial_pressure(flow, closing, p, *bends)
     pressure += p["thoracic_mmhg"] * np.sin(breath + p["thoracic_phase"])
 
     line = radial_line(rng, pressure, p, s)
@@ -278,25 +288,56 @@ def slow_wander(rng, t):
     return np.interp(t, coarse, (2 / 3) ** 0.5 * wave)
 
 
-def arterial_pressure(flow, p_crit, p):
+def arterial_pressure(flow, p_crit, p, compliance_bend=np.inf, resistance_bend=np.inf):
     """Pressure (mmHg) of the three-element Windkessel with closing pressure, and a reflected wave.
 
     C dP/dt = Q - (P - Pcrit) / R by the trapezoidal rule: a first-order recursive filter.
-    `p_crit` (mmHg) may vary with time.
+    `p_crit` (mmHg) may vary with time. Where C or R depends on pressure: by Heun's steps.
     """
-    a = 1.0 / (2 * FS_SIM * p["resistance"] * p["compliance"])
-    gain = 1.0 / (2 * FS_SIM * p["compliance"] * (1 + a))
-    numerator, denominator = [gain, gain], [1.0, -(1 - a) / (1 + a)]
-    inflow = flow + p_crit / p["resistance"]
-    begin = lfiltic(numerator, denominator, [p["resistance"] * inflow.mean()])
-    stored, _ = lfilter(numerator, denominator, inflow, zi=begin)
+    from scipy.signal import butter, sosfilt
+    if np.isfinite([compliance_bend, resistance_bend]).any():
+        stored = bent_windkessel(flow, p_crit, p, compliance_bend, resistance_bend)
+    else:
+        stored = windkessel(flow, p_crit, p)
     delayed = np.roll(flow, int(round(p["reflection_delay_s"] * FS_SIM)))  # wraps into the lead
     reflected = sosfilt(butter(1, 5.0, fs=FS_SIM, output="sos"), delayed)
     return stored + p["impedance"] * (flow + p["reflection"] * reflected)
 
 
+def windkessel(flow, p_crit, p):
+    """The pressure (mmHg) behind Zc, of constant C and R."""
+    from scipy.signal import lfilter, lfiltic
+    a = 1.0 / (2 * FS_SIM * p["resistance"] * p["compliance"])
+    gain = 1.0 / (2 * FS_SIM * p["compliance"] * (1 + a))
+    numerator, denominator = [gain, gain], [1.0, -(1 - a) / (1 + a)]
+    inflow = flow + p_crit / p["resistance"]
+    begin = lfiltic(numerator, denominator, [p["resistance"] * inflow.mean()])
+    return lfilter(numerator, denominator, inflow, zi=begin)[0]
+
+
+def bent_windkessel(flow, p_crit, p, compliance_bend, resistance_bend):
+    """The same, where C and R fall with the pressure; at the mean one they are the patient's."""
+    mean = p_crit.mean() + p["resistance"] * flow.mean()
+    conductance, elastance = 1.0 / p["resistance"], 1.0 / (FS_SIM * p["compliance"])
+
+    def step(pressure, q, closing):
+        above = pressure - mean
+        outflow = (pressure - closing) * conductance * math.exp(above / resistance_bend)
+        return elastance * math.exp(above / compliance_bend) * (q - outflow)
+
+    pressure, stored = mean, []
+    inflow, closing = flow.tolist(), p_crit.tolist()
+    for k in range(len(inflow)):
+        stored.append(pressure)
+        first = step(pressure, inflow[k], closing[k])
+        after = min(k + 1, len(inflow) - 1)
+        pressure += 0.5 * (first + step(pressure + first, inflow[after], closing[after]))
+    return np.array(stored)
+
+
 def radial_line(rng, pressure, p, s):
     """What the transducer shows: resonance of catheter and tubing, now and then a fault."""
+    from scipy.signal import lfilter
     damping = p["line_damping"]
     if rng.random() < s.damped_share:
         damping = s.damped_line_damping.draw(rng)
@@ -315,6 +356,8 @@ def radial_line(rng, pressure, p, s):
 
 def finger_volume(pressure, p):
     """Blood volume under the sensor, 0-1: a sigmoid of transmural pressure, steepest at zero."""
+    from scipy.signal import butter, sosfilt
+    from scipy.special import expit
     low_pass = butter(1, p["finger_hz"], fs=FS_SIM, output="sos")
     at_finger = pressure[0] + sosfilt(low_pass, pressure - pressure[0])
     volume = expit((at_finger - p["contact_mmhg"]) / p["vessel_width_mmhg"])
@@ -323,6 +366,7 @@ def finger_volume(pressure, p):
 
 def monitor(rng, volume, breath, p, s):
     """The PPG on the monitor's scale: more blood, larger value; with what else moves the light."""
+    from scipy.signal import butter, sosfilt
     t = np.arange(len(volume)) / FS_SIM
     low, high = np.percentile(volume, [5, 95])
     pulse = (volume - np.median(volume)) / (high - low)
@@ -339,16 +383,18 @@ def monitor(rng, volume, breath, p, s):
 
 
 def to_layout(signal, delay_s):
-    """The segment's 3600 samples at 60 Hz from the signal with its lead and tail, later by
+    """The segment's samples at 60 Hz from the signal with its lead and tail, later by
     `delay_s`."""
+    from scipy.signal import resample_poly
     step = FS_SIM // datasets.FS
     first = (LEAD_SECONDS - delay_s) * FS_SIM              # the delay is a whole number of samples
     margin = 10 * step                                     # the filter's half length
     begin = int(round(first)) - margin
-    end = begin + 2 * margin + datasets.SEGMENT_SAMPLES * step
+    samples = (len(signal) - (LEAD_SECONDS + TAIL_SECONDS) * FS_SIM) // step
+    end = begin + 2 * margin + samples * step
     level = signal[begin]
     low_rate = level + resample_poly(signal[begin:end] - level, 1, step)
-    return low_rate[10:10 + datasets.SEGMENT_SAMPLES]
+    return low_rate[10:10 + samples]
 
 
 # ---------------------------------------------------------------------------------------- the file
@@ -359,32 +405,33 @@ def patient_name(seed, patient_number):
 
 
 def simulate_file(path, patients, segments, seed, workers=1, quiet=False, beats="foot",
-                  keep_abp=False):
+                  keep_abp=False, label_method="published"):
     """Write `patients` virtual patients of `segments` minutes each to `path`."""
-    jobs = ((seed, number, segments, beats, keep_abp) for number in range(patients))
+    jobs = ((seed, number, segments, beats, keep_abp, DEFAULT, label_method)
+            for number in range(patients))
     with tk_utils.atomic_path(path) as temporary:
-        with datasets.LayoutWriter(temporary, origin="simulated", label_method="published",
+        with datasets.LayoutWriter(temporary, origin="simulated", label_method=label_method,
                                    beats=beats, reasons=labels.REASONS,
                                    simulation_seed=seed) as writer:
-            done = in_order(jobs, workers)
+            done = in_order(simulate_patient, jobs, workers)
             if not quiet:
                 done = tk_utils.progress(done, total=patients, desc="simulating", unit="patient")
             for number, fields in enumerate(done):
                 writer.write(patient_name(seed, number), "1", fields)
 
 
-def in_order(jobs, workers):
-    """simulate_patient(*job) of each job, in order, over processes; few results wait at a time, so
-    that memory does not grow with the number of patients."""
+def in_order(function, jobs, workers):
+    """function(*job) of each job, in order, over processes; few results wait at a time, so that
+    memory does not grow with the number of jobs."""
     if workers <= 1:
         for job in jobs:
-            yield simulate_patient(*job)
+            yield function(*job)
         return
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         waiting = deque()
         for job in jobs:
-            waiting.append(pool.submit(simulate_patient, *job))
+            waiting.append(pool.submit(function, *job))
             if len(waiting) >= 4 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -400,19 +447,241 @@ def print_summary(path):
                          ["gate", "break it", "left", "of all"])
 
 
+# ------------------------------------------------------------------------- the label's own error
+
+_NONE = Uniform(0.0, 0.0)
+# Vessels that do not change within the minute and a regular rhythm: what the equation of the beat
+# balance assumes. Stroke volume varies with the breath, slowly and at random, as in `Settings`:
+# a respiratory amplitude of 2-8.5 % is a pulse-pressure variation of 4-17 % (PMC4240833).
+CONSTANT = replace(DEFAULT, fibrillation_share=0.0, ectopic_share=0.0, flush_share=0.0,
+                   damped_share=0.0, motion_share=0.0, vasomotion_mmhg=_NONE, reflection=_NONE)
+# A compliance that falls as exp(-dP / 120 mmHg) and a resistance as exp(-dP / 200 mmHg): assumed,
+# not measured. Together they lift the published intercept by about as much as it lies above
+# stop-flow measurements (about 40 against 26.5 mmHg).
+COMPLIANCE_BEND_MMHG, RESISTANCE_BEND_MMHG = 120.0, 200.0
+STIFFENING = replace(CONSTANT, compliance_bend_mmhg=COMPLIANCE_BEND_MMHG)
+BENT = replace(STIFFENING, resistance_bend_mmhg=RESISTANCE_BEND_MMHG)
+FIBRILLATION = replace(CONSTANT, fibrillation_share=1.0, reflection=DEFAULT.reflection)
+# name: (settings, seconds of a segment)
+REGIMES = {
+    "slow": (replace(CONSTANT, slow_stroke_volume=Uniform(0.05, 0.15),
+                     respiratory_stroke_volume=_NONE, respiratory_interval=_NONE), 60),
+    "respiratory": (replace(CONSTANT, slow_stroke_volume=_NONE, slow_interval=_NONE), 60),
+    "mixed": (CONSTANT, 60),
+    "mixed, 30 s": (CONSTANT, 30),
+    "mixed, 120 s": (CONSTANT, 120),
+    "reflection": (replace(CONSTANT, reflection=DEFAULT.reflection), 60),
+    # up to three times the noise of the default cohort
+    "noise": (replace(CONSTANT, abp_noise_mmhg=Uniform(0.5, 1.5)), 60),
+    "damped line": (replace(CONSTANT, damped_share=1.0), 60),
+    "fibrillation": (FIBRILLATION, 60),
+    "C(P)": (STIFFENING, 60),
+    "C(P), R(P)": (BENT, 60),
+    "fibrillation, C(P), R(P)": (replace(BENT, fibrillation_share=1.0,
+                                         reflection=DEFAULT.reflection), 60),
+    "default cohort": (DEFAULT, 60),
+}
+RECOMMENDED_METHOD, RECOMMENDED_CONDITION = "waveform_balance", "default_and_pcrit_se_lt_5.5"
+REPORT_BEATS = ("foot", "peak")
+REPORT_CONDITIONS = ("any", "default", RECOMMENDED_CONDITION)
+# what is printed and drawn of the table: (label method, beats, condition)
+SHOWN = (("published", "peak", "default"), ("published", "foot", "default"),
+         ("beat_balance", "foot", "default"), ("diastolic", "foot", "default"),
+         (RECOMMENDED_METHOD, "foot", "default"),
+         (RECOMMENDED_METHOD, "foot", RECOMMENDED_CONDITION), ("bend_aware", "foot", "default"))
+COMPARED = ("map", "sbp", "dbp", "pp", "hr", "p_crit", "tpp", "r2", "p_crit_se", "reason")
+
+
+def label_report(out_dir, patients, seed, workers, regimes=tuple(REGIMES)):
+    """Estimated against true Pcrit over the regimes: `label_report.csv` and `.png` in out_dir."""
+    jobs = [(name, seed, numbers) for name in regimes
+            for numbers in np.array_split(np.arange(patients), -(-patients // 25))]
+    found = {name: [] for name in regimes}
+    done = in_order(report_patients, jobs, workers)
+    for job, result in zip(jobs, tk_utils.progress(done, total=len(jobs), desc="regimes")):
+        found[job[0]].append(result)
+    rows, points = [], {}
+    for regime, results in found.items():
+        truth = np.concatenate([p_crit for p_crit, _ in results])
+        for method in labels.METHODS:
+            for beats in REPORT_BEATS:
+                fields = {key: np.concatenate([made[method, beats][key] for _, made in results])
+                          for key in COMPARED}
+                for condition in REPORT_CONDITIONS:
+                    kept = passes(fields, condition)
+                    rows.append([regime, method, beats, condition,
+                                 *label_errors(fields, truth, kept)])
+                    points[regime, method, beats, condition] = (
+                        truth[kept], fields["p_crit"][kept], rows[-1][4:])
+    headers = ["regime", "method", "beats", "gate", "segments", "kept_percent", "bias_mmhg",
+               "sd_mmhg", "r", "within_2_se_percent"]
+    os.makedirs(out_dir, exist_ok=True)
+    write_table(os.path.join(out_dir, "label_report.csv"), headers, rows)
+    tk_utils.print_table([[f"{value:.2f}" if isinstance(value, float) else value for value in row]
+                          for row in rows if tuple(row[1:4]) in SHOWN], headers)
+    with tk_utils.atomic_path(os.path.join(out_dir, "label_report.png")) as temporary:
+        draw_report(points, regimes).savefig(temporary, format="png", dpi=110)
+
+
+def report_patients(regime, seed, numbers):
+    """(true Pcrit [N], {(method, beats): labels}) of one segment of each of N patients."""
+    settings, seconds = REGIMES[regime]
+    truth, abp = [], []
+    for number in numbers:
+        rng = np.random.default_rng([seed, number])
+        patient = draw_patient(rng, settings)
+        state = {name: values[0] for name, values in drift(rng, patient, 1, settings).items()}
+        abp.append(simulate_segment(rng, {**patient, **state}, settings, seconds)[0])
+        truth.append(state["p_crit"])
+    return np.array(truth), {
+        (method, beats): labels.label_segments(np.array(abp), datasets.FS, beats, method)
+        for method in labels.METHODS for beats in REPORT_BEATS}
+
+
+def passes(fields, condition):
+    """[N] mask of what the gate of that name keeps, all PPG taken as fine."""
+    rules = datasets.gate_rules(datasets.get_gate(condition), fields.get,
+                                np.ones(len(fields["map"]), bool))
+    return np.all([mask for _, mask in rules], axis=0)
+
+
+def label_errors(fields, truth, kept):
+    """[segments, kept %, bias, SD, correlation, truth within 2 standard errors %]"""
+    error = (fields["p_crit"] - truth)[kept]
+    if len(error) < 3:
+        return [len(kept), 100.0 * kept.mean()] + 4 * [float("nan")]
+    covered = np.abs(error) < 2 * fields["p_crit_se"][kept]
+    return [len(kept), 100.0 * kept.mean(), float(error.mean()), float(error.std()),
+            float(np.corrcoef(fields["p_crit"][kept], truth[kept])[0, 1]), 100.0 * covered.mean()]
+
+
+def draw_report(points, regimes):
+    """Estimated against true Pcrit: a row of panels for each of SHOWN, a column for each regime."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(1.55 * len(regimes) + 1, 1.7 * len(SHOWN) + 1), layout="constrained")
+    panels = figure.subplots(len(SHOWN), len(regimes), sharex=True, sharey=True, squeeze=False)
+    for line, (method, beats, condition) in zip(panels, SHOWN):
+        for axes, regime in zip(line, regimes):
+            truth, found, (_, kept, bias, sd, r, _) = points[regime, method, beats, condition]
+            axes.plot([0, 100], [0, 100], color="0.7", linewidth=0.8)
+            axes.plot(truth, found, ".", markersize=2.5, alpha=0.6)
+            axes.set_title(f"{bias:+.1f} \u00b1 {sd:.1f}, r {r:.2f}\n{kept:.0f} % kept", fontsize=7)
+            axes.set(xlim=(0, 95), ylim=(0, 95), xticks=(0, 40, 80), yticks=(0, 40, 80))
+            axes.tick_params(labelsize=6)
+        gate = "" if condition == "default" else "\n+ standard error < 5.5"
+        line[0].set_ylabel(f"{method}\n{beats} to {beats}{gate}", fontsize=7)
+    for column, regime in zip(panels.T, regimes):
+        column[-1].set_xlabel(regime, fontsize=6.5)
+        column[0].set_title(f"{regime}\n\n{column[0].get_title()}", fontsize=7)
+    figure.suptitle("Pcrit of the label (up) against the simulated truth (across), mmHg",
+                    fontsize=9)
+    return figure
+
+
+def agreement_report(path, out_dir):
+    """Of recordings stored with their `abp`: share kept by each method and gate, agreement with the
+    published label, repeatability from minute to minute: `label_agreement.csv` in out_dir."""
+    minutes = list(read_abp(path))
+    if not minutes:
+        raise datasets.DataError(f"{path}: no encounter has the field 'abp'; prepare.py stores it")
+    record = np.concatenate([np.full(len(part[1]), i) for i, part in enumerate(minutes)])
+    person = np.concatenate([np.full(len(part[1]), part[0]) for part in minutes])
+    abp, start_s, reason, irregularity = (
+        np.concatenate([part[k] for part in minutes]) for k in range(1, 5))
+    made = {}
+    for method in labels.METHODS:
+        for beats in REPORT_BEATS:
+            made[method, beats] = labels.label_segments(abp, datasets.FS, beats, method)
+            made[method, beats]["reason"] |= reason
+    irregular = irregularity > labels.ARRHYTHMIC
+    standard = made["published", "foot"]["p_crit"]
+    next_one = np.flatnonzero((record[1:] == record[:-1])
+                              & (np.diff(start_s) == datasets.SEGMENT_SECONDS))
+    rows = []
+    for rhythm, chosen in (("all", np.ones(len(abp), bool)), ("regular", ~irregular),
+                           ("arrhythmic", irregular)):
+        both = chosen & np.all([passes(made[method, "foot"], "default") for method in
+                                ("published", "beat_balance", RECOMMENDED_METHOD)], axis=0)
+        pairs = next_one[both[next_one] & both[next_one + 1]]
+        for (method, beats), fields in made.items():
+            for condition in REPORT_CONDITIONS[1:]:
+                kept = chosen & passes(fields, condition)
+                p_crit = fields["p_crit"].astype(float)
+                shared = kept & passes(made["published", "foot"], "default")
+                change = p_crit[pairs + 1] - p_crit[pairs]
+                change = change[np.isfinite(change)]
+                own, against, repeat = [float("nan")] * 2, [float("nan")] * 2, float("nan")
+                if kept.sum() > 2:
+                    own = [float(p_crit[kept].mean()), float(p_crit[kept].std())]
+                if shared.sum() > 2:
+                    against = [float((p_crit - standard)[shared].mean()),
+                               float(np.corrcoef(p_crit[shared], standard[shared])[0, 1])]
+                if len(change) > 2:
+                    repeat = float(change.std() / 2 ** 0.5)
+                rows.append([rhythm, method, beats, condition, int(chosen.sum()), int(kept.sum()),
+                             len(np.unique(person[kept])), *own, *against, repeat, len(change)])
+    headers = ["rhythm", "method", "beats", "gate", "minutes", "kept", "patients", "p_crit_mean",
+               "p_crit_sd", "minus_published", "r_with_published", "minute_to_minute_sd", "pairs"]
+    os.makedirs(out_dir, exist_ok=True)
+    write_table(os.path.join(out_dir, "label_agreement.csv"), headers, rows)
+    tk_utils.print_table([row for row in rows if tuple(row[1:4]) in SHOWN], headers)
+
+
+def read_abp(path):
+    """Yields (patient's number, abp [N, 3600], start_s, reason of the PPG and the pair,
+    beat_irregularity, each [N]) of every encounter that has `abp`."""
+    with datasets.open_file(path) as file:
+        for number, patient in enumerate(file.values()):
+            for group in patient.values():
+                if "abp" in group:
+                    abp, ppg = (group[key][()].reshape(len(group[key]), -1)
+                                for key in ("abp", "ppg"))
+                    start = (group["start_s"][()] if "start_s" in group
+                             else datasets.SEGMENT_SECONDS * np.arange(len(abp)))
+                    quality = labels.signal_quality(abp, ppg, datasets.FS)
+                    yield number, abp, start, quality["reason"], quality["beat_irregularity"]
+
+
+def write_table(path, headers, rows):
+    with tk_utils.atomic_path(path) as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(headers)
+            table.writerows([f"{value:.4g}" if isinstance(value, float) else value
+                             for value in row] for row in rows)
+
+
+# --------------------------------------------------------------------------------- command line
+
 def parse_args(arguments=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, metavar="FILE", help="HDF5 file to write")
-    parser.add_argument("--patients", type=int, default=400, metavar="N")
-    parser.add_argument("--segments", type=int, default=12, metavar="N",
-                        help="minutes of each patient")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
-                        help="processes; the file does not depend on it")
-    parser.add_argument("--beats", choices=("foot", "peak"), default="foot",
-                        help="beats of the labels: foot to foot, or peak to peak as published")
-    parser.add_argument("--abp", action="store_true", help="store the arterial waveform too")
+    add = parser.add_argument_group("patients").add_argument
+    add("--out", metavar="FILE", help="HDF5 file to write")
+    add("--patients", type=int, metavar="N",
+        help="of the file (default 400), or of each regime of the report (200)")
+    add("--segments", type=int, default=12, metavar="N",
+        help="minutes of each patient; default 12")
+    add("--seed", type=int, default=0, metavar="N", help="another one, other patients; default 0")
+    add("--abp", action="store_true", help="store the arterial waveform too")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="processes; default: one for each core; the file does not depend on it")
+    add = parser.add_argument_group("labels").add_argument
+    add("--beats", choices=("foot", "peak"), default="foot",
+        help="foot to foot (default), or peak to peak as published")
+    add("--label-method", choices=tuple(labels.METHODS), default="published",
+        help="how Pcrit is estimated (docs/labels.md); the patients and their signals are the same "
+             "for all; default published")
+    add = parser.add_argument_group("report on the labels").add_argument
+    add("--label-report", nargs="?", const="", metavar="FILE",
+        help="no file, but the labels' error over regimes of virtual patients, or (FILE: "
+             "recordings stored with their ABP) the methods' agreement")
+    add("--out-dir", default="label_report", metavar="FOLDER",
+        help="for the report's table and figure; default label_report")
     args = parser.parse_args(arguments)
+    if args.label_report is None and args.out is None:
+        parser.error("--out FILE or --label-report is required")
+    if args.patients is None:
+        args.patients = 400 if args.label_report is None else 200
     for name, least in (("patients", 1), ("segments", 1), ("workers", 1), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}")
@@ -421,11 +690,18 @@ def parse_args(arguments=None):
 
 def main():
     args = parse_args()
+    if args.label_report is not None:
+        if args.label_report:
+            agreement_report(args.label_report, args.out_dir)
+        else:
+            label_report(args.out_dir, args.patients, args.seed, args.workers)
+        print(f"written: {args.out_dir}")
+        return
     simulate_file(args.out, args.patients, args.segments, args.seed, args.workers,
-                  beats=args.beats, keep_abp=args.abp)
+                  beats=args.beats, keep_abp=args.abp, label_method=args.label_method)
     print(f"{args.out}: {args.patients} virtual patients of {args.segments} min (simulated)")
     print_summary(args.out)
 
 
 if __name__ == "__main__":
-    sys.exit(tk_utils.run_script(main, datasets.DataError))
+    sys.exit(tk_utils.run_script(main, "DataError"))

@@ -174,7 +174,7 @@ def test_a_damaged_chunk_is_an_error_that_names_its_file(tmp_path):
     with open(path, "r+b") as file:
         file.seek(chunk.byte_offset + 50)
         file.write(bytes(200))
-    with pytest.raises(DataError, match=r"f.h5: encounter 0 .*'ppg' cannot be read"):
+    with pytest.raises(DataError, match=r"f.h5: patient 0, encounter 0 .*'ppg' cannot be read"):
         dataset[0]
 
 
@@ -192,7 +192,7 @@ def test_empty_encounters_and_unusual_names_do_no_harm(tmp_path):
     assert gate_report(path)[0][2] == 48
     with h5py.File(path, "r+") as file:
         file["MRN002"].move("CSN0021", b"\xff-1")           # no UTF-8: h5py cannot read it
-    with pytest.raises(DataError, match="encounter .* cannot be read"):
+    with pytest.raises(DataError, match="patient 2 .* cannot be read"):
         create_dataset_index(path=path)
     with h5py.File(tmp_path / "none.h5", "w") as file:
         file.create_dataset("p/e/ppg", (0, 3600), "f4")

@@ -1,9 +1,10 @@
 """Labels: beats, the published regression, and what is refused."""
 import pathlib
+import warnings
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import signal, stats
 
 import labels
 
@@ -91,7 +92,7 @@ def test_the_regression_equals_one_segment_at_a_time_with_numpy_and_scipy():
     segment = np.sort(rng.integers(0, 20, 900))
     low = rng.uniform(40, 70, 900)
     beats = labels.Beats(segment, rng.uniform(0.6, 1.1, 900), low + rng.uniform(10, 30, 900),
-                         low + rng.uniform(30, 90, 900), low)
+                         low + rng.uniform(30, 90, 900), low, rng.normal(size=900))
     fit = labels.published(beats, 21)
     for i in range(20):
         x, y = beats.flow[segment == i], beats.map[segment == i]
@@ -104,26 +105,104 @@ def test_the_regression_equals_one_segment_at_a_time_with_numpy_and_scipy():
         rest = y[keep] - line.intercept - line.slope * x[keep]
         assert fit["fit_rmse"][i] == pytest.approx(np.sqrt(np.mean(rest ** 2)), rel=1e-9)
     assert np.isnan(fit["p_crit"][20])
+    balance = labels.beat_balance(beats, 21)
+    for i in range(20):
+        of = segment == i
+        x, y = beats.flow[of], beats.map[of]
+        stored = (beats.stored * 60 / beats.interval_s)[of]
+        keep = (x >= np.percentile(x, 5)) & (x <= np.percentile(x, 95))
+        design = np.stack([np.ones(keep.sum()), x[keep], stored[keep]], 1)
+        plane, residual, _, _ = np.linalg.lstsq(design, y[keep], rcond=None)
+        covariance = residual[0] / (keep.sum() - 3) * np.linalg.inv(design.T @ design)
+        assert balance["p_crit"][i] == pytest.approx(plane[0], rel=1e-9)
+        assert balance["p_crit_se"][i] == pytest.approx(covariance[0, 0] ** 0.5, rel=1e-8)
+
+
+def published_steps(row, fs):
+    """The published steps, literally and one beat at a time: (Pcrit, r2, beats) of a segment."""
+    tall = np.percentile(row, 95) - np.percentile(row, 5)
+    peaks, _ = signal.find_peaks(row, distance=0.3 * fs, prominence=0.4 * tall)
+    if len(peaks) < 10:
+        return np.nan, 0.0, 0
+    flow, pressure = [], []
+    for first, last in zip(peaks[:-1], peaks[1:]):
+        beat = row[first:last]
+        pulse_pressure, heart_rate = beat.max() - beat.min(), 60 * fs / (last - first)
+        flow.append(pulse_pressure * heart_rate)
+        pressure.append(beat.mean())
+    flow, pressure = np.array(flow), np.array(pressure)
+    if len(flow) >= 5:
+        keep = (flow >= np.percentile(flow, 5)) & (flow <= np.percentile(flow, 95))
+        flow, pressure = flow[keep], pressure[keep]
+    slope, intercept = np.polyfit(flow, pressure, 1)
+    rest = pressure - (intercept + slope * flow)
+    return intercept, 1 - rest.var() / pressure.var(), len(flow)
 
 
 def test_peak_to_peak_labels_agree_with_the_literal_published_steps():
     truth = np.linspace(20, 60, 12)
     abp = np.stack([windkessel(p, hr=60 + 4 * i, seed=i) for i, p in enumerate(truth)])
     ours = labels.label_segments(abp, FS, beats="peak")
-    literal = []
-    for row in abp:
-        step = int(0.3 * FS)
-        peaks = [i for i in range(step, len(row) - step)
-                 if row[i] == row[i - step:i + step + 1].max()]
-        x, y = [], []
-        for first, last in zip(peaks[:-1], peaks[1:]):
-            beat = row[first:last]
-            x.append((beat.max() - beat.min()) * 60 * FS / (last - first))
-            y.append(beat.mean())
-        x, y = np.array(x), np.array(y)
-        keep = (x >= np.percentile(x, 5)) & (x <= np.percentile(x, 95))
-        literal.append(np.polyfit(x[keep], y[keep], 1)[1])
-    assert np.corrcoef(ours["p_crit"], literal)[0, 1] > 0.99
+    literal = np.array([published_steps(row, FS) for row in abp])
+    assert np.corrcoef(ours["p_crit"], literal[:, 0])[0, 1] > 0.99
+    np.testing.assert_allclose(ours["p_crit"], literal[:, 0], atol=2)
+    np.testing.assert_allclose(ours["n_beats"], literal[:, 2], atol=2)
+
+
+@pytest.mark.skipif(not RECORDINGS.exists(), reason="the shared recordings are not here")
+def test_peak_to_peak_labels_of_real_segments_agree_with_the_literal_published_steps():
+    wfdb = pytest.importorskip("wfdb")
+    ours, literal = [], []
+    for header in sorted(RECORDINGS.glob("[abtv]*.hea")):        # the records of 5 minutes
+        record = wfdb.rdheader(str(header.with_suffix("")))
+        if "ABP" not in (record.sig_name or []) or record.sig_len > 400 * record.fs:
+            continue
+        read = wfdb.rdrecord(str(header.with_suffix("")), smooth_frames=False,
+                             channel_names=["ABP"])
+        fs = int(read.fs * read.samps_per_frame[0])
+        abp = np.asarray(read.e_p_signal[0])
+        minutes = abp[:len(abp) // (60 * fs) * 60 * fs].reshape(-1, 60 * fs)[::2]
+        made = labels.label_segments(minutes, fs, beats="peak")
+        for i in np.flatnonzero((made["reason"] == 0) & (made["r2"] > 0.5)
+                                & np.isfinite(minutes).all(1)):
+            if labels.signal_quality(minutes[i], minutes[i], fs)["beat_irregularity"] > 0.1:
+                continue
+            p_crit, r2, beats = published_steps(minutes[i], fs)
+            if r2 > 0.5 and abs(beats - made["n_beats"][i]) <= 2:     # clean for both
+                ours.append(made["p_crit"][i])
+                literal.append(p_crit)
+    assert len(ours) >= 10
+    assert np.corrcoef(ours, literal)[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("method, within", [("published", 3), ("beat_balance", 2),
+                                            ("diastolic", 1), ("waveform_balance", 1)])
+def test_each_method_finds_the_truth_without_noise(method, within):
+    truth = [25, 40, 55]
+    abp = np.stack([windkessel(p, hr=60 + 10 * i, seed=i) for i, p in enumerate(truth)])
+    out = labels.label_segments(abp, FS, method=method)
+    np.testing.assert_allclose(out["p_crit"], truth, atol=within)
+    assert (np.abs(out["p_crit"] - truth) < 5 * out["p_crit_se"] + 1).all()
+    for name in ("r2", "fit_rmse", "p_crit_se"):
+        assert np.isfinite(out[name]).all()
+    assert (out["n_beats"] > 50).all()
+
+
+@pytest.mark.parametrize("beats", ["foot", "peak"])
+@pytest.mark.parametrize("method", labels.METHODS)
+def test_no_signal_stops_a_method(method, beats):
+    rng = np.random.default_rng(0)
+    t = np.arange(3600) / FS
+    odd = np.stack([np.zeros(3600), np.full(3600, np.nan), 80 + 20 * rng.normal(size=3600),
+                    80 + 40 * np.sin(2 * np.pi * 1.2 * t), np.cumsum(rng.normal(size=3600)),
+                    np.where(t % 0.8 < 0.15, 120.0, 60.0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows in (odd, odd[:, :600], odd[:, :30], odd[:0]):
+            out = labels.label_segments(rows, FS, beats, method)
+            refused = out["reason"] != 0
+            assert np.isnan(out["p_crit"][refused]).all()
+            assert np.isfinite(out["p_crit"][~refused]).all()
 
 
 def test_a_segment_has_the_same_label_alone_and_among_others():
@@ -166,13 +245,15 @@ def spoil(row, name):
     elif name == "abp_range":
         row = row / 7.5                        # kPa
         row = 8 + (row - row.mean()) * 5       # a venous pressure of some amplitude
+    elif name == "abp_saturated":
+        row[500:1500] = row.max() + 60         # stuck at the end of the scale
     elif name == "few_beats":
         row = 80 + np.random.default_rng(0).normal(size=row.size)
     return row
 
 
 @pytest.mark.parametrize("name", ["abp_missing", "abp_flat", "abp_clipped", "abp_flush",
-                                  "abp_range", "few_beats"])
+                                  "abp_range", "few_beats", "abp_saturated"])
 def test_a_bad_segment_has_its_reason_and_no_label(clean, name):
     out = labels.label_segments(np.stack([clean, spoil(clean, name)]), FS)
     assert out["reason"][0] == 0
@@ -184,7 +265,7 @@ def test_a_bad_segment_has_its_reason_and_no_label(clean, name):
 
 def test_identical_beats_have_no_regression():
     beats = labels.Beats(np.zeros(30, int), np.full(30, 0.8), np.full(30, 80.0), np.full(30, 120.0),
-                         np.full(30, 60.0))
+                         np.full(30, 60.0), np.zeros(30))
     assert np.isnan(labels.published(beats, 1)["p_crit"][0])
 
 
@@ -204,6 +285,8 @@ def test_no_segments_give_no_labels():
     out = labels.label_segments(np.zeros((0, 3600)), FS)
     assert all(len(value) == 0 for value in out.values())
     assert len(labels.ppg_reasons(np.zeros((0, 3600)), FS)) == 0
+    quality = labels.signal_quality(np.zeros((0, 3600)), np.zeros((0, 3600)), FS)
+    assert all(len(value) == 0 for value in quality.values())
 
 
 def test_a_ppg_in_any_unit_is_fine_and_its_faults_are_named(clean):
@@ -212,8 +295,10 @@ def test_a_ppg_in_any_unit_is_fine_and_its_faults_are_named(clean):
     gap, flat, clipped = ppg.copy(), ppg.copy(), np.clip(ppg, -0.6, 0.6)
     gap[7] = np.nan
     flat[100:700] = 0.3
+    stuck = ppg.copy()
+    stuck[1000:1500] = ppg.max()
     rows = {"": 40 + 3 * ppg, "ppg_missing": gap, "ppg_flat": flat, "ppg_clipped": clipped,
-            "ppg_no_pulse": rng.normal(size=3600)}
+            "ppg_no_pulse": rng.normal(size=3600), "ppg_saturated": stuck}
     masks = labels.ppg_reasons(np.stack(list(rows.values())), FS)
     assert masks[0] == 0
     for mask, name in zip(masks[1:], list(rows)[1:]):
@@ -221,6 +306,63 @@ def test_a_ppg_in_any_unit_is_fine_and_its_faults_are_named(clean):
     assert labels.ppg_reasons(1e-3 * ppg, FS)[0] == 0
     for dead in (np.zeros(3600), np.full(3600, np.nan), np.cumsum(rng.normal(size=3600))):
         assert labels.ppg_reasons(dead, FS)[0] != 0
+
+
+def test_the_quality_of_a_pair_names_a_ppg_of_another_pulse():
+    abp = np.stack([pulses(75)[0]] * 3)
+    ppg = np.stack([0.02 * pulses(75, dicrotic=0.2)[0], 0.02 * pulses(95)[0],
+                    np.random.default_rng(0).normal(size=3600)])
+    out = labels.signal_quality(abp, ppg, FS)
+    assert out["reason"][0] == 0
+    assert has(out["reason"][1], "rate_mismatch") and has(out["reason"][2], "rate_mismatch")
+    assert out["ppg_hr"][:2] == pytest.approx([75, 95], rel=0.02)
+    assert set(out) == {"reason", *labels.QUALITY_FIELDS}
+    for name in labels.QUALITY_FIELDS:
+        assert out[name].dtype == np.float32 and out[name].shape == (3,)
+    alone = labels.signal_quality(abp[1], ppg[1], FS)
+    for name, value in alone.items():
+        np.testing.assert_array_equal(value, out[name][1:2])
+
+
+def test_a_pulse_deficit_in_an_arrhythmic_minute_is_no_mismatch():
+    abp = pulses(90, jitter=0.25)[0]
+    weak = signal.find_peaks(np.diff(pulses(90, jitter=0.25, dicrotic=0)[0]), height=1)[0]
+    ppg = abp.copy()
+    for at in weak[::5]:                        # every fifth pulse does not reach the finger
+        ppg[at - 6:at + 30] = ppg[max(at - 7, 0)]
+    steady, deficit = labels.signal_quality(np.stack([pulses(90)[0], abp]),
+                                            np.stack([pulses(70)[0], ppg]), FS)["reason"]
+    assert has(steady, "rate_mismatch") and not has(deficit, "rate_mismatch")
+
+
+def test_an_arrhythmic_minute_a_damped_line_and_a_moved_finger_have_their_measures(clean):
+    rng = np.random.default_rng(0)
+    sharp = pulses(75)[0]
+    damped = signal.sosfiltfilt(signal.butter(1, 1.5, fs=FS, output="sos"), sharp)
+    shaken = clean + 30 * signal.sosfilt(
+        signal.butter(2, [0.3, 4], "bandpass", fs=FS, output="sos"), rng.normal(size=3600))
+    abp = np.stack([sharp, pulses(90, jitter=0.2)[0], damped, clean])
+    ppg = np.stack([sharp, abp[1], damped, shaken])
+    out = labels.signal_quality(abp, ppg, FS)
+    assert out["beat_irregularity"][0] < 0.05 < labels.ARRHYTHMIC < out["beat_irregularity"][1]
+    assert out["upstroke_s"][0] < 0.15 < out["upstroke_s"][2]
+    assert out["ppg_quality"][0] > 0.99 and out["ppg_quality"][3] < 0.86
+
+
+def test_the_template_match_ranks_segments_as_neurokit_does(clean):
+    neurokit = pytest.importorskip("neurokit2")
+    rng = np.random.default_rng(0)
+    band = signal.butter(2, [0.3, 4], "bandpass", fs=FS, output="sos")
+    ppg = np.stack([clean + size * signal.sosfilt(band, rng.normal(size=3600))
+                    for size in np.linspace(0, 60, 6)])
+    ours = labels.signal_quality(np.stack([clean] * 6), ppg, FS)["ppg_quality"]
+    theirs = []
+    for row in ppg:
+        wave = neurokit.ppg_clean(row, sampling_rate=FS)
+        peaks = neurokit.ppg_findpeaks(wave, sampling_rate=FS)["PPG_Peaks"]
+        theirs.append(np.nanmean(neurokit.ppg_quality(wave, peaks, sampling_rate=FS,
+                                                      method="templatematch")))
+    assert stats.spearmanr(ours, theirs)[0] > 0.9
 
 
 @pytest.mark.skipif(not RECORDINGS.exists(), reason="the shared recordings are not here")
