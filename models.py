@@ -35,6 +35,8 @@ def convolve(conv, x):
 
 
 def on_cpu_in_full_precision(x):
+    if torch.onnx.is_in_onnx_export():      # there plain convolutions, which any runtime has
+        return False
     if hasattr(torch, "get_autocast_dtype"):                            # PyTorch 2.4
         return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     return x.device.type == "cpu" and not torch.is_autocast_cpu_enabled()
@@ -190,7 +192,8 @@ class ConvBlock(nn.Module):
         self.instance_norm = nn.InstanceNorm1d(out_channels, affine=True)
 
     def forward(self, x):
-        if self.conv.in_channels * self.conv.kernel_size[0] < self.conv.out_channels:
+        patch = self.conv.in_channels * self.conv.kernel_size[0]
+        if patch < self.conv.out_channels and not torch.onnx.is_in_onnx_export():
             return patches_norm_relu(self.conv, self.instance_norm, x)
         return norm_relu(self.instance_norm, convolve(self.conv, x))
 

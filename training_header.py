@@ -228,11 +228,12 @@ def load_tensors(path):
     if torch_version() < (2, 6):
         print(f"WARNING: PyTorch {torch.__version__}: before 2.6 loading a checkpoint from others "
               "can run code (CVE-2025-32434); it is checked first, but do upgrade", file=sys.stderr)
+    clean = io.BytesIO()
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            names = {one.filename for one in entries}
-            pickles = [name for name in names if name.endswith("/data.pkl")]
+            names = {one.filename.lower() for one in entries}
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if (len(names) < len(entries) or len(pickles) != 1
                     or any(one.compress_type or one.file_size != one.compress_size
                            for one in entries)
@@ -241,8 +242,15 @@ def load_tensors(path):
                 raise ValueError("its entries are not those of torch.save")
             if archive.testzip() is not None:
                 raise ValueError("damaged: a check sum is wrong")
+            # In a forged file PyTorch's reader may find other entries than Python's: it gets a
+            # fresh one, of what was checked.
+            with zipfile.ZipFile(clean, "w") as copy:
+                for one in entries:
+                    copy.writestr(one.filename, archive.read(one))
+        with zipfile.ZipFile(clean) as archive:
             StorageCheck(archive, os.path.dirname(pickles[0])).load()
-        return torch.load(path, map_location="cpu", weights_only=True)
+        clean.seek(0)
+        return torch.load(clean, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile:
         raise CheckpointError(f"{path}: not a checkpoint (expected a zip file of torch.save)") \
             from None
@@ -633,17 +641,18 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
         nonlocal saved_at, started
         if resume_path is None:
             return
-        states = [rng_state()]
+        sums = torch.stack(run["sums"]).cpu() if run["sums"] else None
+        own = {"rng": rng_state(), "sums": sums, "rows": run["rows"]}
+        ranks = [own] * world
         if world > 1:
-            states = [None] * world
-            torch.distributed.all_gather_object(states, rng_state())
+            torch.distributed.all_gather_object(ranks, own)
         now = time.monotonic()
         run["seconds"], started, saved_at = run["seconds"] + now - started, now, now
         if rank == 0:
+            shared = {name: value for name, value in run.items() if name not in own}
             save_tensors(resume_path, {
-                "run": dict(run, sums=torch.stack(run["sums"]).cpu() if run["sums"] else None),
-                "parts": {name: part.state_dict() for name, part in parts.items()},
-                "rng": states, "experiment": experiment})
+                "run": shared, "ranks": ranks, "experiment": experiment,
+                "parts": {name: part.state_dict() for name, part in parts.items()}})
 
     saved = [None]
     if rank == 0 and resume_path is not None and os.path.exists(resume_path):
@@ -653,11 +662,12 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
     saved = saved[0]
     if saved is not None:
         try:
-            run.update(saved["run"])
-            run["sums"] = [] if run["sums"] is None else list(run["sums"].to(device))
+            own = saved["ranks"][rank]
+            sums = [] if own["sums"] is None else list(own["sums"].to(device))
+            run.update(saved["run"], sums=sums, rows=own["rows"])
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
-            set_rng_state(saved["rng"][rank])
+            set_rng_state(own["rng"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise TrainingError(f"{resume_path}: not the state of this run "
                                 f"({' '.join(str(error).split())[:200]})") from None

@@ -31,7 +31,7 @@ sys.path[:0] = [{root!r}]
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-OPTIONS = ["--epochs", "3", "--batch-size", "8", "--device", "cpu", "--checkpoint-minutes", "0"]
+OPTIONS = ["--epochs", "3", "--batch-size", "4", "--device", "cpu", "--checkpoint-minutes", "0"]
 KINDS = {
     "one process": ([], []),
     "workers and accumulation": ([], ["--workers", "2", "--accumulate", "2"]),
