@@ -1006,7 +1006,7 @@ def main():
                         help="of the hashes; default: tpp_ppg.salt beside the file")
     options = parser.parse_args()
     salt_file = options.salt_file or os.path.join(
-        os.path.dirname(os.path.realpath(options.file)), "tpp_ppg.salt")
+        os.path.dirname(options.file), "tpp_ppg.salt")
     with open_file(options.file) as file:
         with reading(lambda: f"{options.file}: its list of patients"):
             names = member_names(file)

@@ -33,28 +33,32 @@ LEAST_CHANGE = 0.01                         # mmHg; outputs that vary by less ar
 
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoints", nargs="+", metavar="checkpoint",
                         help="runs/<name>.pth, as train_resnet.py writes it; several: mean ± SD")
-    parser.add_argument("--data", nargs="+", metavar="FILE",
-                        help="HDF5 files; default: those of the run, from runs/<name>_run.json")
-    parser.add_argument("--split", choices=SPLITS,
-                        help="patients to score; default: test on the run's data, else all")
-    parser.add_argument("--condition", help="quality gate; default: the one of the run")
-    parser.add_argument("--json", metavar="FILE", help="also write the scores here")
-    parser.add_argument("--figure", metavar="FILE", help="also draw the 2-D histogram here")
-    parser.add_argument("--report", metavar="FILE.html",
-                        help="write the whole evaluation as one page, its figures as PNG and PDF "
-                             "into figures_resnet/, and the model card runs/<name>_card.md")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="CHECKPOINT",
-                        help="runs of the same split to list beside this one, such as one trained "
-                             "without the PPG")
-    parser.add_argument("--salt-file", metavar="FILE",
-                        help="the project's salt; default: the run's, else beside the data")
-    parser.add_argument("--batch-size", type=int, default=256, help="segments at a time")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: CUDA where present")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes")
+    add = parser.add_argument_group("what is scored").add_argument
+    add("--data", nargs="+", metavar="FILE",
+        help="HDF5 files; default: those of the run, from runs/<name>_run.json")
+    add("--split", choices=SPLITS,
+        help="patients to score; default: test on the run's data, else all")
+    add("--condition", metavar="GATE", help="quality gate; default: the one of the run")
+    add("--compare", nargs="+", default=[], metavar="CHECKPOINT",
+        help="runs of the same split to list beside this one, such as one trained without the PPG")
+    add("--salt-file", metavar="FILE",
+        help="the project's salt; default: the run's, else beside the data")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", metavar="FILE", help="also write the scores here")
+    add("--figure", metavar="FILE", help="also draw the 2-D histogram here")
+    add("--report", metavar="FILE.html",
+        help="write the whole evaluation as one page, its figures as PNG and PDF into "
+             "figures_resnet/, and the model card runs/<name>_card.md")
+    add = parser.add_argument_group("running").add_argument
+    add("--batch-size", type=int, default=256, metavar="N", help="segments at a time; default 256")
+    add("--device", help="cpu, cuda, cuda:1, …; default: CUDA where present")
+    add("--workers", type=int, default=0, metavar="N", help="loader processes; default 0")
+    add("--keep-index", action="store_true",
+        help="keep the index beside the data (<file>.index.npz), as train_resnet.py --keep-index "
+             "does, and use it again")
     options = parser.parse_args(arguments)
     if len(options.checkpoints) > 1 and (options.report or options.figure or options.compare):
         parser.error("--report, --figure and --compare go with one checkpoint")
@@ -81,7 +85,8 @@ def find_files(names):
     found = [path for name in names for path in sorted(glob.glob(name)) or [name]]
     missing = [path for path in found if not os.path.exists(path)]
     if missing:
-        raise DataError(f"{missing[0]}: no such file")
+        raise DataError(f"{missing[0]}: no such file (prepare.py makes one from recordings, "
+                        "simulate.py from virtual patients)")
     return found
 
 
@@ -430,7 +435,7 @@ def check_honesty(part, tpp, checkpoint, baseline, bootstrap):
 # ---------------------------------------------------------------- the evaluation
 
 def evaluate(checkpoint_path, data=None, split=None, condition=None, salt_file=None, batch_size=256,
-             device=None, workers=0, full=False, compare=()):
+             device=None, workers=0, keep_index=False, full=False, compare=()):
     """Scores a checkpoint: (results for the JSON, arrays of the scored segments for figures).
 
     data: files, or None for those of the run. full: also what the report alone shows (PPG swapped,
@@ -443,6 +448,7 @@ def evaluate(checkpoint_path, data=None, split=None, condition=None, salt_file=N
         TPP_PPG_dataset,
         choose_device,
         create_dataset_index,
+        kept_dataset_index,
         load_checkpoint,
         load_model,
     )
@@ -459,7 +465,8 @@ def evaluate(checkpoint_path, data=None, split=None, condition=None, salt_file=N
     condition = condition or checkpoint["config"]["condition"]
     salt_file = salt_file or run.get("salt_file") or beside(data[0])
 
-    index = create_dataset_index(condition=condition, path=data)
+    make_index = kept_dataset_index if keep_index else create_dataset_index
+    index = make_index(condition=condition, path=data)
     parts = patient_parts(index, checkpoint, salt_file)
     if parts is None:
         if own_data or split not in (None, "all"):
@@ -597,7 +604,7 @@ def worst_segments(part, tpp, count=10):
 
 def beside(path):
     """Where the project's salt lies: in the folder of its data."""
-    return os.path.join(os.path.dirname(os.path.realpath(path)), "tpp_ppg.salt")
+    return os.path.join(os.path.dirname(path), "tpp_ppg.salt")
 
 
 def origin_of(data):
@@ -1121,7 +1128,7 @@ def compare_runs(paths, options):
 
 def how_of(options):
     return (options.data, options.split, options.condition, options.salt_file, options.batch_size,
-            options.device, options.workers)
+            options.device, options.workers, options.keep_index)
 
 
 def main():

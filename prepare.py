@@ -34,10 +34,8 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-import datasets
 import labels
 import recordings
-from datasets import FS, SEGMENT_SAMPLES, SEGMENT_SECONDS, DataError
 from recordings import RecordingError
 from tk_utils import (
     atomic_path,
@@ -45,12 +43,15 @@ from tk_utils import (
     html_page,
     html_table,
     html_text,
+    lazy_module,
     locked,
     print_table,
     progress,
     remove_leftovers,
     run_script,
 )
+
+datasets = lazy_module("datasets")      # it brings PyTorch, for which --help does not wait
 
 MMHG_PER_UNIT = {"mmhg": 1.0, "kpa": 7.50062}
 # Where PPG may lie against ABP: real monitors show it 0.06 to 1.0 s late.
@@ -100,22 +101,27 @@ def parse_arguments(arguments=None):
         allow_abbrev=False, description=__doc__, epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT",
-        help="a recording (a WFDB record or its .hea, a CSV with a header, ...), or a folder")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT",
+                        help="a recording (a WFDB record or its .hea, a CSV with a header, ...), "
+                             "or a folder")
+    add = parser.add_argument_group("output").add_argument
     add("--out", metavar="FILE", help="the HDF5 file to write; with --shards, a folder of them")
     add("--shards", type=int, metavar="N",
         help="split the output by patient into N files, <out>/0000.h5 and so on")
+    add("--report", metavar="FILE", help="also write a quality report, one HTML page")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    add = parser.add_argument_group("patients and labels").add_argument
     add("--groups", metavar="CSV",
         help="columns record,split_group: which records are of one patient (default: each its own)")
     add("--label-method", choices=tuple(labels.METHODS), default="published",
-        help="how Pcrit is estimated (default: published)")
+        help="how Pcrit is estimated, docs/labels.md (default: published)")
     add("--beats", choices=("foot", "peak"), default="foot",
         help="where a beat begins; foot is less biased, peak is the published one (default: foot)")
     add("--align", action="store_true",
         help="shift each record's PPG by its delay behind the ABP (default: only report it)")
-    add("--report", metavar="FILE", help="also write a quality report, one HTML page")
+    add = parser.add_argument_group("channels").add_argument
+    add("--list-channels", action="store_true",
+        help="print what each input holds and what would be chosen; prepare nothing")
     add("--abp-channel", metavar="NAME", help="the arterial pressure (default: by its usual names)")
     add("--ppg-channel", metavar="NAME", help="the PPG (default: by its usual names)")
     add("--csv-rate", type=float, metavar="HZ",
@@ -123,8 +129,6 @@ def parse_arguments(arguments=None):
     add("--abp", metavar="PATH", help="HDF5 inputs: the ABP's dataset in the file, in mmHg")
     add("--ppg", metavar="PATH", help="HDF5 inputs: the PPG's dataset in the file")
     add("--fs", type=float, metavar="HZ", help="HDF5 inputs: samples per second of both")
-    add("--list-channels", action="store_true",
-        help="print what each input holds and what would be chosen; prepare nothing")
     options = parser.parse_args(arguments)
     if not options.list_channels and not options.out:
         parser.error("--out FILE is required")
@@ -158,7 +162,8 @@ def main(arguments=None):
         problems.write()
         usable = [record for record in records if record.key not in problems.failed]
         if not usable:
-            raise DataError(f'{", ".join(options.inputs)}: none of the records could be used')
+            raise datasets.DataError(
+                f'{", ".join(options.inputs)}: none of the records could be used')
         written = write_outputs(usable, held, settings, made_with, parts)
     if not written:
         print(f"nothing to do: {options.out} holds {len(usable)} of {len(records)} records, "
@@ -196,16 +201,18 @@ def output_paths(options):
         return []
     if not options.shards:
         if os.path.isdir(options.out):
-            raise DataError(f"{options.out}: is a folder; --out takes a file, or add --shards N")
+            raise datasets.DataError(
+                f"{options.out}: is a folder; --out takes a file, or add --shards N")
         return [options.out]
     if os.path.isfile(options.out):
-        raise DataError(f"{options.out}: is a file; with --shards N, --out takes a folder")
+        raise datasets.DataError(f"{options.out}: is a file; with --shards N, --out takes a folder")
     paths = [os.path.join(options.out, f"{i:04d}.h5") for i in range(options.shards)]
     others = set(os.listdir(options.out)) if os.path.isdir(options.out) else set()
     others = {name for name in others if name.endswith(".h5")} - set(map(os.path.basename, paths))
     if others:
-        raise DataError(f"{options.out}: holds {len(others)} .h5 files that are none of these "
-                        f"{options.shards} shards; give another folder, or remove them")
+        raise datasets.DataError(
+            f"{options.out}: holds {len(others)} .h5 files that are none of these "
+            f"{options.shards} shards; give another folder, or remove them")
     return paths
 
 
@@ -216,7 +223,7 @@ def find_inputs(options, outputs):
              if os.path.realpath(item.path) != groups]  # it may lie in the folder
     for item in found:
         if os.path.realpath(item.path) in own:
-            raise DataError(f"{item.typed}: is both an input and the output")
+            raise datasets.DataError(f"{item.typed}: is both an input and the output")
     recordings.check_readers([item.path for item in found])
     return found
 
@@ -271,8 +278,8 @@ def read_outputs(outputs, made_with, out):
             continue
         with datasets.open_file(path) as file, datasets.reading(lambda: path):  # noqa: B023
             if datasets.attribute(file, "origin", "") != "recordings":
-                raise DataError(f"{path}: was not written by prepare.py; give another --out, "
-                                "or remove it")
+                raise datasets.DataError(
+                    f"{path}: was not written by prepare.py; give another --out, or remove it")
             before = json.loads(file.attrs.get("prepared_with", "{}"))
             changed.update(key for key in made_with if before.get(key) != made_with[key])
             held[path] = None if before != made_with else {
@@ -446,7 +453,7 @@ def read_segments(path, settings, notes):
                 f"a waveform needs {labels.MIN_FS_HZ} or more")
     abp = to_mmhg(abp, notes)
     fields, left_over_s = cut_segments(path, abp, ppg)
-    delay_s, strength, rows = ppg_delay(fields["abp"], fields["ppg"], FS)
+    delay_s, strength, rows = ppg_delay(fields["abp"], fields["ppg"], datasets.FS)
     shift_s = 0.0
     if settings.align and strength >= SURE_DELAY:
         shift_s, rows = delay_s, rows - delay_s
@@ -456,8 +463,8 @@ def read_segments(path, settings, notes):
         notes.append("the PPG's delay is not known for sure: not aligned")
     fields["ppg_delay_s"] = rows
     fields.update(labels.label_segments(
-        fields["abp"], FS, beats=settings.beats, method=settings.label_method))
-    quality = labels.signal_quality(fields["abp"], fields["ppg"], FS)
+        fields["abp"], datasets.FS, beats=settings.beats, method=settings.label_method))
+    quality = labels.signal_quality(fields["abp"], fields["ppg"], datasets.FS)
     fields["reason"] = fields["reason"] | quality.pop("reason")
     fields.update(quality)
     return fields, {"ppg_delay_s": delay_s, "ppg_delay_strength": strength,
@@ -490,17 +497,18 @@ def to_mmhg(channel, notes):
 def cut_segments(path, abp, ppg):
     """({abp, ppg: [N, 3600] float32, start_s: [N]}, seconds left over) of two Channels."""
     duration_s = max(c.start_s + c.samples.size / c.fs for c in (abp, ppg))
-    n = int((duration_s + 1e-6) // SEGMENT_SECONDS)
+    n = int((duration_s + 1e-6) // datasets.SEGMENT_SECONDS)
     if n < 1:
         raise RecordingError(path, f"lasts {duration_s:.1f} s, less than one segment")
     fields = {"abp": on_grid(abp, n), "ppg": on_grid(ppg, n),
-              "start_s": np.arange(n) * float(SEGMENT_SECONDS)}
-    return fields, max(0.0, duration_s - n * SEGMENT_SECONDS)
+              "start_s": np.arange(n) * float(datasets.SEGMENT_SECONDS)}
+    return fields, max(0.0, duration_s - n * datasets.SEGMENT_SECONDS)
 
 
 def on_grid(channel, n):
     """[n, 3600] float32: n minutes of a Channel from the recording's start."""
-    return recordings.resample(channel, FS, n * SEGMENT_SAMPLES).reshape(n, SEGMENT_SAMPLES)
+    samples = datasets.SEGMENT_SAMPLES
+    return recordings.resample(channel, datasets.FS, n * samples).reshape(n, samples)
 
 
 def ppg_delay(abp, ppg, fs):
@@ -604,7 +612,7 @@ def assign_patients(found, groups_path, problems):
             problems.error(twin, "same patient and record name as another input")
             problems.error(number, "same patient and record name as another input")
             problems.write()
-            raise DataError(
+            raise datasets.DataError(
                 f"{shown(found, twin)} and {shown(found, number)}: two recordings of one patient "
                 f"with one name (see {problems.path}); rename one, or prepare them into two files")
     alone = sum(recordings.recording_name(item.path) not in groups for item in found)
@@ -936,20 +944,21 @@ def segment_figure(fields):
     figure = _new_figure(8.4, 2.1)
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 1), wspace=0.2, hspace=0.12)
     above, below, right = (figure.add_subplot(at) for at in (grid[0, 0], grid[1, 0], grid[:, 1]))
-    abp, t = fields["abp"].astype(float), np.arange(SEGMENT_SAMPLES) / FS
-    feet, _ = _feet(abp[None], FS)
+    fs = datasets.FS
+    abp, t = fields["abp"].astype(float), np.arange(datasets.SEGMENT_SAMPLES) / fs
+    feet, _ = _feet(abp[None], fs)
     above.plot(t, abp, lw=0.6, color="#a02c2c")
     above.plot(feet, np.interp(feet, t, abp), ".", ms=3, color="black")
     below.plot(t, fields["ppg"], lw=0.6, color="#2c5aa0")
     above.tick_params(labelbottom=False)
     for axes, label in ((above, "ABP (mmHg)"), (below, "PPG")):
-        axes.set_xlim(0, SEGMENT_SECONDS)
+        axes.set_xlim(0, datasets.SEGMENT_SECONDS)
         _plain_axes(axes, label)
     below.set_xlabel("s", fontsize=8)
-    cuts = np.ceil(feet * FS).astype(int)
-    beats = [abp[a:b] for a, b in zip(cuts, cuts[1:]) if a < b < a + labels.MAX_BEAT_SECONDS * FS]
+    cuts = np.ceil(feet * fs).astype(int)
+    beats = [abp[a:b] for a, b in zip(cuts, cuts[1:]) if a < b < a + labels.MAX_BEAT_SECONDS * fs]
     if beats:
-        flow = np.array([(beat.max() - beat.min()) * 60 * FS / beat.size for beat in beats]) / 1000
+        flow = np.array([(beat.max() - beat.min()) * 60 * fs / beat.size for beat in beats]) / 1000
         pressure = np.array([beat.mean() for beat in beats])
         right.plot(flow, pressure, ".", ms=3, color="0.3")
         if np.isfinite(fields["p_crit"]):
@@ -970,4 +979,4 @@ def _plain_axes(axes, label):
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, DataError, RecordingError))
+    sys.exit(run_script(main, "DataError", "RecordingError"))

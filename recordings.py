@@ -4,6 +4,7 @@
     for found in find_recordings(['records/']):
         recording = read_recording(found.path)
         recording.channels['ABP'].samples, recording.channels['ABP'].fs
+    recording, ended = Windows(path).read(0, 600)       # days of it, ten minutes at a time
 
 Formats: WFDB (records of one or many segments), VitalDB (.vital), EDF and EDF+ (also with gaps),
 CSV, Parquet and HDF5 with plain waveforms. `READERS`, at the end, has a function for each ending
@@ -57,12 +58,17 @@ CHANNEL_ALIASES = {
     "hr": ("hr", "heartrate", "ecghr", "hrecg", "ecgcardbeatrate", "pulse", "pulserate", "pr",
            "abphr", "arthr", "plethhr", "plethpulserate", "spo2hr", "spo2pr"),
 }
+MMHG_PER_UNIT = {"mmhg": 1.0, "kpa": 7.50062}
 TIME_NAMES = ("times", "time", "t", "seconds", "sec", "timesec", "timeseconds")  # plain names
 MISSING_CELLS = ("", "nan", "na", "n/a", "null", "none", "-", "--")
 LONGEST_GAPS_S = 7 * 86400.0  # in one file; more is a slip in its times, not a recording
 JITTER_S = 0.01  # by which a block's time stamp may be off: no gap
 GAP_MARGIN_S = 1 / 60  # beside a gap: what a low-passed, continued signal is least sure of
 SHORTEST_STRETCH_S = 0.25  # between two gaps; a shorter one holds no beat
+# Beyond both ends of a window, with which `resample` gives the window what it gives the whole
+# recording (to float32): over its filter's half-length, 0.65 s at 40 Hz, and its spline's.
+WINDOW_MARGIN_S = 2.0
+TABLE_BYTES, TABLE_ROWS = 1 << 22, 1 << 16  # of a table, read at a time
 NUMERICS_FS = 1.0  # Hz: of a .vital file's numbers, which come when the monitor has a new one
 BLOCK = 36000  # samples resampled at a time, to bound memory
 # The samples that a file may promise per channel: 2**25 (256 MB, 3 days at 125 Hz, gaps included),
@@ -92,6 +98,7 @@ class Channel:
     fs: float  # Hz; NaN if only listed and not known
     unit: str
     start_s: float = 0.0  # time of samples[0] after the recording's start
+    end_s: float = np.nan  # where the whole channel ends, if only a span of it was read
 
 
 @dataclass
@@ -227,7 +234,8 @@ def choose_channel(names, kind, wanted=None) -> Optional[str]:
 
 def reader_of(path):
     """(package, function) for this file; the function is called as `_read` does and returns
-    {name: Channel}, with samples where `wanted(names)` returned the name."""
+    {name: Channel}, with samples where `wanted(names)` returned the name. Those of SPANNED take
+    `span`, too."""
     try:
         return READERS[os.path.splitext(path)[1].lower()]
     except KeyError:
@@ -258,13 +266,75 @@ def read_recording(path, wanted=None, csv_rate=None, hdf5=None) -> Recording:
     Without it, all one-dimensional datasets are channels, with their rate in the attribute fs or
     sampling_rate.
     """
-    channels = _read(path, wanted or list, csv_rate, hdf5)
+    return _checked(path, _read(path, wanted or list, csv_rate, hdf5))
+
+
+def _checked(path, channels):
     channels = {name: channel for name, channel in channels.items() if channel.samples.size}
     for channel in channels.values():
         channel.samples[np.isinf(channel.samples)] = np.nan
         if not 0 <= channel.start_s <= LONGEST_GAPS_S:
             raise RecordingError(path, "a channel starts more than a week from the recording")
     return Recording(recording_name(path), channels)
+
+
+def mmhg_per_unit(unit):
+    """What to multiply a pressure with; 1 where the unit is none (WFDB's default is mV)."""
+    return MMHG_PER_UNIT.get(unit.lower(), 1.0)
+
+
+class Windows:
+    """A recording in windows one after another, so that days of it take the memory of minutes.
+
+    Arguments as for `read_recording`. WFDB, EDF and HDF5 are read where the window lies, tables
+    (CSV, Parquet) row by row; .vital files, which are compressed as a whole, at once. growing: the
+    file (CSV, or WFDB of format 16) is still being written; what it holds now is read.
+    """
+
+    def __init__(self, path, wanted=None, csv_rate=None, hdf5=None, growing=False):
+        self.path, self.wanted, self.growing = path, wanted or list, growing
+        self.csv_rate, self.hdf5 = csv_rate, hdf5
+        self.ending = os.path.splitext(path)[1].lower()
+        if growing and self.ending not in GROWING:
+            raise RecordingError(path, f"a growing file is read as {' or '.join(GROWING)} alone; "
+                                       "for whole files, name their folder")
+        self.whole = self.table = None
+
+    def read(self, start_s, stop_s):
+        """(Recording of start_s <= t < stop_s, whether the file ends there); start_s must not be
+        less than in the call before."""
+        if self.ending in SPANNED:
+            channels = _read(self.path, self.wanted, self.csv_rate, self.hdf5,
+                             span=(start_s, stop_s), growing=self.growing)
+            end_s = max((channel.end_s for channel in channels.values()
+                         if np.isfinite(channel.end_s)), default=0.0)
+            return _checked(self.path, channels), end_s <= stop_s
+        if self.ending in TABLES:
+            with _package_errors(self.path):
+                self.table = self.table or _Table(self.path, self.wanted, self.csv_rate,
+                                                  self.growing)
+                channels, ended = self.table.read(start_s, stop_s)
+            return _checked(self.path, {_printable(name): channel
+                                        for name, channel in channels.items()}), ended
+        if self.whole is None:
+            self.whole = read_recording(self.path, self.wanted, self.csv_rate, self.hdf5).channels
+            for channel in self.whole.values():
+                channel.samples = channel.samples.astype(np.float32)
+                channel.end_s = channel.start_s + channel.samples.size / channel.fs
+        channels = {}
+        for name, channel in self.whole.items():
+            first, end = _span((start_s, stop_s), channel.fs, channel.samples.size, channel.start_s)
+            channels[name] = Channel(channel.samples[first:end].astype(np.float64), channel.fs,
+                                     channel.unit, channel.start_s + first / channel.fs)
+        ended = all(channel.end_s <= stop_s for channel in self.whole.values())
+        return _checked(self.path, channels), ended
+
+
+def _span(span, fs, n, start_s=0.0):
+    """(first, end): the samples, of n from start_s on, in span (start, stop in s; None: all)."""
+    if span is None:
+        return 0, n
+    return tuple(int(np.clip(np.ceil((t - start_s) * fs - 1e-6), 0, n)) for t in span)
 
 
 def resample(channel, fs_out, n_out):
@@ -305,18 +375,29 @@ def resample(channel, fs_out, n_out):
             left = max(first, int(at[0]) - 2 * pad)
             right = min(end, int(at[-1]) + 2 * pad + 1)
             padded = np.pad(samples[left:right], pad, mode="reflect", reflect_type="odd")
-            fine = signal.upfirdn(up * taps, padded, up)[half:]  # zero phase
+            fine = (signal.oaconvolve(padded, taps) if up == 1 else  # by FFT: many taps
+                    signal.upfirdn(up * taps, padded, up))[half:]  # zero phase
             at = (at - left + pad) * up
             out[k:k + at.size] = ndimage.map_coordinates(fine, [at], order=3, mode="mirror")
     return out
 
 
-def _read(path, wanted, csv_rate, hdf5):
-    """What the file's reader gives; whatever goes wrong in a package becomes a RecordingError."""
+def _read(path, wanted, csv_rate, hdf5, **span):
+    """What the file's reader gives; `span`, for those of SPANNED: span, growing."""
+    with _package_errors(path):
+        channels = reader_of(path)[1](path, wanted, csv_rate, hdf5, **span)
+    for channel in channels.values():
+        channel.unit = _printable(channel.unit)
+    return {_printable(name): channel for name, channel in channels.items()}
+
+
+@contextlib.contextmanager
+def _package_errors(path):
+    """Whatever goes wrong in a package becomes a RecordingError."""
     check_readers([path])
-    package, reader = reader_of(path)
+    package = reader_of(path)[0]
     try:
-        channels = reader(path, wanted, csv_rate, hdf5)
+        yield
     except RecordingError:
         raise
     except OSError as error:
@@ -324,9 +405,6 @@ def _read(path, wanted, csv_rate, hdf5):
     except Exception as error:  # noqa: BLE001 - packages raise a dozen kinds for malformed files
         what = f"{package} cannot read this file ({type(error).__name__})"
         raise RecordingError(path, what, error) from None
-    for channel in channels.values():
-        channel.unit = _printable(channel.unit)
-    return {_printable(name): channel for name, channel in channels.items()}
 
 
 def _printable(text):
@@ -409,6 +487,7 @@ class _Header(NamedTuple):
     fs: float  # Hz, of the frames
     data_files: List[str]
     segments: List[tuple]  # (name, frames)
+    frames: int
     n_samples: int  # of all signals; 0 where there are segments
     n_bytes: float  # that the data files must have at least
 
@@ -439,7 +518,7 @@ def _read_header(path):
             raise ValueError
         if "/" in record_line[0]:
             segments = [(fields[0], max(0, int(fields[1]))) for fields in others]
-            return _Header(fs, [], segments, 0, 0)
+            return _Header(fs, [], segments, frames, 0, 0)
         for fields in others:
             name, count = re.match(r"(\d+)(?:x(\d+))?", fields[1]).groups()
             per_frame += int(count or 1)
@@ -448,7 +527,7 @@ def _read_header(path):
         raise RecordingError(
             path, "not a WFDB header: unreadable number of signals, frequency, length or format"
         ) from None
-    return _Header(fs, files, [], frames * per_frame, n_bytes)
+    return _Header(fs, files, [], frames, frames * per_frame, n_bytes)
 
 
 def _check_wfdb_files(path, header):
@@ -466,13 +545,17 @@ def _check_wfdb_files(path, header):
     return n_bytes
 
 
-def _read_wfdb(path, wanted, csv_rate=None, hdf5=None):
+def _read_wfdb(path, wanted, csv_rate=None, hdf5=None, span=None, growing=False):
     import wfdb
 
     header = _read_header(path)
+    if header.segments and growing:
+        raise RecordingError(path, "a growing WFDB record cannot be one of segments")
     if header.segments:
-        return _read_wfdb_segments(path, header, wanted)
-    _check_wfdb_files(path, header)
+        return _read_wfdb_segments(path, header, wanted, span)
+    growing = growing or span is not None and not header.frames  # its length is not stated
+    if not growing:
+        _check_wfdb_files(path, header)
     base = os.path.abspath(path)[:-4]  # absolute, no pn_dir: never from the network
     record = wfdb.rdheader(base)
     names = _unique(record.sig_name or [])
@@ -483,17 +566,47 @@ def _read_wfdb(path, wanted, csv_rate=None, hdf5=None):
         for name, per_frame, unit in zip(names, record.samps_per_frame, record.units)
     }
     chosen = list(wanted(names))
-    if chosen:
+    if growing:
+        return _read_growing_wfdb(path, record, channels, chosen, span)
+    first, end = _span(span, header.fs, header.frames or record.sig_len)
+    for channel in channels.values() if span else ():
+        channel.start_s, channel.end_s = first / header.fs, header.frames / header.fs
+    if chosen and (span is None or first < end):
         # smooth_frames=True, wfdb's default, would average the faster channels' samples away.
         with np.errstate(all="ignore"):  # a damaged gain: infinite samples are gaps
-            record = wfdb.rdrecord(base, channels=[names.index(name) for name in chosen],
-                                   smooth_frames=False)
+            record = wfdb.rdrecord(base, first, end if span else None, smooth_frames=False,
+                                   channels=[names.index(name) for name in chosen])
         for name, samples in zip(chosen, record.e_p_signal):
             channels[name].samples = np.asarray(samples, np.float64)
     return channels
 
 
-def _read_wfdb_segments(path, header, wanted):
+def _read_growing_wfdb(path, record, channels, chosen, span):
+    """The samples that are there now, of format 16; wfdb reads what the header promises."""
+    for name in chosen:
+        i = list(channels).index(name)
+        group = [k for k, file in enumerate(record.file_name) if file == record.file_name[i]]
+        if record.fmt[i] != "16" or any(record.skew[k] for k in group):
+            raise RecordingError(path, "a growing WFDB record must be of format 16, without skew")
+        data = os.path.join(os.path.dirname(path), record.file_name[i])
+        if not os.path.isfile(data):
+            raise RecordingError(path, "its data file is missing", record.file_name[i])
+        widths = [record.samps_per_frame[k] for k in group]
+        offset = record.byte_offset[i] or 0
+        n = max(0, os.path.getsize(data) - offset) // (2 * sum(widths))
+        first, end = _span(span, record.fs, n)
+        channels[name].start_s, channels[name].end_s = first / record.fs, n / record.fs
+        if first < end:
+            raw = np.fromfile(data, "<i2", (end - first) * sum(widths),
+                              offset=offset + 2 * sum(widths) * first)
+            left = sum(widths[:group.index(i)])
+            raw = raw.reshape(-1, sum(widths))[:, left:left + record.samps_per_frame[i]].ravel()
+            channels[name].samples = np.where(
+                raw == -32768, np.nan, (raw - float(record.baseline[i])) / record.adc_gain[i])
+    return channels
+
+
+def _read_wfdb_segments(path, header, wanted, span=None):
     """The segments joined, here, because wfdb 4.3's own joining fails on gaps with several rates.
 
     A gap's name is ~; one without frames is a layout, with the signals that any segment has.
@@ -512,18 +625,24 @@ def _read_wfdb_segments(path, header, wanted):
         raise RecordingError(path, "this WFDB record has no signals")
     channels = _read_wfdb(next(iter(paths.values())), lambda names: [])
     chosen = {name: channels[name].fs / header.fs for name in wanted(list(channels))}
+    n_frames = sum(frames for _, frames in header.segments)
+    first, end = _span(span, header.fs, n_frames)
     for name, per_frame in chosen.items():
-        n_samples = round(per_frame * sum(frames for _, frames in header.segments))
-        _check_size(path, n_samples, n_bytes)
-        channels[name].samples = np.full(n_samples, np.nan)
+        _check_size(path, round(per_frame * n_frames), n_bytes)
+        channels[name].samples = np.full(round(per_frame * (end - first)), np.nan)
+        channels[name].start_s, channels[name].end_s = first / header.fs, n_frames / header.fs
     start = 0
     for segment, frames in header.segments if chosen else ():
-        if segment != "~" and frames:
-            read = _read_wfdb(paths[segment], lambda names: [n for n in names if n in chosen])
+        a, b = max(start, first), min(start + frames, end)
+        if segment != "~" and a < b:
+            # half a frame in: no rounding decides which frames these times mean
+            part = span and ((a - start - 0.5) / header.fs, (b - start - 0.5) / header.fs)
+            read = _read_wfdb(paths[segment], lambda names: [n for n in names if n in chosen],
+                              span=part)
             for name in set(read).intersection(chosen):
                 if read[name].fs != channels[name].fs:
                     raise RecordingError(path, "a channel's rate changes between segments", name)
-                at = slice(round(start * chosen[name]), round((start + frames) * chosen[name]))
+                at = slice(round((a - first) * chosen[name]), round((b - first) * chosen[name]))
                 if read[name].samples.size != at.stop - at.start:
                     raise RecordingError(
                         path, "a segment is not as long as the record's header says", segment)
@@ -603,7 +722,7 @@ EDF_FIELDS = {"label": (0, 16), "unit": (96, 8), "low": (104, 8), "high": (112, 
               "code_low": (120, 8), "code_high": (128, 8), "size": (216, 8)}  # first byte, width
 
 
-def _read_edf(path, wanted, csv_rate, hdf5):
+def _read_edf(path, wanted, csv_rate, hdf5, span=None, growing=False):
     """EDF, EDF+C and EDF+D (https://www.edfplus.info/specs/edfplus.html), each channel at its rate.
 
     pyedflib reads the samples; of EDF+D, whose records have gaps between them, it reads nothing
@@ -639,7 +758,11 @@ def _read_edf(path, wanted, csv_rate, hdf5):
     if header[192:197] != b"EDF+D":
         with pyedflib.EdfReader(path) as file:
             for name in chosen:
-                channels[name].samples = file.readSignal(names.index(name))
+                channel = channels[name]
+                n_samples = int(n_records * sizes[waves[names.index(name)]])
+                first, end = _span(span, channel.fs, n_samples)
+                channel.samples = file.readSignal(names.index(name), first, end - first)
+                channel.start_s, channel.end_s = first / channel.fs, n_samples / channel.fs
     elif chosen:
         records = np.memmap(path, "<i2", "r", 256 * (1 + n), (n_records, int(ends[-1])))
         spans = [records[:, int(end - size):end] for end, size in zip(ends, sizes)]
@@ -647,12 +770,19 @@ def _read_edf(path, wanted, csv_rate, hdf5):
         starts_s = np.array([
             float((re.match(rb"[+-]\d+(\.\d*)?(?=[\x14\x15])", row.tobytes()) or [b"nan"])[0])
             for row in stamps])
+        starts_s = starts_s - starts_s.min()
         for name in chosen:
-            i = waves[names.index(name)]
-            blocks = low[i] + (spans[i] - code_low[i]) * (
+            i, channel = waves[names.index(name)], channels[name]
+            channel.end_s = float(np.max(starts_s)) + seconds
+            here = np.ones(n_records, bool) if span is None else (
+                (starts_s > span[0] - seconds) & (starts_s < span[1]))
+            if not here.any() and np.isfinite(starts_s).all():
+                continue
+            blocks = low[i] + (spans[i][here] - code_low[i]) * (
                 (high[i] - low[i]) / (code_high[i] - code_low[i]))
-            channels[name].samples, channels[name].fs = _join(
-                path, starts_s - starts_s.min(), blocks, channels[name].fs)
+            channel.start_s = float(starts_s[here].min())
+            channel.samples, channel.fs = _join(
+                path, starts_s[here] - channel.start_s, blocks, channel.fs)
     return channels
 
 
@@ -660,7 +790,7 @@ def _read_edf(path, wanted, csv_rate, hdf5):
 # HDF5
 
 
-def _read_hdf5(path, wanted, csv_rate, hdf5):
+def _read_hdf5(path, wanted, csv_rate, hdf5, span=None, growing=False):
     import h5py
 
     said = hdf5 or {}
@@ -691,7 +821,12 @@ def _read_hdf5(path, wanted, csv_rate, hdf5):
             dataset = datasets[name]
             n_chunk = np.prod(dataset.chunks or 0, dtype=float)  # is unpacked as a whole
             _check_size(path, int(max(dataset.size, n_chunk)), dataset.id.get_storage_size())
-            channels[name].samples = np.asarray(dataset[()], np.float64).reshape(-1)
+            first, end = _span(span, channels[name].fs, dataset.size)
+            part = tuple(slice(first, end) if n == dataset.size else 0 for n in dataset.shape)
+            channels[name].samples = np.asarray(dataset[part if dataset.size > 1 else ()],
+                                                np.float64).reshape(-1)
+            channels[name].start_s = first / channels[name].fs
+            channels[name].end_s = dataset.size / channels[name].fs
     return channels
 
 
@@ -735,74 +870,179 @@ def _hdf5_datasets(path, file):
 def _read_csv(path, wanted, csv_rate, hdf5):
     """A header line; a time column in seconds or `csv_rate`; an empty or NaN cell is a gap.
 
-    The csv module reads about a million rows per second and takes any cell; NumPy's readers are
-    either slower by far (genfromtxt) or stop at an empty cell (loadtxt).
+    NumPy's loadtxt (in C from 1.23 on) reads two million rows per second, but stops at an empty
+    cell; from there on the csv module reads, about a million, and takes any cell.
     """
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        first_line = file.readline(1 << 16)
-        delimiter = max(",;\t", key=first_line.count)
-        cells = next(csv.reader([first_line], delimiter=delimiter), [])
+    table = _Table(path, wanted, csv_rate)
+    columns = []
+    while not table.ended:
+        columns.append(table.more())
+    return table.channels([np.concatenate(parts) for parts in zip(*columns)])
+
+
+_read_parquet = _read_csv  # its time column may hold dates (pandas reads it with pyarrow, too)
+
+
+class _Table:
+    """A CSV or Parquet file, some rows at a time; see `Windows`."""
+
+    def __init__(self, path, wanted, csv_rate, growing=False):
+        self.path, self.csv_rate, self.growing = path, csv_rate, growing
+        self.is_csv = path.lower().endswith(".csv")
+        names, numbers = (self._open_csv if self.is_csv else self._open_parquet)()
+        times = [name for alias in TIME_NAMES for name in names if plain_name(name) == alias]
+        if not csv_rate and not times:
+            raise RecordingError(path, "no time column (time_s, time or t, in seconds); give the "
+                                       "sampling rate: --csv-rate")
+        self.time = None if csv_rate else times[0]
+        self.names = [name for name in numbers if name and name != self.time]
+        self.chosen = list(wanted(self.names))
+        self.columns = ([] if self.time is None else [self.time]) + self.chosen
+        self.all_names, self.n_rows, self.ended = names, 0, False
+        self.kept, self.first_kept = [np.empty(0) for _ in self.columns], 0  # of `read`
+        self.first_time = self.first_date = None
+
+    def _open_csv(self):
+        with open(self.path, "rb") as file:
+            first_line = file.readline(1 << 16)
+            self.offset, self.n_lines = file.tell(), 1
+        self.plain = tuple(map(int, np.__version__.split(".")[:2])) >= (1, 23)
+        first_line = first_line.decode("utf-8-sig", "replace")
+        self.delimiter = max(",;\t", key=first_line.count)
+        cells = next(csv.reader([first_line], delimiter=self.delimiter), [])
         header = [cell.strip() for cell in cells]
         if not any(header) or all(_is_number(cell) for cell in header):
-            raise RecordingError(path, "no header line with column names")
-        names, rows = _unique(header), csv.reader(file, delimiter=delimiter)
-        return _table(path, names, names, wanted, csv_rate,
-                      lambda columns: _read_columns(path, rows, names, columns))
+            raise RecordingError(self.path, "no header line with column names")
+        return _unique(header), _unique(header)
 
+    def _open_parquet(self):
+        import pyarrow
+        from pyarrow import parquet
 
-def _read_parquet(path, wanted, csv_rate, hdf5):
-    """Like a CSV; the time column may hold dates. (pandas reads Parquet with pyarrow, too.)"""
-    import pyarrow
-    from pyarrow import parquet
+        file = self.parquet = parquet.ParquetFile(self.path)
+        self.batches = None
+        fields = {field.name: field.type for field in file.schema_arrow}
+        _check_size(self.path, file.metadata.num_rows, os.path.getsize(self.path))
+        return list(fields), [
+            name for name, kind in fields.items()
+            if pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)]
 
-    def read_columns(names):
-        table = file.read(columns=names)
-        columns = []
-        for column in map(table.column, names):
-            if pyarrow.types.is_timestamp(column.type):
-                times = column.cast(pyarrow.timestamp("ns")).to_numpy().astype(np.int64)
-                columns.append((times - times[:1]) / 1e9)
-            else:
-                columns.append(np.array(column.cast("float64").to_numpy()))
-        if columns and not columns[0].size:
-            raise RecordingError(path, "no rows")
+    def more(self):
+        """[float64 array per column]: the next rows that there are; sets `ended`."""
+        columns = (self._more_csv if self.is_csv else self._more_parquet)()
+        if (self.ended and not self.growing and not self.n_rows and self.columns
+                and not columns[0].size):
+            raise RecordingError(self.path, "no rows below the header")
+        self.n_rows += columns[0].size if columns else 0
         return columns
 
-    with parquet.ParquetFile(path) as file:
-        fields = {field.name: field.type for field in file.schema_arrow}
-        numbers = [name for name, kind in fields.items()
-                   if pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)]
-        _check_size(path, file.metadata.num_rows, os.path.getsize(path))
-        return _table(path, list(fields), numbers, wanted, csv_rate, read_columns)
+    def _more_csv(self):
+        with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self.offset:
+                raise RecordingError(self.path, "became shorter while it was read")
+            file.seek(self.offset)
+            data = file.read(TABLE_BYTES)
+            # a line longer than a block; the last line, without an end, of a file that is whole
+            data += file.readline() if len(data) == TABLE_BYTES or not self.growing else b""
+            self.ended = file.tell() >= os.fstat(file.fileno()).st_size
+        if self.growing:
+            data = data[:data.rfind(b"\n") + 1]
+        self.offset += len(data)
+        text = data.decode("utf-8", "replace")
+        if self.plain and text.strip():
+            try:
+                at = [self.all_names.index(name) for name in self.columns]
+                table = np.loadtxt(io.StringIO(text), delimiter=self.delimiter, usecols=at,
+                                   comments=None, ndmin=2)
+                self.n_lines += text.count("\n")
+                return [column.copy() for column in table.T]
+            except (ValueError, IndexError):
+                self.plain = False
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter)
+        columns = _read_columns(self.path, rows, self.all_names, self.columns, self.n_lines)
+        self.n_lines += rows.line_num
+        return columns
 
+    def _more_parquet(self):
+        import pyarrow
 
-def _table(path, names, signals, wanted, csv_rate, read_columns):
-    """Channels of a table; `read_columns(names)` gives their float64 arrays."""
-    times = [name for alias in TIME_NAMES for name in names if plain_name(name) == alias]
-    if not csv_rate and not times:
-        raise RecordingError(path, "no time column (time_s, time or t, in seconds); give the "
-                                   "sampling rate: --csv-rate")
-    time = None if csv_rate else times[0]
-    signals = [name for name in signals if name and name != time]
-    chosen = list(wanted(signals))
-    values = read_columns(([] if time is None else [time]) + chosen)
-    if time is None:
-        fs = float(csv_rate)
-    else:
-        fs, positions = _time_grid(path, values.pop(0))
-        for i, column in enumerate(values):
-            _check_size(path, int(positions[-1]) + 1, os.path.getsize(path))
-            values[i] = np.full(positions[-1] + 1, np.nan)
-            values[i][positions] = column
-    channels = {name: Channel(np.empty(0), fs, _unit(name)) for name in signals}
-    for name, column in zip(chosen, values):
-        known = np.flatnonzero(np.isfinite(column))
-        # A slower channel among the rows of a faster one has a cell in every k-th row.
-        every = int(np.gcd.reduce(np.diff(known))) if known.size > 10 else 1
-        first = int(known[0] % every) if every > 1 else 0
-        channels[name].samples = column[first::every].copy()
-        channels[name].fs, channels[name].start_s = fs / every, first / fs
-    return channels
+        if self.batches is None:
+            self.batches = self.parquet.iter_batches(TABLE_ROWS, columns=self.columns)
+        batch = next(self.batches, None)
+        self.ended = batch is None
+        if self.ended:
+            self.parquet.close()
+        columns = []
+        for name in self.columns:
+            column = pyarrow.array([], "float64") if batch is None else batch.column(name)
+            if pyarrow.types.is_timestamp(column.type):
+                times = column.cast(pyarrow.timestamp("ns")).to_numpy(zero_copy_only=False)
+                times = times.astype(np.int64)
+                self.first_date = times[0] if not self.n_rows else self.first_date
+                columns.append((times - self.first_date) / 1e9)
+            else:
+                columns.append(np.array(column.cast("float64").to_numpy(zero_copy_only=False)))
+        return columns
+
+    def read(self, start_s, stop_s):
+        """({name: Channel} of the window, whether the file ends there)."""
+        times = self._times()
+        while (not times.size or times[-1] < stop_s) and not (self.ended and not self.growing):
+            new = self.more()
+            if self.time is not None and new[0].size:
+                self.first_time = new[0][0] if self.first_time is None else self.first_time
+                before = self.kept[0][-1] if self.kept[0].size else new[0][0]
+                n_before = self.n_rows - new[0].size
+                if not 0 <= new[0][0] - before <= LONGEST_GAPS_S:
+                    raise RecordingError(self.path, f"line {n_before + 2}: time runs back or "
+                                                    "jumps; is it in seconds?")
+                if (np.diff(new[0]) <= 0).any():
+                    _time_grid(self.path, new[0], n_before)  # raises, naming the line
+            self.kept = [np.concatenate(parts) for parts in zip(self.kept, new)]
+            n = int(np.searchsorted(self._times(), start_s - 1e-6))  # rows before the window
+            n = min(n, self.kept[0].size - 1)  # the last one is compared with the next
+            if n > 0:
+                self.kept, self.first_kept = [c[n:] for c in self.kept], self.first_kept + n
+            times = self._times()
+            if self.ended:
+                break
+        first, end = np.searchsorted(times, [start_s - 1e-6, stop_s - 1e-6])
+        ended = self.ended and end == times.size
+        if end - first < 2:
+            return {}, ended
+        start_s = float(times[first])
+        channels = self.channels([column[first:end] for column in self.kept],
+                                 self.first_kept + first)
+        for channel in channels.values():
+            channel.start_s += start_s
+        return channels, ended
+
+    def _times(self):
+        """[rows] s from the file's first row, of those kept."""
+        if self.time is None:
+            return (self.first_kept + np.arange(self.kept[0].size)) / float(self.csv_rate)
+        return self.kept[0] - (0.0 if self.first_time is None else self.first_time)
+
+    def channels(self, columns, first_row=0):
+        """{name: Channel} of rows; their columns as `more` gives them."""
+        values = list(columns)
+        if self.time is None:
+            fs = float(self.csv_rate)
+        else:
+            fs, positions = _time_grid(self.path, values.pop(0), first_row)
+            for i, column in enumerate(values):
+                _check_size(self.path, int(positions[-1]) + 1, os.path.getsize(self.path))
+                values[i] = np.full(positions[-1] + 1, np.nan)
+                values[i][positions] = column
+        channels = {name: Channel(np.empty(0), fs, _unit(name)) for name in self.names}
+        for name, column in zip(self.chosen, values):
+            known = np.flatnonzero(np.isfinite(column))
+            # A slower channel among the rows of a faster one has a cell in every k-th row.
+            every = int(np.gcd.reduce(np.diff(known))) if known.size > 10 else 1
+            first = int(known[0] % every) if every > 1 else 0
+            channels[name].samples = column[first::every].copy()
+            channels[name].fs, channels[name].start_s = fs / every, first / fs
+        return channels
 
 
 def _unit(name):
@@ -813,8 +1053,8 @@ def _unit(name):
     return match.group(1) if match else ""
 
 
-def _read_columns(path, rows, names, wanted):
-    """[float64 array per wanted column]; a row's missing cells are NaN."""
+def _read_columns(path, rows, names, wanted, n_before):
+    """[float64 array per wanted column]; a row's missing cells are NaN. n_before: lines before."""
     columns = [names.index(name) for name in wanted]
     values = [array("d") for _ in columns]
     filled = list(zip(columns, [column.append for column in values]))
@@ -828,26 +1068,23 @@ def _read_columns(path, rows, names, wanted):
                 cell = row[i].strip().lower() if i < len(row) else ""
                 if cell not in MISSING_CELLS:
                     raise RecordingError(
-                        path, f"line {rows.line_num + 1}, column {names[i]}: expected a number",
-                        repr(row[i][:40]),
-                    ) from None
+                        path, f"line {n_before + rows.line_num}, column {names[i]}: "
+                        "expected a number", repr(row[i][:40])) from None
                 append(np.nan)
-    arrays = [np.array(column) for column in values]
-    if columns and not arrays[0].size:
-        raise RecordingError(path, "no rows below the header")
-    return arrays
+    return [np.array(column) for column in values]
 
 
-def _time_grid(path, times):
-    """(fs, index of every row on an even grid from the first row on) of a time column."""
+def _time_grid(path, times, n_before=0):
+    """(fs, index of every row on an even grid from the first row on) of a time column; n_before:
+    rows before them in the file."""
     if not np.isfinite(times).all():
-        line = int(np.flatnonzero(~np.isfinite(times))[0]) + 2
+        line = int(np.flatnonzero(~np.isfinite(times))[0]) + n_before + 2
         raise RecordingError(path, f"line {line}: no time; give the sampling rate: --csv-rate")
     if times.size < 2:
         raise RecordingError(path, "fewer than two rows")
     steps = np.diff(times)
     if (steps <= 0).any():
-        line = int(np.flatnonzero(steps <= 0)[0]) + 3
+        line = int(np.flatnonzero(steps <= 0)[0]) + n_before + 3
         raise RecordingError(
             path, f"line {line}: time does not increase; if the rows are evenly spaced: --csv-rate"
         )
@@ -857,7 +1094,7 @@ def _time_grid(path, times):
     if (np.diff(positions) <= 0).any() or late_s.max() > 2 * period:
         raise RecordingError(
             path,
-            f"line {int(late_s.argmax()) + 2}: time is not evenly spaced "
+            f"line {int(late_s.argmax()) + n_before + 2}: time is not evenly spaced "
             f"({late_s.max() / period:.1f} samples off); if the rows are: --csv-rate",
         )
     return float(f"{1 / period:.10g}"), positions
@@ -877,3 +1114,5 @@ READERS = {
     ".parquet": ("pyarrow", _read_parquet), ".h5": ("h5py", _read_hdf5),
     ".hdf5": ("h5py", _read_hdf5),
 }
+TABLES, SPANNED = (".csv", ".parquet"), (".hea", ".edf", ".h5", ".hdf5")  # see Windows
+GROWING = (".csv", ".hea")

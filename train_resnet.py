@@ -544,7 +544,7 @@ def save_and_report(options, model, trajectory, description, datasets, data, sal
     calibration = make_calibration(model, datasets["train"], datasets["tune"],
                                    device=options.device)
     save_checkpoint(path, model, **description, calibration=calibration)
-    results, arrays = evaluate(path, device=options.device)
+    results, arrays = evaluate(path, device=options.device, keep_index=options.keep_index)
     save_checkpoint(path, model, **description, calibration=calibration, metrics=results)
     write_json(f"runs/{options.name}_metrics.json", results)
     loss_lr_plot(trajectory, FIGURES[0], results["note"])
