@@ -583,7 +583,7 @@ def test_a_checkpoint_is_plain_data_with_the_published_names(tmp_path):
     save_some(tmp_path / "m.pth", metrics={"tpp": {"rmse": 5.0}})
     saved = torch.load(tmp_path / "m.pth", weights_only=True)
     assert set(saved) == {"model", "model_args", "keys", "normaliser", "config", "split",
-                          "provenance", "metrics"}
+                          "provenance", "metrics", "calibration"}
     assert set(saved["model"]) == set(get_model_v3(**SMALL).state_dict())
     assert "layers.1.conv1.instance_norm.weight" in saved["model"]
 
