@@ -737,11 +737,11 @@ def ppg_features(ppg, fs=60):
     """{name: [N]} of `PPG_FEATURES` from waveforms [N, samples], any gain and offset.
 
     Rates in beats/min, times in s, the rest without unit; NaN where fewer than five beats are
-    found or a sample is not finite. The beats run from foot to foot of the band-passed signal (0.5 to 8 Hz, the usual band:
-    Elgendi 2016, doi 10.3390/bioengineering3040021).
+    found or a sample is not finite. The beats run from foot to foot of the band-passed signal (0.5
+    to 8 Hz, the usual band: Elgendi 2016, doi 10.3390/bioengineering3040021).
     """
     from scipy import signal, stats
-    with np.errstate(invalid="ignore"):     # damaged files hold signalling NaNs and infinities
+    with np.errstate(invalid="ignore"):         # damaged files hold signalling NaNs
         ppg = np.asarray(ppg, np.float64).reshape(len(ppg), -1)
     ppg = np.where(np.isfinite(ppg), ppg, np.nan)
     band = signal.butter(2, (0.5, 8), "bandpass", fs=fs, output="sos")

@@ -7,6 +7,8 @@ import h5py
 import numpy as np
 import pytest
 
+# Before PyTorch is imported, and for all subprocesses: several test processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")

@@ -1,0 +1,67 @@
+"""Train the published network on your own arrays: `models.py` in an empty folder is all it takes.
+
+    mkdir try && cp models.py examples/own_arrays.py try/ && cd try
+    python own_arrays.py                        # on made-up arrays
+    python own_arrays.py --arrays mine.npz      # yours, as numpy.savez makes them
+
+mine.npz: ppg [N, 3600] (60 s at 60 Hz, any scale), vitals [N, V], target [N] (mmHg), patient [N].
+"""
+import argparse
+
+import numpy as np
+import torch
+
+from models import get_model_v3, init_steady
+
+
+def made_up(segments, rng):
+    """Arrays of the right shapes: a pulse wave whose width, and MAP, tell the target."""
+    patient = np.arange(segments) // 4                          # four minutes of each
+    rate_hz, width = rng.uniform(1, 1.6, segments), rng.uniform(2, 8, segments)
+    phase = 2 * np.pi * rate_hz[:, None] * np.arange(3600) / 60
+    ppg = np.exp(width[:, None] * (np.cos(phase) - 1)) + 0.05 * rng.normal(size=phase.shape)
+    vitals = np.stack([rng.normal(78, 11, segments), 60 * rate_hz], 1)      # MAP, heart rate
+    target = 0.5 * vitals[:, 0] - 3 * width + rng.normal(0, 1, segments)
+    return {"ppg": ppg, "vitals": vitals, "target": target, "patient": patient}
+
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--arrays", metavar="FILE.npz", help="default: made-up ones")
+parser.add_argument("--segments", type=int, default=800, help="of the made-up ones; default 800")
+parser.add_argument("--epochs", type=int, default=5, help="default 5")
+options = parser.parse_args()
+rng = np.random.default_rng(0)
+torch.manual_seed(0)
+data = np.load(options.arrays) if options.arrays else made_up(options.segments, rng)
+data = {name: np.asarray(data[name]) for name in ("ppg", "vitals", "target", "patient")}
+
+# Whole patients are held out: minutes of one patient on both sides would flatter the score.
+patients = rng.permutation(np.unique(data["patient"]))
+test = np.isin(data["patient"], patients[:len(patients) // 5])
+
+# Each segment by its own mean and SD (monitors differ in scale), the rest by the train patients'.
+ppg = data["ppg"] - data["ppg"].mean(1, keepdims=True)
+ppg = torch.tensor(ppg / ppg.std(1, keepdims=True), dtype=torch.float32).unsqueeze(1)
+vitals, target = (torch.tensor((values - values[~test].mean(0)) / values[~test].std(0),
+                               dtype=torch.float32) for values in (data["vitals"], data["target"]))
+mean, sd = data["target"][~test].mean(), data["target"][~test].std()
+
+model = init_steady(get_model_v3(num_discrete=vitals.shape[1]))
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+for epoch in range(options.epochs):
+    model.train()
+    for rows in torch.from_numpy(rng.permutation(np.flatnonzero(~test))).split(16):
+        optimizer.zero_grad()
+        predicted = model(ppg[rows], *vitals[rows].T)[:, 0]     # [B, 1, 3600], V x [B] -> [B, 1]
+        torch.nn.functional.mse_loss(predicted, target[rows]).backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        predicted = torch.cat([model(ppg[rows], *vitals[rows].T)[:, 0] for rows in
+                               torch.from_numpy(np.flatnonzero(test)).split(64)])
+    error = predicted.numpy() * sd + mean - data["target"][test]
+    print(f"epoch {epoch + 1}: RMSE {np.sqrt(np.mean(error ** 2)):.2f} mmHg on {test.sum()} "
+          "held-out segments", flush=True)
+always_mean = np.sqrt(np.mean((data["target"][test] - mean) ** 2))
+print(f"saying the train patients' mean always: RMSE {always_mean:.2f} mmHg")
+torch.save(model.state_dict(), "own_arrays.pth")
