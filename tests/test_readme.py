@@ -27,7 +27,7 @@ SHORTER = [
     (r".*examples/custom_network\.py.*", r"\g<0> --epochs 1 --networks short"),
     (r".*examples/fine_tune\.py.*", r"\g<0> --epochs 1"),
     (r".*examples/sweep\.py.*", r"\g<0> --settings 1 --seeds 1 --epochs 1 --batch-size 8"),
-    (r".*benchmarks/read\.py.*", r"\g<0> --rows 600 --repeats 1"),
+    (r".*benchmarks/read\.py.*", r"\g<0> --rows 8400 --repeats 1"),
     (r".*benchmarks/train_step\.py.*", r"\g<0> --batch 4 --repeats 1 --no-compile"),
     (r".*benchmarks/label\.py.*", r"\g<0> --segments 40 --repeats 1"),
     (r".*benchmarks/scale\.py.*", r"\g<0> --part wait --repeats 1"),

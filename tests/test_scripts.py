@@ -213,6 +213,7 @@ def test_no_path_no_patient_and_no_salt_is_in_what_leaves_the_hospital(trained):
 def test_without_data_small_default_patients_are_simulated_once_and_called_so(
         call, monkeypatch, tmp_path):
     monkeypatch.setattr(train_resnet, "SIMULATED", {"patients": 12, "segments": 2, "seed": 3})
+    monkeypatch.setattr(train_resnet, "SIMULATED_FILE", "data/simulated_12x2_seed3.h5")
     code, out, err = call(train_resnet, "--epochs", 1, "--device", "cpu", cwd=tmp_path)
     assert code == 0, err
     first = next(line for line in out.splitlines() if "training on SIMULATED patients" in line)
