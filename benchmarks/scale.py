@@ -108,7 +108,7 @@ def measure_ranks(folder, repeats):
 
     def rate(name, launcher, threads, batch):
         command = [*launcher, os.path.join(ROOT, "train_resnet.py"), "--data", path, "--name", name,
-                   "--epochs", "2", "--batch-size", str(batch), "--device", "cpu"]
+                   "--epochs", "2", "--batch-size", str(batch), "--device", "cpu", "--fresh"]
         subprocess.run(command, cwd=folder, check=True, capture_output=True,
                        env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
         with open(os.path.join(folder, "runs", name + "_log.csv")) as file:
