@@ -65,6 +65,7 @@ def fingerprint(folder):
 
 def kill(pid):
     """A process and all that it started, as when the machine loses power."""
+    os.kill(pid, signal.SIGSTOP)                # it starts no more while we look
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         children = file.read().split()
     os.kill(pid, signal.SIGKILL)
