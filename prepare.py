@@ -45,6 +45,7 @@ from tk_utils import (
     html_text,
     lazy_module,
     locked,
+    new_figure,
     print_table,
     progress,
     remove_leftovers,
@@ -53,7 +54,6 @@ from tk_utils import (
 
 datasets = lazy_module("datasets")      # it brings PyTorch, for which --help does not wait
 
-MMHG_PER_UNIT = {"mmhg": 1.0, "kpa": 7.50062}
 # Where PPG may lie against ABP: real monitors show it 0.06 to 1.0 s late.
 DELAY_RANGE_S = (-0.25, 1.75)
 DELAY_STEP_S, DELAY_BLUR_S = 0.0025, 0.01
@@ -488,7 +488,7 @@ def choose(path, names, wanted):
 def to_mmhg(channel, notes):
     """The channel in mmHg; without a unit, or with one that is no pressure (WFDB's default is mV),
     it is taken as mmHg: the labels' range check refuses what cannot be."""
-    factor = MMHG_PER_UNIT.get(channel.unit.lower())
+    factor = recordings.MMHG_PER_UNIT.get(channel.unit.lower())
     if factor is None and channel.unit:
         notes.append(f"ABP has the unit {channel.unit!r}; taken as mmHg")
     return replace(channel, samples=channel.samples * (factor or 1.0))
@@ -902,14 +902,8 @@ def read_row(contents, row):
                 for key, item in file[patient][name].items()}
 
 
-def _new_figure(width_inches, height_inches):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width_inches, height_inches))
-
-
 def distributions_figure(contents):
-    figure = _new_figure(9, 4.2)
+    figure = new_figure(9, 4.2)
     figure.subplots_adjust(hspace=0.45, wspace=0.2)
     for axes, (key, limits) in zip(figure.subplots(2, 3).flat, HISTOGRAMS.items()):
         values = contents.columns[key][contents.passed]
@@ -925,7 +919,7 @@ def distributions_figure(contents):
 
 
 def delays_figure(contents):
-    figure = _new_figure(7, 1.8)
+    figure = new_figure(7, 1.8)
     axes = figure.subplots()
     delay_s = contents.of_encounters("ppg_delay_s")
     sure = contents.of_encounters("ppg_delay_strength") >= SURE_DELAY
@@ -941,7 +935,7 @@ def delays_figure(contents):
 def segment_figure(fields):
     """A minute: ABP with the feet of its beats, PPG, and the beats' MAP over PP x HR with the line
     through Pcrit and their mean."""
-    figure = _new_figure(8.4, 2.1)
+    figure = new_figure(8.4, 2.1)
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 1), wspace=0.2, hspace=0.12)
     above, below, right = (figure.add_subplot(at) for at in (grid[0, 0], grid[1, 0], grid[:, 1]))
     fs = datasets.FS

@@ -491,12 +491,7 @@ def loss_lr_plot(trajectory, path, title_note=None, loss_label="Loss, MSE (mmHgÂ
     lr_axes.set_ylabel("Learning rate")
     lr_axes.set_xlabel("Epoch")
     lr_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for axes in (loss_axes, lr_axes):
-        axes.grid(color="0.9", lw=0.6)
-        axes.set_axisbelow(True)
-        axes.spines["top"].set_visible(False)
-        axes.spines["right"].set_visible(False)
-        axes.tick_params(labelsize=8)
+    _tidy(loss_axes, lr_axes)
     figure.align_ylabels()
     if title_note:
         loss_axes.text(0.5, 1.05, title_note, transform=loss_axes.transAxes, **NOTE_STYLE)

@@ -322,7 +322,7 @@ def open_parent(options, parts, salt_file, rank):
         print(f"WARNING: {options.init_from}: made with another salt (--salt-file), so whether "
               "tune and test patients were trained on COULD NOT BE CHECKED", file=sys.stderr)
         return parent
-    seen = set().union(*(hashes for part, hashes in parent["split"].items() if part != "test"))
+    seen = seen_by(parent)
     held_out = parts["tune"].patients.tolist() + parts["test"].patients.tolist()
     n_seen = len(seen.intersection(hash_patients(held_out, salt)))
     if n_seen:
@@ -330,6 +330,12 @@ def open_parent(options, parts, salt_file, rank):
                         "patients were trained or tuned on by it; the --split-seed of that run "
                         "keeps them apart")
     return parent
+
+
+def seen_by(checkpoint):
+    """The hashes of the patients that a checkpoint, or one it came from, was trained or tuned on."""
+    split = checkpoint["split"]
+    return set().union(*(hashes for part, hashes in split.items() if part != "test"))
 
 
 def finished_before(options, description, rank):
@@ -512,8 +518,7 @@ def describe(options, index, parts, datasets, origin, salt_file, parent):
         for weights in parent["model"].values():
             parent_print.update(weights.numpy().tobytes())
         parent_print = parent_print.hexdigest()
-        ancestors = {"ancestors": sorted(set().union(
-            *(hashes for part, hashes in parent["split"].items() if part != "test")))}
+        ancestors = {"ancestors": sorted(seen_by(parent))}
     for one in (index.rows, index.starts, datasets["train"].column(options.keys[-1]).numpy()):
         fingerprint.update(one.tobytes())
     return {
