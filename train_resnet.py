@@ -333,7 +333,7 @@ def open_parent(options, parts, salt_file, rank):
 
 
 def seen_by(checkpoint):
-    """The hashes of the patients that a checkpoint, or one it came from, was trained or tuned on."""
+    """The hashes of the patients that a checkpoint, or one before it, was trained or tuned on."""
     split = checkpoint["split"]
     return set().union(*(hashes for part, hashes in split.items() if part != "test"))
 
