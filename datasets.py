@@ -22,7 +22,7 @@ import signal
 import sys
 import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import h5py
@@ -178,6 +178,11 @@ def gate_rules(gate, values, ppg_finite):
     if gate.min_minutes:
         yield (f"at least {gate.min_minutes} minutes in the encounter",
                np.full(len(ppg_finite), len(ppg_finite) >= gate.min_minutes))
+
+
+def passes_gate(gate, values, ppg_finite):
+    """[N] mask of the rows that keep all `gate_rules`."""
+    return np.logical_and.reduce([kept for _, kept in gate_rules(gate, values, ppg_finite)])
 
 
 def gate_report(path, condition=DEFAULT_CONDITION):
@@ -581,13 +586,11 @@ def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename
 def kept_dataset_index(condition=DEFAULT_CONDITION, path=None):
     """`create_dataset_index`, kept beside the (first) file and used again while nothing changes."""
     savename = f"{as_paths(path)[0]}.index.npz"
-    try:
+    with suppress(DataError):       # none yet, or stale: it is made again
         index = load_dataset_index(savename)
         same = [os.path.abspath(one) for one in as_paths(path)] == index.paths
         if same and index.condition == str(condition):
             return index
-    except DataError:
-        pass                        # none yet, or stale: it is made again
     return create_dataset_index(condition=condition, savename=savename, path=path)
 
 

@@ -10,7 +10,6 @@ TPP = MAP - Pcrit and MAP is an input, so the error of TPP is the error of Pcrit
 lifted by the spread of MAP: read R² of Pcrit, and the skill over the baselines.
 """
 import argparse
-import contextlib
 import glob
 import json
 import os
@@ -169,28 +168,14 @@ def read_part(index, keys, most=None):
 
 # ---------------------------------------------------------------- what the model says
 
-@contextlib.contextmanager
-def watch_features(model, keep):
-    """Meanwhile, `keep` gets what the last layers see of each batch: [B, features], vitals too."""
-    hook = model.network.projection.register_forward_pre_hook(
-        lambda _, inputs: keep(inputs[0].detach().cpu().numpy()))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def predict_tpp(model, part, how, novelty=None):
     """(TPP [N] in mmHg, distance from the training inputs [N] or None); how: of predict_dataset."""
     import metrics
-    from training_header import DataError, predict_dataset
+    from training_header import predict_dataset, watch_features
     distance = []
     with watch_features(model, lambda features: distance.append(
             metrics.novelty(features, novelty)) if novelty else None):
         prediction = predict_dataset(model, part.dataset, **how).astype(np.float64)
-    bad = np.count_nonzero(~np.isfinite(prediction))
-    if bad:
-        raise DataError(f"the model's output is not finite for {bad} of {len(part)} segments")
     tpp = part.fields["map"] - prediction if model.keys[-1] == "p_crit" else prediction
     return tpp, np.concatenate(distance) if novelty else None
 
@@ -225,7 +210,7 @@ def make_calibration(model, train, tune, batch_size=256, device=None, workers=0)
     patients and, under 'novelty', `metrics.fit_novelty` of the inputs of the train patients.
     """
     import metrics
-    from training_header import TPP_PPG_dataset, choose_device, predict_dataset
+    from training_header import TPP_PPG_dataset, choose_device, predict_dataset, watch_features
     how = {"batch_size": batch_size, "device": choose_device(device), "workers": workers}
     of_train, of_tune = [], []
     with watch_features(model, of_tune.append):

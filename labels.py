@@ -155,10 +155,7 @@ def label_segments(abp, fs, beats="foot", method="published"):
         raise ValueError(f"beats must be 'foot' or 'peak', not {beats!r}")
     if method not in METHODS:
         raise ValueError(f'method must be one of {", ".join(METHODS)}, not {method!r}')
-    rows = max(1, BLOCK_SAMPLES // max(1, abp.shape[1]))
-    blocks = [_label_block(abp[i:i + rows], fs, beats, METHODS[method])
-              for i in range(0, max(1, len(abp)), rows)]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return _in_blocks(lambda block: _label_block(block, fs, beats, METHODS[method]), abp)
 
 
 def _label_block(abp, fs, beats_kind, method):
@@ -214,6 +211,19 @@ def reason_mask(n, found):
     for name, where in found.items():
         mask |= where.astype(np.uint32) << np.uint32(REASONS.index(name))
     return mask
+
+
+def reason_names(mask):
+    """The names of the reasons in one segment's `reason`."""
+    return [name for bit, name in enumerate(REASONS) if int(mask) >> bit & 1]
+
+
+def _in_blocks(work, *signals):
+    """What `work` gives for blocks of rows of the signals [N, samples], joined: {name: (N,)}."""
+    rows = max(1, BLOCK_SAMPLES // max(1, signals[0].shape[1]))
+    blocks = [work(*(signal[i:i + rows] for signal in signals))
+              for i in range(0, max(1, len(signals[0])), rows)]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 # ------------------------------------------------------------------------------------ the methods
@@ -773,10 +783,7 @@ def signal_quality(abp, ppg, fs):
     if abp.ndim != 2 or abp.shape != ppg.shape:
         raise ValueError(f"abp and ppg must both be [segments, samples], not {abp.shape} and "
                          f"{ppg.shape}")
-    rows = max(1, BLOCK_SAMPLES // max(1, abp.shape[1]))
-    blocks = [_quality_block(abp[i:i + rows], ppg[i:i + rows], fs)
-              for i in range(0, max(1, len(abp)), rows)]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return _in_blocks(lambda *blocks: _quality_block(*blocks, fs), abp, ppg)
 
 
 def _quality_block(abp, ppg, fs):
@@ -786,8 +793,7 @@ def _quality_block(abp, ppg, fs):
     ppg, ppg_missing = _fill_missing(np.asarray(ppg, dtype=np.float64), ANY_FINITE)
     out = {}
     hr, out["beat_irregularity"], out["upstroke_s"] = _rhythm(abp, abp_missing, fs)[:3]
-    low, high = np.percentile(ppg, [5, 95], axis=1, keepdims=True)
-    scaled = (ppg - low) * (PPG_HEIGHT_MMHG / np.where(high > low, high - low, np.inf))
+    scaled = ppg_as_pressure(ppg)
     out["ppg_hr"], _, _, foot, row = _rhythm(scaled, ppg_missing, fs)
     out["ppg_quality"] = _template_match(scaled, foot, row)
     deviation = scaled - scaled.mean(1, keepdims=True)
@@ -800,6 +806,12 @@ def _quality_block(abp, ppg, fs):
                                    & (out["ppg_hr"] >= hr - missed))
     out = {name: out[name].astype(np.float32) for name in QUALITY_FIELDS}
     return {"reason": reason | reason_mask(n, {"rate_mismatch": mismatch}), **out}
+
+
+def ppg_as_pressure(ppg):
+    """The finite `ppg` [N, samples] on a scale on which `find_feet` finds its beats."""
+    low, high = np.percentile(ppg, [5, 95], axis=1, keepdims=True)
+    return (ppg - low) * (PPG_HEIGHT_MMHG / np.where(high > low, high - low, np.inf))
 
 
 def _rhythm(signal, missing, fs):
@@ -861,9 +873,7 @@ def ppg_reasons(ppg, fs):
     ppg = np.atleast_2d(np.asarray(ppg))
     if ppg.ndim != 2:
         raise ValueError(f"ppg must be [segments, samples], not {ppg.shape}")
-    rows = max(1, BLOCK_SAMPLES // max(1, ppg.shape[1]))
-    return np.concatenate([_ppg_block(ppg[i:i + rows], fs)
-                           for i in range(0, max(1, len(ppg)), rows)])
+    return _in_blocks(lambda block: {"reason": _ppg_block(block, fs)}, ppg)["reason"]
 
 
 def _ppg_block(ppg, fs):

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -188,7 +188,8 @@ class Predictor:
         self.model, self.calibration, self.options = model.eval(), calibration, options
         self.needed = needed_vitals(model, options.checkpoint)
         self.simulated = checkpoint["provenance"].get("origin") == "simulated"
-        self.gate = get_gate(checkpoint["config"]["condition"])
+        # of a minute alone: its rules, without the one on the length of the encounter
+        self.gate = replace(get_gate(checkpoint["config"]["condition"]), min_minutes=0)
         self.given = {key: getattr(options, key) for key in VITALS
                       if getattr(options, key) is not None}
         self.cuff = Cuff(options.vitals) if options.vitals else None
@@ -236,6 +237,7 @@ class Predictor:
     def minutes(self, source, first):
         """(rows of the minutes from number `first` on, at most BLOCK_MINUTES; is it the end?)."""
         import labels
+        from datasets import passes_gate
         margin, start_s = recordings.WINDOW_MARGIN_S, first * SEGMENT_SECONDS
         stop_s = start_s + BLOCK_MINUTES * SEGMENT_SECONDS
         recording, ended = source.windows.read(max(0, start_s - margin), stop_s + margin)
@@ -259,7 +261,7 @@ class Predictor:
         vitals, came_from, ages = choose_vitals(self.needed, n, [
             ("option", constant, {}), ("cuff", cuff, cuff_age_s), ("numbers", numbers, age_s),
             ("abp", label, {}), ("ppg", {"hr": quality["ppg_hr"]}, {})])
-        refused = [reason_names(mask) for mask in quality["reason"]]
+        refused = [labels.reason_names(mask) for mask in quality["reason"]]
         for key in self.needed:
             for i in np.flatnonzero(~np.isfinite(vitals[key])):
                 refused[i].append(f"no_{key}")
@@ -268,7 +270,9 @@ class Predictor:
         prediction, new = np.full(n, np.nan), np.full(n, None, dtype=object)
         prediction[fine], new[fine] = tpp, unlike
         intervals = self.intervals(prediction)
-        in_gate = self.in_gate({**quality, **label, "reason": label["reason"] | quality["reason"]})
+        in_gate = passes_gate(self.gate, {
+            **quality, **label, "reason": label["reason"] | quality["reason"]}.get,
+            np.ones(n, bool))
         rows = []
         for i in range(n):
             row = {"start_s": float(start_s + i * SEGMENT_SECONDS), "tpp": prediction[i],
@@ -280,7 +284,7 @@ class Predictor:
                    "vitals_age_s": ages[i], "tpp_abp": float(label["tpp"][i]),
                    "r2_abp": float(label["r2"][i]), "abp_in_gate": None, "abp_refused": ""}
             if "abp" in source.channels:
-                row["abp_refused"] = " ".join(reason_names(label["reason"][i]))
+                row["abp_refused"] = " ".join(labels.reason_names(label["reason"][i]))
                 row["abp_in_gate"] = bool(in_gate[i])
             rows.append(row)
         return rows, ended
@@ -327,16 +331,14 @@ class Predictor:
         import torch
 
         import metrics
+        from training_header import watch_features
         inputs = [ppg[:, None]] + [vitals[key] for key in self.model.keys[1:-1]]
         device = self.model.label_mean.device
         inputs = [torch.from_numpy(np.asarray(x, np.float32)).to(device) for x in inputs]
         features, out = [], [np.empty(0)]
-        hook = self.model.network.projection.register_forward_pre_hook(
-            lambda _, inputs: features.append(inputs[0].cpu().numpy()))
-        with torch.no_grad():
+        with torch.no_grad(), watch_features(self.model, features.append):
             out += [self.model(*(x[i:i + BATCH] for x in inputs))[:, 0].cpu().numpy()
                     for i in range(0, len(ppg), BATCH)]
-        hook.remove()
         tpp = np.concatenate(out).astype(np.float64)
         if self.model.keys[-1] == "p_crit":
             tpp = vitals["map"] - tpp
@@ -353,21 +355,6 @@ class Predictor:
             low, high = metrics.interval(tpp, self.calibration, level)
             found.update({f"low_{100 * level:g}": low, f"high_{100 * level:g}": high})
         return found
-
-    def in_gate(self, fields):
-        """[n] whether the label passes the gate that the checkpoint was trained with."""
-        kept = fields["reason"] == 0
-        for key, low, high in self.gate.ranges:
-            low, high = (fields[bound] if isinstance(bound, str) else bound
-                         for bound in (low, high))
-            with np.errstate(invalid="ignore"):
-                kept &= (low is None or fields[key] > low) & (high is None or fields[key] < high)
-        return kept
-
-
-def reason_names(mask):
-    import labels
-    return [name for bit, name in enumerate(labels.REASONS) if int(mask) >> bit & 1]
 
 
 def choose_vitals(needed, n, sources):

@@ -525,7 +525,7 @@ def ppg_delay(abp, ppg, fs):
 
     low, high = DELAY_RANGE_S
     abp_feet, row = _feet(abp, fs)
-    ppg_feet, _ = _feet(ppg, fs, labels.PPG_HEIGHT_MMHG)
+    ppg_feet, _ = _feet(ppg, fs, labels.ppg_as_pressure)
     first, end = np.searchsorted(ppg_feet, [abp_feet + low, abp_feet + high])
     count = end - first  # of the PPG's feet near each of the ABP's
     at = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
@@ -547,9 +547,9 @@ def ppg_delay(abp, ppg, fs):
     return float(np.median(delay)), float(strength), of_minutes
 
 
-def _feet(signal, fs, height=None):
+def _feet(signal, fs, scale=None):
     """(times in s, rows) of the feet of the beats in `signal` [N, samples], in time order, rows set
-    so far apart that no interval spans two of them. `height`: what to scale the beats to."""
+    so far apart that no interval spans two of them. `scale`: makes it a pressure, if it is none."""
     apart_s = signal.shape[1] / fs + 2 * max(DELAY_RANGE_S)
     times, rows = [np.zeros(0)], [np.zeros(0, int)]
     for i in range(0, len(signal), ROWS_AT_ONCE):
@@ -559,9 +559,8 @@ def _feet(signal, fs, height=None):
             continue
         gaps = np.flatnonzero(~there)
         block.ravel()[gaps] = np.interp(gaps, np.flatnonzero(there), block[there])
-        if height is not None:
-            bottom, top = np.percentile(block, [5, 95], axis=1, keepdims=True)
-            block = (block - bottom) * (height / np.where(top > bottom, top - bottom, np.inf))
+        if scale is not None:
+            block = scale(block)
         foot, row = labels.find_feet(block, fs)
         known = there[row, np.rint(foot).astype(int)]
         times.append(foot[known] / fs + (row[known] + i) * apart_s)
@@ -884,9 +883,8 @@ def write_report(path, contents, problems, n_found, settings):
             text = "Pcrit {p_crit:.0f}, TPP {tpp:.0f}, MAP {map:.0f} mmHg, {hr:.0f} beats/min, " \
                    "r\u00b2 {r2:.2f}".format(**fields)
             if not contents.passed[row]:
-                why = [name for bit, name in enumerate(labels.REASONS)
-                       if fields["reason"] >> bit & 1]
-                why = why or ["not " + rule for rule, kept in contents.rules if not kept[row]]
+                why = labels.reason_names(fields["reason"]) or [
+                    "not " + rule for rule, kept in contents.rules if not kept[row]]
                 text = f'Refused: {", ".join(why)}. {text}'
             body.append(html_figure(segment_figure(fields), f"ABP, PPG and fit of segment {number}",
                                     f"{number}. {text}"))

@@ -540,9 +540,8 @@ def report_patients(regime, seed, numbers):
 
 def passes(fields, condition):
     """[N] mask of what the gate of that name keeps, all PPG taken as fine."""
-    rules = datasets.gate_rules(datasets.get_gate(condition), fields.get,
+    return datasets.passes_gate(datasets.get_gate(condition), fields.get,
                                 np.ones(len(fields["map"]), bool))
-    return np.all([mask for _, mask in rules], axis=0)
 
 
 def label_errors(fields, truth, kept):

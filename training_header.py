@@ -69,7 +69,8 @@ __all__ = [      # noqa: F822 - DEVICE comes from __getattr__
     "hash_patients", "init_steady", "kept_dataset_index", "load_checkpoint",
     "load_dataset_index", "load_model", "make_loader", "predict_dataset", "progress", "read_salt",
     "receptive_field", "reset_all_seeds", "salt_mark", "save_checkpoint", "split_index",
-    "save_tensors", "split_patients", "training_loop", "write_json",
+    "save_tensors", "split_patients", "training_loop", "watch_features",
+    "write_json",
 ]
 
 
@@ -780,6 +781,18 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
                     else "saved: the same command goes on from here"))
     model.load_state_dict(run["best_weights"])
     return model.cpu(), {name: np.array(values) for name, values in trajectories.items()}
+
+
+@contextmanager
+def watch_features(model, keep):
+    """Meanwhile, `keep` gets what a `NormalisedModel`'s last layers see of each batch: pooled
+    features and vitals, [B, features]."""
+    hook = model.network.projection.register_forward_pre_hook(
+        lambda _, inputs: keep(inputs[0].detach().cpu().numpy()))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def predict_dataset(model, dataset, batch_size=256, device=None, workers=0):

@@ -25,6 +25,7 @@ from training_header import (
     load_checkpoint,
     load_model,
     predict_dataset,
+    watch_features,
 )
 
 CPU = torch.device("cpu")
@@ -252,7 +253,7 @@ def test_watching_does_not_change_what_the_network_says():
     model = types.SimpleNamespace(network=init_steady(get_model_v3(1)).eval())
     ppg, vital, kept = torch.randn(3, 1, 3600), torch.randn(3), []
     expected = model.network(ppg, vital)
-    with evaluate.watch_features(model, kept.append):
+    with watch_features(model, kept.append):
         assert torch.equal(model.network(ppg, vital), expected)
     assert kept[0].shape == (3, 257) and kept[0][:, -1] == pytest.approx(vital.numpy())
     model.network(ppg, vital)
