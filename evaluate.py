@@ -96,15 +96,15 @@ def patient_parts(index, checkpoint, salt_file):
     there is no salt to compare by, or not the run's.
     """
     from training_header import hash_patients, read_salt, salt_mark
-    there = os.path.exists(salt_file)
-    if not there or salt_mark(read_salt(salt_file)) != checkpoint["provenance"].get("salt"):
-        print(f"WARNING: {salt_file}: {'not the salt of this run' if there else 'no such file'} "
+    salt = read_salt(salt_file) if os.path.exists(salt_file) else None
+    if salt is None or salt_mark(salt) != checkpoint["provenance"].get("salt"):
+        print(f"WARNING: {salt_file}: {'not the salt of this run' if salt else 'no such file'} "
               "(--salt-file), so whether these patients were trained on COULD NOT BE CHECKED",
               file=sys.stderr)
         return None
     known = {h: part for part, hashes in checkpoint["split"].items() for h in hashes}
-    return np.array([known.get(h) for h in hash_patients(index.patients.tolist(),
-                                                         read_salt(salt_file))], dtype=object)
+    hashes = hash_patients(index.patients.tolist(), salt)
+    return np.array([known.get(h) for h in hashes], dtype=object)
 
 
 def choose_patients(parts, split, own_data):
@@ -812,9 +812,8 @@ def write_report(results, arrays, path, checkpoint_path):
     print(f"wrote {path} and figures_resnet/{{{','.join(figures)}}}.png and .pdf")
     if results["split"] == "test":
         card = os.path.splitext(checkpoint_path)[0] + "_card.md"
-        with tk_utils.atomic_path(card) as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(model_card(results, checkpoint))
+        with tk_utils.atomic_file(card) as file:
+            file.write(model_card(results, checkpoint))
         print(f"wrote {card}")
 
 

@@ -121,11 +121,10 @@ def main(arguments=None):
         raise PredictError(f"{options.recording}: lasts less than a minute")
     tell(rows, predictor)
     if options.out:
-        with tk_utils.atomic_path(options.out) as temporary:
-            with open(temporary, "w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, predictor.columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(map(as_text, rows))
+        with tk_utils.atomic_file(options.out, newline="") as file:
+            writer = csv.DictWriter(file, predictor.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(map(as_text, rows))
         print(f"written: {options.out}")
     else:
         shown = [c for c in predictor.columns if any(as_text(row)[c] for row in rows)]
@@ -529,13 +528,12 @@ def draw(rows, predictor, path):
 
 # ---------------------------------------------------------------- following
 
-class Stop:
+def stop_event():
     """Set by SIGINT and SIGTERM, so that a row is never cut."""
-
-    def __init__(self):
-        self.event = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self.event.set())
+    event = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: event.set())
+    return event
 
 
 def watch(predictor, options):
@@ -546,7 +544,7 @@ def watch(predictor, options):
     with tk_utils.locked(os.path.join(folder, f".{name}.lock"),
                          f"{options.out}: another --watch is writing it"):
         done = prepare_log(options.out, columns)
-        stop = Stop().event
+        stop = stop_event()
         with open(options.out, "ab", buffering=0) as log:
             def add(rows, **more):
                 if rows:
@@ -568,7 +566,7 @@ def prepare_log(path, columns):
     was not finished."""
     header = (",".join(columns) + "\n").encode()
     if not os.path.exists(path) or not os.path.getsize(path):
-        with tk_utils.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        with tk_utils.atomic_file(path, "wb") as file:
             file.write(header)
     done, size = {}, 0
     with open(path, "rb+") as file:
@@ -663,11 +661,10 @@ def read_names(path):
 
 
 def write_names(path, numbers):
-    with tk_utils.atomic_path(path) as temporary:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(PRIVATE_LINE + "\n")
-            csv.writer(file).writerows([("file", "name")]
-                                       + [(number, name) for name, number in numbers.items()])
+    with tk_utils.atomic_file(path, newline="") as file:
+        file.write(PRIVATE_LINE + "\n")
+        csv.writer(file).writerows([("file", "name")]
+                                   + [(number, name) for name, number in numbers.items()])
 
 
 # ---------------------------------------------------------------- export
@@ -744,7 +741,7 @@ def export(model, calibration, checkpoint, options):
     if not worst <= EXPORT_TOLERANCE:
         raise PredictError(f"{options.export}: not written, as onnxruntime differs from PyTorch by "
                            f"{worst:.2g} mmHg (at most {EXPORT_TOLERANCE:g} is allowed)")
-    with tk_utils.atomic_path(options.export) as temporary, open(temporary, "wb") as file:
+    with tk_utils.atomic_file(options.export, "wb") as file:
         file.write(data)
     print(f"written: {options.export}; at most {worst:.1g} mmHg from PyTorch on "
           f"{len(inputs[0])} segments")

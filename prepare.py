@@ -38,6 +38,7 @@ import labels
 import recordings
 from recordings import RecordingError
 from tk_utils import (
+    atomic_file,
     atomic_path,
     html_figure,
     html_page,
@@ -698,9 +699,8 @@ class Problems:
                 os.remove(self.path)
             return
         if text.getvalue() != self.earlier:
-            with atomic_path(self.path) as temporary:
-                with open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
-                    file.write(text.getvalue())
+            with atomic_file(self.path, errors="replace", newline="") as file:
+                file.write(text.getvalue())
         for line in self.lines:
             print(line, file=sys.stderr)
         n_errors = sum(row[0] == "error" for _, row in self.rows)

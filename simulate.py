@@ -642,12 +642,11 @@ def read_abp(path):
 
 
 def write_table(path, headers, rows):
-    with tk_utils.atomic_path(path) as temporary:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(headers)
-            table.writerows([f"{value:.4g}" if isinstance(value, float) else value
-                             for value in row] for row in rows)
+    with tk_utils.atomic_file(path, newline="") as file:
+        table = csv.writer(file)
+        table.writerow(headers)
+        table.writerows([f"{value:.4g}" if isinstance(value, float) else value
+                         for value in row] for row in rows)
 
 
 # --------------------------------------------------------------------------------- command line

@@ -66,6 +66,18 @@ def atomic_path(path):
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def atomic_file(path, mode="w", **how):
+    """`atomic_path`, opened for writing (text in UTF-8); how: further arguments of `open`.
+
+        with atomic_file('scores.csv') as file:
+            file.write(text)
+    """
+    how = how if "b" in mode else {"encoding": "utf-8", **how}
+    with atomic_path(path) as temporary, open(temporary, mode, **how) as file:
+        yield file
+
+
 def remove_leftovers(path, older_than_s=0):
     """Remove what killed writers of `atomic_path(path)` left; only where none is at work now."""
     folder, name = os.path.split(os.path.realpath(path))
@@ -106,7 +118,7 @@ def locked(path, message):
 
 def write_json(path, obj):
     """Write `obj` as JSON, atomically: sorted keys, NumPy's numbers too, NaN and inf as null."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_file(path) as file:
         json.dump(_plain(obj), file, indent=2, sort_keys=True, allow_nan=False,
                   ensure_ascii=False)
         file.write("\n")
@@ -260,9 +272,8 @@ def html_page(path, title, body):
 
     title: plain text. body: HTML, joined from what html_text, html_table and html_figure return.
     """
-    with atomic_path(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(_PAGE.format(title=html.escape(title), body=body))
+    with atomic_file(path) as file:
+        file.write(_PAGE.format(title=html.escape(title), body=body))
 
 
 def html_text(text, tag="p", kind=None):

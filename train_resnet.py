@@ -36,7 +36,7 @@ from evaluate import (
     simulated_note,
 )
 from tk_utils import (
-    atomic_path,
+    atomic_file,
     git_revision,
     histogram_figure,
     locked,
@@ -437,10 +437,9 @@ def train(options, model, loaders, device, description):
         add_to_board = tensorboard(options, model, loaders, device, description)
 
     def on_epoch(log):
-        with atomic_path(f"runs/{options.name}_log.csv") as temporary:
-            with open(temporary, "w") as file:
-                file.write(",".join(log[0]) + "\n")
-                file.writelines(",".join(f"{v:.6g}" for v in row.values()) + "\n" for row in log)
+        with atomic_file(f"runs/{options.name}_log.csv") as file:
+            file.write(",".join(log[0]) + "\n")
+            file.writelines(",".join(f"{v:.6g}" for v in row.values()) + "\n" for row in log)
         row = log[-1]
         left = row["seconds"] / row["epoch"] * (options.epochs - row["epoch"])
         if add_to_board:

@@ -57,13 +57,14 @@ from models import (
     init_steady,
     receptive_field,
 )
-from tk_utils import atomic_path, progress, reset_all_seeds, write_json
+from tk_utils import atomic_file, atomic_path, progress, reset_all_seeds, write_json
 
 __all__ = [      # noqa: F822 - DEVICE comes from __getattr__
     "DEFAULT_CONDITION", "DEVICE", "FS", "PARTS", "SEGMENT_SAMPLES", "SEGMENT_SECONDS",
     "CheckpointError", "ConvBlock", "CosineAnnealingLR", "DataError", "DatasetIndex", "Interrupted",
     "MyFirstResNet", "NonFiniteLoss", "NormalisedModel", "ReduceLROnPlateau", "ResBlockV1",
-    "ResBlockV2", "ResBlockV3", "StepLR", "TPP_PPG_dataset", "TrainingError", "atomic_path",
+    "ResBlockV2", "ResBlockV3", "StepLR", "TPP_PPG_dataset", "TrainingError", "atomic_file",
+    "atomic_path",
     "choose_device", "compile_or_not", "create_dataset_index", "fit_normaliser", "get_gate",
     "get_model_v3",
     "hash_patients", "init_steady", "kept_dataset_index", "load_checkpoint",
@@ -157,7 +158,7 @@ def save_tensors(path, obj):
     """`torch.save`, whole or not at all; a full disk is an OSError (torch's own is none)."""
     buffer = io.BytesIO()
     torch.save(obj, buffer)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path, "wb") as file:
         file.write(buffer.getbuffer())
 
 

@@ -44,6 +44,32 @@ def simulated(tmp_path_factory, run):
     return str(folder / "s.h5")
 
 
+def read_terminal(main):
+    """All that a process writes to the other end of a pseudo-terminal, until it closes that."""
+    seen = b""
+    while True:
+        try:
+            piece = os.read(main, 4096)
+        except OSError:                         # how Linux says that the other end is closed
+            break
+        if not piece:
+            break
+        seen += piece
+    os.close(main)
+    return seen
+
+
+needs_children = pytest.mark.skipif(
+    not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"),
+    reason="needs Linux's list of a process's children")
+
+
+def children(pid):
+    """The processes that a process has started and that have not ended."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return list(map(int, file.read().split()))
+
+
 def make_file(path, patients=6, encounters=2, rows=8, seed=0, ppg_rank=3, layout="contiguous",
               fields=("abp", "map", "sbp", "dbp", "pp", "hr", "p_crit", "tpp", "r2", "fit_rmse")):
     """A file as the published system describes it: no attributes, ppg (N, 1, 3600) or (N, 3600).

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_terminal
 
 SCRIPTS = ["train_resnet.py", "evaluate.py", "predict.py", "prepare.py", "simulate.py"]
 SLOW = {"torch", "scipy", "sklearn", "matplotlib", "h5py", "pandas", "wfdb"}
@@ -104,16 +104,7 @@ def test_no_color_is_heeded_in_a_terminal(tmp_path):
          "--segments", "1", "--workers", "1"], cwd=tmp_path, stdout=terminal, stderr=terminal,
         env=dict(os.environ, NO_COLOR="1", TERM="xterm-256color"))
     os.close(terminal)
-    seen = b""
-    while True:
-        try:
-            piece = os.read(main, 4096)
-        except OSError:                     # Linux says so when the other end is closed
-            break
-        if not piece:
-            break
-        seen += piece
-    os.close(main)
+    seen = read_terminal(main)
     assert process.wait() == 0
     assert "simulating" in seen.decode() and not re.search("\x1b\\[[0-9;]*m", seen.decode())
 

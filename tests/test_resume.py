@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_file
+from conftest import ROOT, children, make_file, needs_children
 from torch.utils.data import DataLoader, TensorDataset
 
 from datasets import TPP_PPG_dataset, create_dataset_index, make_loader
@@ -283,13 +283,7 @@ def test_a_data_file_that_is_cut_short_while_it_is_read_ends_in_one_line(folder)
     assert err.strip().splitlines()[-1].startswith("error: ") and "d.h5" in err
 
 
-def children(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return list(map(int, file.read().split()))
-
-
-@pytest.mark.skipif(not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"),
-                    reason="needs Linux's list of a process's children")
+@needs_children
 def test_a_dead_loader_worker_ends_in_one_line_that_says_what_to_do(folder):
     process = started(folder, "--workers", "2")
     os.kill(children(process.pid)[-1], signal.SIGKILL)
@@ -298,8 +292,7 @@ def test_a_dead_loader_worker_ends_in_one_line_that_says_what_to_do(folder):
     assert "a loader worker was ended from outside" in err and "--workers" in err
 
 
-@pytest.mark.skipif(not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"),
-                    reason="needs Linux's list of a process's children")
+@needs_children
 def test_when_a_rank_dies_the_others_end_within_a_minute(folder):
     process = started(folder, launcher=("-m", "torch.distributed.run", "--standalone",
                                         "--nproc_per_node=2"))

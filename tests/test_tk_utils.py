@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import read_terminal
 
 import tk_utils
 
@@ -245,16 +246,7 @@ def test_progress_in_a_terminal_is_a_bar_that_overwrites_itself():
          "for _ in tk_utils.progress(range(5)): time.sleep(0.15)"],
         env=dict(os.environ, PYTHONPATH=str(ROOT), TERM="xterm"), stderr=slave)
     os.close(slave)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(master, 4096)
-        except OSError:                         # how Linux says that the other end is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    os.close(master)
+    shown = read_terminal(master)
     assert child.wait(timeout=60) == 0
     assert shown.count(b"\r") > 2 and b"5/5" in shown
 

@@ -21,7 +21,7 @@ import pytest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE)]
-from conftest import ROOT, make_file  # noqa: E402
+from conftest import ROOT, children, make_file, needs_children  # noqa: E402
 
 SLOW = """
 import os, runpy, sys, time
@@ -66,12 +66,11 @@ def fingerprint(folder):
 def kill(pid):
     """A process and all that it started, as when the machine loses power."""
     os.kill(pid, signal.SIGSTOP)                # it starts no more while we look
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        children = file.read().split()
+    started = children(pid)
     os.kill(pid, signal.SIGKILL)
-    for child in children:
+    for child in started:
         with contextlib.suppress(OSError):      # ended by itself
-            kill(int(child))
+            kill(child)
 
 
 def finished(folder, kind):
@@ -141,8 +140,7 @@ def killed_runs(base, kind, kills, rng):
     return done, completed
 
 
-@pytest.mark.skipif(not os.path.exists(f"/proc/self/task/{os.getpid()}/children"),
-                    reason="needs Linux's list of a process's children")
+@needs_children
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, tmp_path):
     make_file(tmp_path / "d.h5", patients=6, encounters=1, rows=8)
