@@ -960,13 +960,21 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, workers=0, drop_last
     own = torch.Generator().manual_seed(seed)       # else dropout would depend on the workers
     return DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, generator=own,
                       collate_fn=tuple, pin_memory=pin_memory, persistent_workers=workers > 0,
-                      worker_init_fn=leave_signals_to_parent if workers else None)
+                      worker_init_fn=leave_talking_to_parent if workers else None)
 
 
-def leave_signals_to_parent(_):
-    """In a loader's worker: Ctrl-C reaches all processes of a terminal, the parent acts on it."""
+def leave_talking_to_parent(_):
+    """In a loader's worker: Ctrl-C reaches all processes of a terminal, the parent acts on it; and
+    where the parent has ended, it has said why: a worker adds no traceback of its connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    usual = sys.excepthook
+
+    def hook(kind, error, trace):
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            usual(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def fit_normaliser(dataset, keys):
