@@ -21,9 +21,9 @@ import re
 import signal
 import sys
 import zipfile
-from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import h5py
 import numpy as np
@@ -145,16 +145,13 @@ def get_gate(condition):
         return condition
     if condition == "any":
         return Gate()
-    if condition == DEFAULT_CONDITION:
-        return replace(get_gate(PUBLISHED_CONDITION), min_minutes=0)
-    if str(condition).startswith(DEFAULT_CONDITION + "_and_"):
-        base, more = get_gate(DEFAULT_CONDITION), condition[len(DEFAULT_CONDITION + "_and_"):]
-        return replace(base, ranges=base.ranges + get_gate(more).ranges)
+    names = re.sub("^default(?=$|_and_)", PUBLISHED_CONDITION, str(condition))
     rule = "|".join(map(re.escape, RULES))
-    if not re.fullmatch(f"({rule})(_(and_)?({rule}))*", str(condition)):
+    if not re.fullmatch(f"({rule})(_(and_)?({rule}))*", names):
         raise DataError(f"condition {condition!r}: expected 'default', 'any', or any of "
                         f"{', '.join(RULES)} joined by '_and_'")
-    return Gate(tuple(RULES[name] for name in re.findall(rule, condition)), min_minutes=100)
+    return Gate(tuple(RULES[name] for name in re.findall(rule, names)),
+                min_minutes=100 if names == condition else 0)
 
 
 def gate_rules(gate, values, ppg_finite):
@@ -172,9 +169,10 @@ def gate_rules(gate, values, ppg_finite):
     for key, low, high in gate.ranges:
         for sign, bound, holds in ((">", low, np.greater), ("<", high, np.less)):
             if bound is not None:
+                limit = values(bound) if isinstance(bound, str) else bound
                 with np.errstate(invalid="ignore"):
-                    limit = values(bound) if isinstance(bound, str) else bound
-                    yield f"{key} {sign} {bound}", holds(values(key), limit)
+                    kept = holds(values(key), limit)
+                yield f"{key} {sign} {bound}", kept
     if gate.min_minutes:
         yield (f"at least {gate.min_minutes} minutes in the encounter",
                np.full(len(ppg_finite), len(ppg_finite) >= gate.min_minutes))
@@ -187,16 +185,15 @@ def passes_gate(gate, values, ppg_finite):
 
 def gate_report(path, condition=DEFAULT_CONDITION):
     """[(rule, segments that break it, segments left after it)] of one file or several."""
-    broken, left, total = OrderedDict(), OrderedDict(), 0
+    counts = {"all segments": (0, 0)}
     for one in as_paths(path):
         for encounter, rules in scan(one, condition):
             alive = np.ones(encounter.n_rows, bool)
-            total += encounter.n_rows
-            for text, mask in rules:
+            for text, mask in [("all segments", alive.copy()), *rules]:
                 alive &= mask
-                broken[text] = broken.get(text, 0) + int((~mask).sum())
-                left[text] = left.get(text, 0) + int(alive.sum())
-    return [("all segments", 0, total)] + [(text, broken[text], left[text]) for text in broken]
+                broken, left = counts.get(text, (0, 0))
+                counts[text] = broken + int((~mask).sum()), left + int(alive.sum())
+    return [(text, broken, left) for text, (broken, left) in counts.items()]
 
 
 # --------------------------------------------------------------------------------- opening and scan
@@ -234,13 +231,15 @@ def open_file(path):
 
 @contextmanager
 def reading(where):
-    """Makes one line of what h5py raises on damaged files; its own words may name patients."""
+    """Makes one line of what h5py raises on damaged files; its own words may name patients.
+    where: text or, if it takes time to find out, a function that returns it."""
     try:
         yield
     except DataError:
         raise
     except (OSError, LookupError, RuntimeError, TypeError, ValueError, MemoryError) as error:
-        raise DataError(f"{where()} cannot be read ({type(error).__name__})") from None
+        where = where() if callable(where) else where
+        raise DataError(f"{where} cannot be read ({type(error).__name__})") from None
 
 
 def printable(text):
@@ -250,7 +249,7 @@ def printable(text):
 
 def attribute(file, name, default):
     """An attribute of a file if it is a number or text, else the default."""
-    with reading(lambda: f"{file.filename}: attribute {name!r}"):
+    with reading(f"{file.filename}: attribute {name!r}"):
         value = file.attrs.get(name, default)
     if isinstance(value, (str, bytes)):
         return printable(value if isinstance(value, str) else value.decode(errors="replace"))
@@ -288,9 +287,8 @@ def find_fields(group, where, file_size):
         raise DataError(f"{where}: no field 'ppg'")
     rows = found["ppg"].shape[0] if found["ppg"].shape else 0
     for key, item in found.items():
-        shapes = [(rows, SEGMENT_SAMPLES), (rows, 1, SEGMENT_SAMPLES)]
-        if key not in WAVEFORMS:
-            shapes = [(rows,)]
+        waves = [(rows, SEGMENT_SAMPLES), (rows, 1, SEGMENT_SAMPLES)]
+        shapes = waves if key in WAVEFORMS else [(rows,)]
         if item.shape not in shapes:
             raise DataError(f"{where}, field {key!r}: shape {item.shape}, expected {shapes[0]}")
         plist, kind = item.id.get_create_plist(), item.id.get_type().get_class()
@@ -344,23 +342,25 @@ def scan(path, condition, wanted=None):
         seconds = attribute(file, "segment_seconds", SEGMENT_SECONDS)
         if attribute(file, "fs", FS) != FS or seconds != SEGMENT_SECONDS:
             raise DataError(f"{path}: expected segments of {SEGMENT_SECONDS} s at {FS} Hz")
-        with reading(lambda: f"{path}: its list of patients"):
+        with reading(f"{path}: its list of patients"):
             patients = member_names(file)
         for i, patient in enumerate(patients):
-            with reading(lambda: place(path, i)):           # noqa: B023 - called in this very turn
-                encounters = member(file, patient, h5py.Group)
-                names = member_names(encounters) if encounters is not None else None
-            if encounters is None:
-                raise DataError(f"{path}: expected /<patient>/<encounter>/<field>, "
-                                "found no group at the top")
+            with reading(place(path, i)):
+                group = member(file, patient, h5py.Group)
+                if group is None:
+                    raise DataError(f"{path}: expected /<patient>/<encounter>/<field>, "
+                                    "found no group at the top")
+                names = member_names(group)
             for j, name in enumerate(names):
                 if wanted is None or name in wanted.get(patient, ()):
-                    with reading(lambda: place(path, i, j)):        # noqa: B023
-                        found = scan_encounter(encounters, place(path, i, j), gate, patient, name)
+                    where = place(path, i, j)
+                    with reading(where):
+                        found = scan_encounter(group, where, gate, patient, name)
                     # By hard links one recording could be two patients', of train and of test.
-                    other = seen.setdefault(found[0].address, f"patient {i}, encounter {j}")
-                    if other != f"patient {i}, encounter {j}":
-                        raise DataError(f"{place(path, i, j)}: its PPG is that of {other}")
+                    first = seen.setdefault(found[0].address, (i, j))
+                    if first != (i, j):
+                        raise DataError(f"{where}: its PPG is that of patient {first[0]}, "
+                                        f"encounter {first[1]}")
                     yield found
 
 
@@ -371,22 +371,19 @@ def narrow(values):
 
 
 def scan_encounter(encounters, where, gate, patient, name):
+    """(`Encounter`, its `gate_rules`) of one group of fields."""
     group = member(encounters, name, h5py.Group)
     if group is None:
         raise DataError(f"{where}: expected a group of fields")
     found = find_fields(group, where, os.path.getsize(group.file.filename))
-    rows, read = len(found["ppg"]), {}
+    rows = len(found["ppg"])
 
+    @lru_cache(maxsize=None)
     def values(key):
-        if key not in read:
-            parts = [found[k] for k in DIFFERENCES.get(key, ()) if k in found]
-            if key in found:
-                read[key] = narrow(found[key][:])
-            else:
-                read[key] = None
-                if len(parts) == 2:
-                    read[key] = narrow(parts[0][:]) - narrow(parts[1][:])
-        return read[key]
+        if key in found:
+            return narrow(found[key][:])
+        parts = [narrow(found[part][:]) for part in DIFFERENCES.get(key, ()) if part in found]
+        return parts[0] - parts[1] if len(parts) == 2 else None
 
     for key in sorted({k for rule in gate.ranges for k in rule if isinstance(k, str)}):
         if values(key) is None:
@@ -450,40 +447,40 @@ class DatasetIndex:
         return self.per_segment(self.encounter_patient)
 
     def select(self, keep):
-        """The index of some encounters alone, keep [E] bool, without those that have no segment;
-        patients are renumbered, in the same order."""
-        counts = np.where(keep, np.diff(self.starts), 0)
-        keep = counts > 0
-        mask = self.per_segment(keep)
-        patients, numbers = np.unique(self.encounter_patient[keep], return_inverse=True)
+        """The index of some encounters alone, keep [E] bool."""
+        return self.select_segments(self.per_segment(keep))
+
+    def select_segments(self, keep):
+        """The index of some segments alone, keep [S] bool: of the encounters and patients that
+        still have one, renumbered in the same order."""
+        starts = self.starts.tolist()
+        counts = np.array([np.count_nonzero(keep[a:b]) for a, b in zip(starts, starts[1:])])
+        some = counts > 0
+        patients, numbers = np.unique(self.encounter_patient[some], return_inverse=True)
         return replace(
-            self, patients=self.patients[patients], encounters=self.encounters[keep],
-            encounter_patient=numbers.astype(np.int32), encounter_file=self.encounter_file[keep],
-            stored=self.stored[:, keep], chunk_rows=self.chunk_rows[keep], rows=self.rows[mask],
-            starts=np.append(0, np.cumsum(counts[keep])).astype(np.int64),
-            row_shifts=self.row_shifts[mask] if len(self.row_shifts) else self.row_shifts)
+            self, patients=self.patients[patients], encounters=self.encounters[some],
+            encounter_patient=numbers.astype(np.int32), encounter_file=self.encounter_file[some],
+            stored=self.stored[:, some], chunk_rows=self.chunk_rows[some], rows=self.rows[keep],
+            starts=np.append(0, np.cumsum(counts[some])).astype(np.int64),
+            row_shifts=self.row_shifts[keep] if len(self.row_shifts) else self.row_shifts)
 
     def sources(self, key):
         """The fields that `key` is read from: itself or, if it is absent, two to subtract."""
-        def without(one):
-            if one not in self.fields:
-                return np.ones(len(self.encounters), bool)
-            return self.stored[self.fields.index(one)] == ABSENT
-
-        for fields in ((key,), DIFFERENCES.get(key)):
-            if fields and not any(without(one).any() for one in fields):
+        absent = {one: offsets == ABSENT for one, offsets in zip(self.fields, self.stored)}
+        for fields in ((key,), DIFFERENCES.get(key, (key,))):
+            if not any(absent.get(one, np.True_).any() for one in fields):
                 return fields
-        missing = without(key)
+        missing = absent.get(key, np.ones(len(self.encounters), bool))
         raise DataError(f"{self.paths[self.encounter_file[missing.argmax()]]}: no field {key!r} "
                         f"in {missing.sum()} of {len(missing)} encounters")
 
     def place(self, encounter, row=None):
         """For messages: where in its file encounter e (or a row of it) is, without names."""
-        path, e = self.paths[self.encounter_file[encounter]], encounter
-        with reading(lambda: path), open_file(path) as file:
-            patient = self.patients[self.encounter_patient[e]]
+        path = self.paths[self.encounter_file[encounter]]
+        patient = self.patients[self.encounter_patient[encounter]]
+        with reading(path), open_file(path) as file:
             found = place(path, list(file).index(patient),
-                          list(file[patient]).index(self.encounters[e]))
+                          list(file[patient]).index(self.encounters[encounter]))
         return found if row is None else f"{found}, row {row}"
 
     def check_file(self, number, times=False):
@@ -502,12 +499,11 @@ class DatasetIndex:
 
     def fits(self):
         """Whether the arrays have the types and sizes of an index, and point into one another."""
-        files, encounters, fields = len(self.paths), len(self.encounters), len(self.fields)
-        shapes = {"sizes": (files,), "mtimes": (files,), "stored": (fields, encounters),
-                  "starts": (encounters + 1,), "rows": (len(self.rows),),
-                  "row_shifts": (len(self.rows),) if len(self.row_shifts) else (0,),
-                  **dict.fromkeys(("encounter_patient", "encounter_file", "chunk_rows"),
-                                  (encounters,))}
+        files, encounters, segments = len(self.paths), len(self.encounters), len(self.rows)
+        shapes = {"sizes": (files,), "mtimes": (files,), "encounter_patient": (encounters,),
+                  "encounter_file": (encounters,), "stored": (len(self.fields), encounters),
+                  "chunk_rows": (encounters,), "starts": (encounters + 1,), "rows": (segments,),
+                  "row_shifts": (segments if len(self.row_shifts) else 0,)}
         arrays = [(getattr(self, name), shape) for name, shape in shapes.items()]
         return (all(a.dtype.kind == "i" and a.shape == shape for a, shape in arrays)
                 and self.patients.dtype.kind == self.encounters.dtype.kind == "U"
@@ -517,7 +513,7 @@ class DatasetIndex:
                 and np.array_equal(np.unique(self.encounter_patient), range(self.n_patients))
                 and (np.diff(self.encounter_patient) >= 0).all()
                 and (np.diff(self.starts) > 0).all()
-                and self.starts[0] == 0 and self.starts[-1] == len(self.rows)
+                and self.starts[0] == 0 and self.starts[-1] == segments
                 and self.rows.min() >= 0 and self.chunk_rows.min() > 0)
 
     def save(self, savename):
@@ -531,7 +527,7 @@ class DatasetIndex:
                 os.fsync(out.fileno())
             os.replace(temporary, savename)
         finally:
-            if os.path.exists(temporary):
+            with suppress(FileNotFoundError):
                 os.remove(temporary)
 
 
@@ -626,6 +622,13 @@ def load_dataset_index(savename):
 PARTS = ("train", "tune", "test")
 
 
+def split_hash(patients, split_seed):
+    """[P] in [0, 1): each patient's place in a random order, a function of it and the seed."""
+    names = [f"{split_seed}/{patient}".encode() for patient in patients]
+    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
+    return np.array([int.from_bytes(digest, "big") / 2.0 ** 64 for digest in digests])
+
+
 def split_patients(patients, split_seed=0):
     """The part (0 train, 1 tune, 2 test) of each patient, [P] int8.
 
@@ -636,9 +639,7 @@ def split_patients(patients, split_seed=0):
     if len(patients) < len(PARTS):
         raise DataError(f"{len(patients)} patients with usable segments: expected at least "
                         f"{len(PARTS)}, one for each of train, tune and test")
-    names = [f"{split_seed}/{p}".encode() for p in patients]
-    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
-    position = np.array([int.from_bytes(d, "big") / 2.0 ** 64 for d in digests])
+    position = split_hash(patients, split_seed)
     tune, test = 0.8, 0.9
     if len(patients) < 100:
         tenth = max(1, round(len(patients) / 10))
@@ -647,9 +648,44 @@ def split_patients(patients, split_seed=0):
     return (position >= tune).astype(np.int8) + (position >= test)
 
 
-def split_index(index, split_seed=0):
-    """{'train': index, 'tune': index, 'test': index}, no patient in two of them."""
-    part = split_patients(index.patients.tolist(), split_seed)[index.encounter_patient]
+def fold_patients(index, split_seed, folds):
+    """The fold, 0 to folds - 1, in which each patient of an index is tested, [P].
+
+    The patients of each source (the file of a patient's first encounter by name) are dealt out in
+    the order of `split_hash`, each source's from the fold where the one before ended; the sources
+    in the order of their first patients. So folds differ by one patient at most, also within a
+    source, whatever the order of files and rows (stable only while the patients are the same).
+    """
+    by_name = np.lexsort((index.encounters, index.encounter_patient))
+    first = by_name[np.searchsorted(index.encounter_patient, np.arange(index.n_patients))]
+    source, position = index.encounter_file[first], split_hash(index.patients, split_seed)
+    begin = np.ones(len(index.paths))
+    np.minimum.at(begin, source, position)
+    tested = np.empty(index.n_patients, np.int64)
+    tested[np.lexsort((position, begin[source]))] = np.arange(index.n_patients) % folds
+    return tested
+
+
+def split_index(index, split_seed=0, fold=None, folds=None):
+    """{'train': index, 'tune': index, 'test': index}, no patient in two of them.
+
+    A function of the patients and split_seed alone: by `split_patients` or, for cross-validation,
+    by `fold_patients`: of `folds` splits, fold = 0 to folds - 1, each patient is in the test part
+    of one; a fold's tune part is the next one's test part (the last one's is the first's).
+    Raises DataError where there are too few patients, and for folds that there cannot be.
+    """
+    if fold is None and folds is None:
+        of_patients = split_patients(index.patients.tolist(), split_seed)
+    else:
+        if folds is None or not len(PARTS) <= folds <= index.n_patients:
+            raise DataError(f"{folds} folds of {index.n_patients} patients with usable segments: "
+                            f"expected at least {len(PARTS)}, and a patient for each")
+        if fold is None or not 0 <= fold < folds:
+            raise DataError(f"fold {fold} of {folds}: expected 0 to {folds - 1}")
+        # How many folds ahead of this one it is tested: 0 is test, 1 tune, all further ones train.
+        ahead = (fold_patients(index, split_seed, folds) - fold) % folds
+        of_patients = np.maximum(len(PARTS) - 1 - ahead, 0)
+    part = of_patients[index.encounter_patient]
     parts = {name: index.select(part == number) for number, name in enumerate(PARTS)}
     for name, other in parts.items():
         if not len(other):
@@ -694,20 +730,20 @@ class TPP_PPG_dataset(Dataset):
         self.keys_to_load = list(keys_to_load or ["ppg", "p_crit"])
         for key in self.keys_to_load:
             index.sources(key)
-        self.items = None           # [items] segment numbers, ascending; None is all of them
+        self.count = len(index) if level == "segment" else index.n_patients
         if percentage < 100:
-            count = len(index) if level == "segment" else index.n_patients
-            share = max(1, round(percentage / 100 * count))
-            chosen = np.random.default_rng(seed).choice(count, share, replace=False, shuffle=False)
-            if level == "segment":
-                self.items = np.sort(chosen)
-            else:
-                index = index.select(np.isin(index.encounter_patient, chosen))
+            share = max(1, round(percentage / 100 * self.count))
+            chosen = np.zeros(self.count, bool)
+            chosen[np.random.default_rng(seed).choice(self.count, share, replace=False,
+                                                      shuffle=False)] = True
+            self.count = share
+            index = index.select_segments(chosen if level == "segment" else
+                                          chosen[index.segment_patients()])
         self.index, self.level, self.seed = index, level, seed
-        self.count = index.n_patients if level == "patient" else len(
-            index if self.items is None else self.items)
         self.epoch = torch.full((1,), -1, dtype=torch.int64).share_memory_()    # workers see it
         self._columns, self._shared, self._process = {}, {}, None
+
+    items = None    # TODO: evaluate.py still asks
 
     def __len__(self):
         return self.count
@@ -717,13 +753,13 @@ class TPP_PPG_dataset(Dataset):
         self.epoch.fill_(epoch)
 
     def segments(self, items):
-        """Item numbers [B] -> segment numbers [B] of the index."""
+        """Item numbers [B] -> segment numbers [B] of the index: the same, or a draw of each."""
         items = np.asarray(items, np.int64)
         if items.size and (items.min() < -self.count or items.max() >= self.count):
             raise IndexError(f"items {items.min()} to {items.max()} of {self.count}")
         items = np.where(items < 0, items + self.count, items)
         if self.level == "segment":
-            return items if self.items is None else self.items[items]
+            return items
         epoch, index = self.epoch.item(), self.index
         edges = np.searchsorted(index.encounter_patient, [items, items + 1])
         first, end = index.starts[edges]        # of each patient's segments
@@ -764,28 +800,26 @@ class TPP_PPG_dataset(Dataset):
     def _read_column(self, key):
         self._open()
         index, values = self.index, np.empty(len(self.index), np.float32)
-        offsets = index.stored[index.fields.index(key)]
-        starts = index.starts.tolist()
-        lengths = 4 * index.rows[index.starts[1:] - 1].astype(np.int64) + 4     # to the last row
+        offsets, starts = index.stored[index.fields.index(key)].tolist(), index.starts.tolist()
+        n_bytes = (4 * index.rows[index.starts[1:] - 1].astype(np.int64) + 4).tolist()  # last row's
         for number in np.unique(index.encounter_file):
-            here = np.flatnonzero(index.encounter_file == number)
-            stretches = list(zip(here.tolist(), offsets[here].tolist(), lengths[here].tolist()))
+            encounters = np.flatnonzero(index.encounter_file == number).tolist()
             # Plain reads: a map would read 128 kB around each of these short stretches.
-            with reading(lambda: f"{index.paths[number]}: field {key!r}"), \
-                    open(index.paths[number], "rb", buffering=0) as file:   # noqa: B023
+            with reading(f"{index.paths[number]}: field {key!r}"), \
+                    open(index.paths[number], "rb", buffering=0) as file:
                 if hasattr(os, "posix_fadvise"):    # a cold disk fetches them all, not one by one
-                    for _, offset, length in stretches:
-                        if offset != ENCODED:
-                            os.posix_fadvise(file.fileno(), offset, length,
+                    for e in encounters:
+                        if offsets[e] != ENCODED:
+                            os.posix_fadvise(file.fileno(), offsets[e], n_bytes[e],
                                              os.POSIX_FADV_WILLNEED)
-                for e, offset, length in stretches:
-                    rows = index.rows[starts[e]:starts[e + 1]]
-                    if offset == ENCODED:
+                for e in encounters:
+                    if offsets[e] == ENCODED:
                         column = self._read_encoded(e, key, slice(None))
                     else:
-                        file.seek(offset)
-                        column = np.frombuffer(file.read(length), "<f4")
-                    values[starts[e]:starts[e + 1]] = column[rows]
+                        file.seek(offsets[e])
+                        column = np.frombuffer(file.read(n_bytes[e]), "<f4")
+                    mine = slice(starts[e], starts[e + 1])
+                    values[mine] = column[index.rows[mine]]
         return torch.from_numpy(values)
 
     def waveform(self, key, segments):
@@ -823,8 +857,6 @@ class TPP_PPG_dataset(Dataset):
         per_chunk = np.where(encoded, index.chunk_rows, 1)
         encounter = index.per_segment(np.arange(len(per_chunk), dtype=np.int32))
         chunk = index.rows // index.per_segment(per_chunk)
-        if self.items is not None:
-            encounter, chunk = encounter[self.items], chunk[self.items]
         begins = (encounter[1:] != encounter[:-1]) | (chunk[1:] != chunk[:-1])
         first = np.append(0, np.flatnonzero(begins) + 1)
         return first, per_chunk[encounter[first]]
@@ -864,14 +896,14 @@ class TPP_PPG_dataset(Dataset):
     def _decode(self, key, encounter, row):
         """[3600]: one row through h5py; the latest chunks, a block's worth, stay decoded."""
         per_chunk = int(self.index.chunk_rows[encounter])
-        decoded = self._decoded.setdefault(key, OrderedDict())
+        decoded = self._decoded.setdefault(key, {})
         chunk, row_in_chunk = divmod(int(row), per_chunk)
         if (encounter, chunk) not in decoded:
             span = slice(chunk * per_chunk, (chunk + 1) * per_chunk)
             block = self._read_encoded(encounter, key, span).reshape(-1, SEGMENT_SAMPLES)
             decoded[encounter, chunk] = block
             while len(decoded) > max(1, -(-BLOCK_ROWS // per_chunk)):
-                decoded.popitem(last=False)
+                del decoded[next(iter(decoded))]            # the oldest
         return decoded[encounter, chunk][row_in_chunk]
 
     def __getstate__(self):
@@ -985,7 +1017,6 @@ def fit_normaliser(dataset, keys):
     normaliser = {}
     for key in keys:
         values = dataset.column(key).numpy()
-        values = values if dataset.items is None else values[dataset.items]
         if not np.isfinite(values).all():
             raise DataError(f"field {key!r} is not finite in {(~np.isfinite(values)).sum()} of "
                             f"{len(values)} train segments, which the quality gate let through")
@@ -1016,24 +1047,22 @@ def main():
     parser.add_argument("--salt-file", metavar="FILE",
                         help="of the hashes; default: tpp_ppg.salt beside the file")
     options = parser.parse_args()
-    salt_file = options.salt_file or os.path.join(
-        os.path.dirname(options.file), "tpp_ppg.salt")
+    beside = os.path.join(os.path.dirname(options.file), "tpp_ppg.salt")
     with open_file(options.file) as file:
-        with reading(lambda: f"{options.file}: its list of patients"):
+        with reading(f"{options.file}: its list of patients"):
             names = member_names(file)
         for who in options.who:
             if re.fullmatch(r"\d{1,7}(/\d{1,7})?", who):
-                patient, encounter = (list(map(int, who.split("/"))) + [None])[:2]
+                patient, *encounter = map(int, who.split("/"))
                 found = names[patient:patient + 1]
-                if found and encounter is not None:
-                    with reading(lambda: place(options.file, patient)):     # noqa: B023
+                if found and encounter:
+                    with reading(place(options.file, patient)):
                         group = member(file, found[0], h5py.Group)
-                        inside = member_names(group)[encounter:encounter + 1] if group else []
-                    found = [f"{found[0]}/{name}" for name in inside]
+                        inside = member_names(group) if group else []
+                    found = [f"{found[0]}/{one}" for one in inside[encounter[0]:][:1]]
             else:
-                with open(salt_file, encoding="ascii", errors="replace") as saved:
-                    salt = saved.read().strip()
-                hashes = hash_patients(names, salt)
+                with open(options.salt_file or beside, encoding="ascii", errors="replace") as saved:
+                    hashes = hash_patients(names, saved.read().strip())
                 found = [name for name, one in zip(names, hashes) if one.startswith(who)]
             print(f"{who}: {', '.join(map(printable, found)) or 'not in this file'}")
 

@@ -4,7 +4,7 @@
     python evaluate.py runs/M1.5.pth --report report.html   # everything, as one page
     python evaluate.py runs/M1.5.pth --data FILE…           # other data: all its unseen patients
     python evaluate.py runs/M1.5.pth --compare runs/no_ppg.pth --report report.html
-    python evaluate.py runs/seed0.pth runs/seed1.pth        # several runs: mean ± SD over them
+    python evaluate.py runs/M1.5_seed*.pth                  # several runs: each, mean ± SD, all
 
 TPP = MAP - Pcrit and MAP is an input, so the error of TPP is the error of Pcrit, while R² of TPP is
 lifted by the spread of MAP: read R² of Pcrit, and the skill over the baselines.
@@ -29,12 +29,15 @@ MOST_FITTED = 100_000                       # train segments for the baselines: 
 MOST_WATCHED = 20_000                       # train segments that tell what is usual
 MOST_HASHED = 200_000                       # segments of a part searched for shared seconds
 LEAST_CHANGE = 0.01                         # mmHg; outputs that vary by less are constant
+# Runs that train_resnet.py --ablate trained beside one, by the endings of their names.
+ABLATIONS = {"_no_ppg": "network without the PPG", "_no_vitals": "network without vitals"}
 
 
 def parse_args(arguments=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoints", nargs="+", metavar="checkpoint",
-                        help="runs/<name>.pth, as train_resnet.py writes it; several: mean ± SD")
+                        help="runs/<name>.pth, as train_resnet.py writes it; several (seeds, "
+                             "folds): each, mean ± SD, and all together")
     add = parser.add_argument_group("what is scored").add_argument
     add("--data", nargs="+", metavar="FILE",
         help="HDF5 files; default: those of the run, from runs/<name>_run.json")
@@ -42,7 +45,7 @@ def parse_args(arguments=None):
         help="patients to score; default: test on the run's data, else all")
     add("--condition", metavar="GATE", help="quality gate; default: the one of the run")
     add("--compare", nargs="+", default=[], metavar="CHECKPOINT",
-        help="runs of the same split to list beside this one, such as one trained without the PPG")
+        help="runs of the same split to list beside this one; those of --ablate are anyway")
     add("--salt-file", metavar="FILE",
         help="the project's salt; default: the run's, else beside the data")
     add = parser.add_argument_group("output").add_argument
@@ -59,8 +62,8 @@ def parse_args(arguments=None):
         help="keep the index beside the data (<file>.index.npz), as train_resnet.py --keep-index "
              "does, and use it again")
     options = parser.parse_args(arguments)
-    if len(options.checkpoints) > 1 and (options.report or options.figure or options.compare):
-        parser.error("--report, --figure and --compare go with one checkpoint")
+    if len(options.checkpoints) > 1 and (options.report or options.compare):
+        parser.error("--report and --compare go with one checkpoint")
     return options
 
 
@@ -156,7 +159,7 @@ def read_part(index, keys, most=None):
     share = 100 if most is None or len(index) <= most else 100 * most / len(index)
     dataset = TPP_PPG_dataset(index, "segment", keys, share)
     segments = np.arange(len(index)) if dataset.items is None else dataset.items
-    wanted = dict.fromkeys(FIELDS_OF_BASELINES + FIELDS_OF_STRATA + tuple(keys[1:-1]))
+    wanted = dict.fromkeys((*FIELDS_OF_BASELINES, *FIELDS_OF_STRATA, *vitals_of(keys)))
     fields = {key: values[segments] for key, values in fields_of(dataset, wanted).items()}
     pulse = [metrics.ppg_features(dataset.waveform("ppg", segments[a:a + 512]))
              for a in tk_utils.progress(range(0, len(segments), 512), desc="PPG features",
@@ -169,15 +172,20 @@ def read_part(index, keys, most=None):
 # ---------------------------------------------------------------- what the model says
 
 def predict_tpp(model, part, how, novelty=None):
-    """(TPP [N] in mmHg, distance from the training inputs [N] or None); how: of predict_dataset."""
+    """(TPP [N], the network's own spread [N] or None, distance from training inputs [N] or None).
+
+    In mmHg; how: arguments of `predict_dataset`; novelty: of the checkpoint's calibration.
+    """
     import metrics
-    from training_header import predict_dataset, watch_features
+    from training_header import predict_with_spread, watch_features
     distance = []
     with watch_features(model, lambda features: distance.append(
             metrics.novelty(features, novelty)) if novelty else None):
-        prediction = predict_dataset(model, part.dataset, **how).astype(np.float64)
-    tpp = part.fields["map"] - prediction if model.keys[-1] == "p_crit" else prediction
-    return tpp, np.concatenate(distance) if novelty else None
+        found, spread = predict_with_spread(model, part.dataset, **how)
+    tpp = found.astype(np.float64)
+    if model.keys[-1] == "p_crit":
+        tpp = part.fields["map"] - tpp
+    return tpp, spread, np.concatenate(distance) if novelty else None
 
 
 def predict_with_swapped_ppg(model, part, how):
@@ -210,17 +218,25 @@ def make_calibration(model, train, tune, batch_size=256, device=None, workers=0)
     patients and, under 'novelty', `metrics.fit_novelty` of the inputs of the train patients.
     """
     import metrics
-    from training_header import TPP_PPG_dataset, choose_device, predict_dataset, watch_features
+    from training_header import (
+        TPP_PPG_dataset,
+        choose_device,
+        predict_dataset,
+        predict_with_spread,
+        watch_features,
+    )
     how = {"batch_size": batch_size, "device": choose_device(device), "workers": workers}
     of_train, of_tune = [], []
     with watch_features(model, of_tune.append):
-        error = predict_dataset(model, tune, **how) - tune.column(model.keys[-1]).numpy()
+        found, spread = predict_with_spread(model, tune, **how)
+    error = found - tune.column(model.keys[-1]).numpy()
     share = min(100, 100 * MOST_WATCHED / len(train.index))
     some = TPP_PPG_dataset(train.index, "segment", model.keys, share)
     with watch_features(model, of_train.append):
         predict_dataset(model, some, **how)
     patients = tune.index.segment_patients()
-    calibration = metrics.fit_calibration(-error if model.keys[-1] == "p_crit" else error, patients)
+    calibration = metrics.fit_calibration(-error if model.keys[-1] == "p_crit" else error,
+                                          patients, spread)
     return dict(calibration, novelty=metrics.fit_novelty(
         np.concatenate(of_train), np.concatenate(of_tune), patients))
 
@@ -275,6 +291,8 @@ def score_beside(part, tpp, prediction, bootstrap):
     found["p_crit_r2"] = metrics.scores(fields["p_crit"], p_crit)["r2"]
     found["auc"] = metrics.roc_area(fields["tpp"] < metrics.LOW_TPP, -prediction)
     found["skill"] = metrics.skill(fields["tpp"], tpp, prediction, bootstrap)
+    found["skill_per_patient"] = metrics.skill(fields["tpp"], tpp, prediction, bootstrap,
+                                               by_patient=True)
     if "p_crit_true" in fields:
         true_tpp = fields["map"] - fields["p_crit_true"]
         found["true_rmse"] = metrics.scores(true_tpp, prediction)["rmse"]
@@ -291,21 +309,39 @@ def fit_baselines(part, train, tune, vitals):
     return fitted, metrics.choose_best(fitted, tune.fields)
 
 
-def how_sure(part, tpp, calibration, distance, bootstrap):
+def intervals_of(tpp, spread, calibration):
+    """{level: (low [N], high [N]), or why there is none} of the prediction intervals."""
+    import metrics
+    found = {}
+    for level in calibration["levels"]:
+        try:
+            found[level] = metrics.interval(tpp, calibration, level, spread)
+        except ValueError as reason:
+            found[level] = str(reason)
+    return found
+
+
+def coverages(truth, intervals, bootstrap):
+    """Coverage and mean half width of `intervals_of`, by level, as in the JSON."""
+    import metrics
+    found = {}
+    for level, one in intervals.items():
+        if isinstance(one, str):
+            found[percent(level)] = {"refused": one}
+        else:
+            one = metrics.coverage(bootstrap, truth, *one)
+            found[percent(level)] = dict(one, half_width=one["mean_width"] / 2)
+    return found
+
+
+def how_sure(part, tpp, spread, intervals, calibration, distance, bootstrap):
     """Coverage and width of the prediction intervals, probability of low TPP, unusual inputs."""
     import metrics
     truth = part.fields["tpp"]
-    found = {"n_tune_patients": calibration["n_patients"], "levels": {}}
-    for level, half in zip(calibration["levels"], calibration["half_widths"]):
-        try:
-            low, high = metrics.interval(tpp, calibration, level)
-        except ValueError as reason:
-            found["levels"][percent(level)] = {"refused": str(reason)}
-        else:
-            found["levels"][percent(level)] = dict(
-                metrics.coverage(bootstrap, truth, low, high), half_width=half)
-    found["reliability"] = metrics.reliability(
-        bootstrap, truth < metrics.LOW_TPP, metrics.low_probability(tpp, calibration))
+    low = metrics.low_probability(tpp, calibration, spread=spread)
+    found = {"n_tune_patients": calibration["n_patients"], "own_spread": spread is not None,
+             "levels": coverages(truth, intervals, bootstrap),
+             "reliability": metrics.reliability(bootstrap, truth < metrics.LOW_TPP, low)}
     threshold = calibration.get("novelty", {}).get("threshold")
     if distance is not None and threshold is not None:
         new = distance > threshold
@@ -324,17 +360,23 @@ STRATA = (      # field, name, unit, inner edges or None for quarters
     ("hr", "Heart rate", "/min", (60, 80, 100)), ("pp", "Pulse pressure", "mmHg", (40, 60, 80)),
     ("r2", "Label's r²", "", (0.7, 0.8, 0.9)), ("quality", "PPG quality", "", None),
     ("irregularity", "Beat irregularity", "", (0.05, 0.1, 0.2)),
-    ("distance", "Distance from training inputs", "", None))
+    ("distance", "Distance from training inputs", "", None),
+    ("spread", "Network's own spread", "mmHg", None))
 
 
-def strata(part, tpp, calibration, distance):
-    """RMSE, bias and coverage of the 90 % interval by range of fields: a list of dicts."""
+def strata(part, tpp, spread, interval, distance):
+    """RMSE, bias and coverage of the 90 % interval by range of fields: a list of dicts.
+
+    interval: (low [N], high [N]), or anything else where there is none.
+    """
     import metrics
-    fields = dict(part.fields, distance=distance)
+    fields = dict(part.fields, distance=distance, spread=spread)
     fields["quality"] = fields.get("ppg_quality", fields["pulse_quality"])
     fields["irregularity"] = fields.get("beat_irregularity", fields["pulse_irregularity"])
     error, found = tpp - fields["tpp"], []
-    half = calibration and dict(zip(calibration["levels"], calibration["half_widths"])).get(0.9)
+    held = None
+    if isinstance(interval, tuple):
+        held = (interval[0] <= fields["tpp"]) & (fields["tpp"] <= interval[1])
     for field, name, unit, edges in STRATA:
         values = fields.get(field)
         if values is None or not np.isfinite(values).any():
@@ -353,7 +395,7 @@ def strata(part, tpp, calibration, distance):
                 "n_patients": len(np.unique(part.patients[inside])),
                 "rmse": metrics.rmse(part.patients[inside], error[inside]),
                 "bias": float(error[inside].mean()),
-                "coverage_90": float(np.mean(np.abs(error[inside]) <= half)) if half else None})
+                "coverage_90": None if held is None else float(np.mean(held[inside]))})
     return found
 
 
@@ -474,7 +516,7 @@ def evaluate(checkpoint_path, data=None, split=None, condition=None, salt_file=N
 
     part = read_part(scored, keys)
     bootstrap = metrics.PatientBootstrap(part.patients)
-    tpp, distance = predict_tpp(model, part, how, (calibration or {}).get("novelty"))
+    tpp, spread, distance = predict_tpp(model, part, how, (calibration or {}).get("novelty"))
     origins = origin_of(data)
     results = {"checkpoint": os.path.basename(checkpoint_path), "split": split,
                "condition": condition, "origin": origins, "warning": warning, "keys": keys,
@@ -482,25 +524,27 @@ def evaluate(checkpoint_path, data=None, split=None, condition=None, salt_file=N
                "note": simulated_note(origins, checkpoint["provenance"]["origin"]),
                **score_predictions(part, tpp, bootstrap), "baselines": {}, "skill": None,
                "uncertainty": None}
-    fitted, best, baseline = {}, None, None
+    fitted, best, baseline, others, intervals = {}, None, None, {}, {}
     if train is not None:
-        fitted, best = fit_baselines(part, train, tune, keys[1:-1])
+        fitted, best = fit_baselines(part, train, tune, vitals_of(keys))
         others = {name: one.predict(part.fields) for name, one in fitted.items()}
         beside_it = {name: score_beside(part, tpp, prediction, bootstrap)
                      for name, prediction in others.items()}
         here = min(others, key=lambda name: beside_it[name]["rmse"])
         results["baselines"], baseline = beside_it, others[best]
         results["skill"] = dict(beside_it[best]["skill"], over=best)
+        results["skill_per_patient"] = dict(beside_it[best]["skill_per_patient"], over=best)
         results["skill_in_hindsight"] = dict(beside_it[here]["skill"], over=here)
     else:
         print("baselines left out: the train patients' data are not here")
     if calibration:
-        results["uncertainty"] = how_sure(part, tpp, calibration, distance, bootstrap)
-    if compare:
-        results["compared"] = {
-            os.path.basename(path): score_beside(
-                part, tpp, predict_with(path, part, checkpoint, how), bootstrap)
-            for path in compare}
+        intervals = intervals_of(tpp, spread, calibration)
+        results["uncertainty"] = how_sure(part, tpp, spread, intervals, calibration, distance,
+                                          bootstrap)
+    compared = {name: predict_with(path, part, checkpoint, how)
+                for name, path in runs_beside(checkpoint_path, checkpoint, compare).items()}
+    results["compared"] = {name: score_beside(part, tpp, prediction, bootstrap)
+                           for name, prediction in compared.items()}
     results["checks"], problems = check_honesty(part, tpp, checkpoint, baseline, bootstrap)
     results["problems"] = problems
     if train is not None and (split == "test" or not own_data):
@@ -509,21 +553,37 @@ def evaluate(checkpoint_path, data=None, split=None, condition=None, salt_file=N
         problems += [f"{number} of {len(part)} segments share seconds of PPG with {name} "
                      "segments: these scores are leaked"
                      for name, number in shared.items() if number]
-    arrays = {"truth": part.fields["tpp"], "prediction": tpp, "patients": part.patients}
+    arrays = {"truth": part.fields["tpp"], "prediction": tpp, "part": part, "intervals": intervals,
+              "patients": scored.patients[part.patients], "baselines": others, "best": baseline,
+              "compared": compared}
     if full:
-        swapped = predict_with_swapped_ppg(model, part, how)
+        swapped = predict_with_swapped_ppg(model, part, how) if model.with_ppg else None
         if swapped is not None:
             results["swapped_ppg"] = score_beside(part, tpp, swapped, bootstrap)
             if np.abs(tpp - swapped).max() < LEAST_CHANGE:
                 problems.append("IGNORES THE PPG: with another patient's PPG it says the same")
-        results["strata"] = strata(part, tpp, calibration, distance)
+        results["strata"] = strata(part, tpp, spread, intervals.get(0.9), distance)
         results["patients"] = spread_over_patients(part.patients, tpp - part.fields["tpp"])
         results["good_signal"] = score_good_signal(model, data, scored, how, fitted.get(best))
-        arrays.update(part=part, worst=worst_segments(part, tpp))
+        arrays["worst"] = worst_segments(part, tpp)
     for line in [warning, *problems]:
         if line:
             print(f"WARNING: {line}", file=sys.stderr)
     return results, arrays
+
+
+def runs_beside(checkpoint_path, checkpoint, compare):
+    """{name in tables: path} of the runs to list beside one: those named, and of --ablate."""
+    from training_header import CheckpointError, load_checkpoint
+    found = {os.path.basename(path): path for path in compare}
+    for ending, name in ABLATIONS.items():
+        path = "{}{}.pth".format(os.path.splitext(checkpoint_path)[0], ending)
+        try:
+            if load_checkpoint(path)["split"] == checkpoint["split"] and path not in compare:
+                found[name] = path
+        except CheckpointError:
+            continue        # none was asked for, or it is not finished
+    return found
 
 
 def predict_with(path, part, checkpoint, how):
@@ -563,7 +623,7 @@ def score_good_signal(model, data, scored, how, baseline):
     index = index.select(np.isin(index.patients, scored.patients)[index.encounter_patient])
     part = read_part(index, model.keys)
     bootstrap = metrics.PatientBootstrap(part.patients)
-    tpp, _ = predict_tpp(model, part, how)
+    tpp = predict_tpp(model, part, how)[0]
     found = {"n_segments": len(part), "n_patients": bootstrap.n_patients,
              "share_kept_by_gate": len(scored) / len(part),
              "tpp": scores_with_intervals(part.fields["tpp"], tpp, bootstrap),
@@ -592,14 +652,20 @@ def beside(path):
     return os.path.join(os.path.dirname(path), "tpp_ppg.salt")
 
 
-def origin_of(data):
-    """The files' origins, joined: 'simulated', 'recordings', … ('unknown' in published files)."""
+def origin_of(data, name="origin"):
+    """The files' origins, joined: 'simulated', 'recordings', … ('unknown' in published files); or
+    another of their attributes."""
     from datasets import attribute, open_file
-    found = []
+    found = set()
     for path in data:
         with open_file(path) as file:
-            found.append(str(attribute(file, "origin", "unknown")))
-    return ", ".join(sorted(set(found)))
+            found.add(str(attribute(file, name, "unknown")))
+    return ", ".join(sorted(found))
+
+
+def vitals_of(keys):
+    """Those of a network's keys that are neither the PPG nor the label."""
+    return [key for key in keys[:-1] if key != "ppg"]
 
 
 def simulated_note(origin, trained_on):
@@ -631,7 +697,8 @@ def print_results(results):
     if results["skill"]:
         skill = results["skill"]
         print(f"skill over {skill['over']} (best on the tune patients): {shown(skill, 3)}"
-              + ("" if skill["low"] > 0 else " - NOT above 0"))
+              + ("" if skill["low"] > 0 else " - NOT above 0")
+              + f"; each patient weighing the same {shown(results['skill_per_patient'], 3)}")
         hindsight = results["skill_in_hindsight"]
         if hindsight["over"] != skill["over"]:
             print(f"skill over {hindsight['over']} (best of them here): {shown(hindsight, 3)}"
@@ -664,7 +731,7 @@ def model_row(scores, p_crit_r2):
 def rows_beside(results):
     """(name, scores) of all that is listed beside the model: baselines, other runs, swapped PPG."""
     yield from results["baselines"].items()
-    yield from results.get("compared", {}).items()
+    yield from results["compared"].items()
     if "swapped_ppg" in results:
         yield "model, PPG of another patient", results["swapped_ppg"]
 
@@ -845,9 +912,9 @@ def report_body(results, checkpoint, figures):
     yield text("Baselines are fitted on the same train patients and need no PPG unless they say "
                "so. MAP is an input and part of TPP: the error of TPP is that of Pcrit, and R² of "
                "TPP flatters. Skill = 1 - MSE / MSE of the other.", kind="small")
-    if results.get("compared") is None:
-        yield text("Not shown: the network trained without the PPG or without vitals (train such "
-                   "runs with --keys, list them with --compare).", kind="small")
+    if not results["compared"]:
+        yield text("Not shown: the network trained without the PPG and without vitals "
+                   "(train_resnet.py --ablate trains them).", kind="small")
 
     yield text("How far off", "h2")
     yield figure("histogram_plot")
@@ -1008,62 +1075,81 @@ def provenance_rows(results, checkpoint):
     yield "code", str(provenance["git_revision"])
 
 
-# TRIPOD+AI (doi 10.1136/bmj-2023-078378), its items: what only a person can write.
+# Items of TRIPOD+AI (doi 10.1136/bmj-2023-078378) that only a person can write, or complete.
 FOR_A_PERSON = (
-    "2 abstract", "3a-c background: healthcare context, target population, inequalities",
-    "5b dates of the data", "6a-c setting, eligibility and treatments of the participants",
+    "2 abstract", "3a-c background: healthcare context, intended use, health inequalities",
+    "5a-b why these data, whom they stand for, their dates", "6a-c centres, eligibility, treatment",
     "10 why the sample is large enough", "14 fairness: error by age, sex, skin tone (not in the "
-    "data)", "17 ethics approval", "18a-d funding, interests, protocol, registration",
-    "19 patient and public involvement", "20a-b participants: flow, characteristics, demographics",
-    "25 interpretation", "27 use in care: input quality, who acts on it, next steps")
+    "data)", "17 ethics approval and consent", "18a-e funding, interests, protocol, registration, "
+    "how to get the data", "19 patient and public involvement", "20a-c participants: flow, "
+    "characteristics, those scored beside those trained on", "25 interpretation",
+    "26 further limitations", "27b-c use in care: by whom, with what expertise; next steps")
 
 
 def model_card(results, checkpoint):
     """The model card in Markdown: the TRIPOD+AI items that a program can fill, and the others."""
     provenance, config = checkpoint["provenance"], checkpoint["config"]
     keys, counts = results["keys"], {k: len(v) for k, v in checkpoint["split"].items()}
-    vitals = ", ".join(keys[1:-1]) or "no vitals"
-    levels = (results["uncertainty"] or {}).get("levels", {})
+    inputs = ", ".join(["PPG waveform"] * (keys[0] == "ppg") + vitals_of(keys))
+    sure, detection = results["uncertainty"] or {}, results["detection"]
+    half = sure.get("levels", {}).get("90 %", {}).get("half_width")
+    usual = [f"{key} {one['mean']:.0f} ± {one['sd']:.0f}"
+             for key, one in checkpoint["normaliser"].items()]
     items = [
-        ("1 title", f"Development and evaluation of a 1-D ResNet that estimates {keys[-1]} from 60 "
-         f"s of PPG and {vitals}"
-         + (", on SIMULATED patients" if results["simulated"] else "")),
-        ("4 objective", "development and internal validation" if results["split"] == "test" else
+        ("1 title", f"Development and evaluation of a network that estimates {keys[-1]} from a "
+         f"minute of {inputs}" + (", on SIMULATED patients" if results["simulated"] else "")),
+        ("4 objectives", "development and internal validation" if results["split"] == "test" else
          f"scores on {results['split']} patients"),
         ("5a data", f"trained on: {provenance['origin']}; scored on: {results['origin']}"),
-        ("7 preparation", "60-s segments at 60 Hz; each PPG segment normalised by its own mean and "
-         f"SD, vitals by the train patients'; quality gate '{results['condition']}'"),
-        ("8 outcome", "TPP = MAP - Pcrit, mmHg; Pcrit from the arterial line by regression over "
-         "beats (labels.py); the label is an estimate"),
-        ("9 predictors", f"PPG waveform, {vitals}"),
+        ("7 data preparation", f"60-s segments at 60 Hz; quality gate '{results['condition']}'"),
+        ("8a outcome", "TPP = MAP - Pcrit of the same minute, mmHg; Pcrit from the arterial line "
+         f"by regression over beats (labels.py, method {provenance.get('label_method', 'unknown')})"
+         ": an estimate, too"),
+        ("8b-c assessors, blinding", "none: the label is computed, without the prediction"),
+        ("9a-b predictors", f"{inputs}, of the same minute, chosen beforehand"),
+        ("9c assessors", "none: signals and numbers of monitors"),
         ("11 missing data", "segments with a missing or non-finite field are left out"),
-        ("12a partition", f"by patient: {counts.get('train', 0):,} train, "
+        ("12a use of the data", f"parted by patient: {counts.get('train', 0):,} train, "
          f"{counts.get('tune', 0):,} tune, {counts.get('test', 0):,} test; split seed "
          f"{provenance['seeds']['split_seed']}"),
+        ("12b handling of predictors", "each PPG segment normalised by its own mean and SD, vitals "
+         "by the train patients'"),
         ("12c model", f"MyFirstResNet, {count_weights(checkpoint):,} weights; "
          + ", ".join(f"{k} {config[k]}" for k in ("epochs", "batch_size", "lr", "weight_decay",
-                                                  "l1", "seed") if k in config)),
+                                                  "l1", "spread", "seed") if k in config)
+         + "; the epoch with the least loss on the tune patients is kept"),
+        ("12d clusters", "patients: intervals, weights and calibration take them as the units; "
+         "centres are not in the data"),
         ("12e measures", "RMSE, MAE, MeAD, R², bias, SD; R² of Pcrit; skill over baselines; "
          "detection of low TPP; coverage; 95 % intervals from a bootstrap over patients"),
-        ("13 class imbalance", f"{percent(results['detection']['prevalence']['value'])} of scored "
-         f"minutes have TPP < {results['detection']['threshold']:g} mmHg; nothing was rebalanced"),
-        ("15 output", f"{keys[-1]} in mmHg, a number for each minute; 90 % interval "
-         + (f"± {levels['90 %']['half_width']:.1f} mmHg" if "half_width" in levels.get("90 %", {})
-            else "not available")),
-        ("16 training against evaluation", "same source" if results["split"] == "test" else
+        ("12f, 24 updating", "none"),
+        ("12g predictions", "by evaluate.py from the checkpoint, as by predict.py"),
+        ("13 class imbalance", f"{percent(detection['prevalence']['value'])} of scored "
+         f"minutes have TPP < {detection['threshold']:g} mmHg; nothing was rebalanced"),
+        ("15 model output", f"{keys[-1]} in mmHg, a number for each minute; 90 % interval "
+         + (f"± {half:.1f} mmHg" + (" on average" if sure.get("own_spread") else "") if half else
+            "not available") + f"; low below {detection['threshold']:g} mmHg, a published cut-off"),
+        ("16 training versus evaluation", "same source" if results["split"] == "test" else
          "other data or patients; see 5a"),
         ("18e-f data and code", f"code revision {provenance['git_revision']}; data fingerprint "
          f"{provenance['data_fingerprint'][:16]}"),
-        ("20c, 21 numbers", f"{results['n_segments']:,} segments of {results['n_patients']:,} "
-         "patients scored"),
+        ("20c beside the development data", f"train patients: {', '.join(usual)}" + (
+            "; inputs unlike theirs: {} of the scored minutes ({} by design)".format(
+                *(percent(sure["novelty"][name]) for name in ("rate", "expected")))
+            if "novelty" in sure else "")),
+        ("21 numbers", f"scored: {results['n_segments']:,} segments of {results['n_patients']:,} "
+         f"patients, {detection['n_low']:,} of them low; for the others see 12a"),
         ("22 specification", f"the checkpoint {results['checkpoint']}, with weights, normaliser "
          "and settings"),
-        ("23a performance", " ".join(headline(results))),
-        ("23b heterogeneity", "; ".join(
+        ("23a performance", " ".join(headline(results)) + " " + "; ".join(
             f"{one['of']} {one['range']}: RMSE {one['rmse']['value']:.1f}"
             for one in results["strata"])),
-        ("24 updating", "none"),
-        ("26 limitations", limitations(results))]
+        ("23b heterogeneity", "each patient's own RMSE: " + ", ".join(
+            f"{share} of patients below {value:.1f}"
+            for share, value in results["patients"]["rmse_quantiles"].items()) + " mmHg"),
+        ("26 limitations", limitations(results)),
+        ("27a poor input", "predict.py refuses minutes of poor signal and marks inputs unlike "
+         "those of training")]
     lines = [f"# Model card: {os.path.splitext(results['checkpoint'])[0]}", ""]
     if results["note"]:
         lines += [f"**{results['note']}**", ""]
@@ -1081,7 +1167,12 @@ def count_weights(checkpoint):
 
 def limitations(results):
     import metrics
-    found = ["the label needs assumptions on the arterial tree and may be biased by several mmHg"]
+    found = ["the label needs assumptions on the arterial tree and may be biased by several mmHg",
+             f"the gate, which needs the arterial line, keeps "
+             f"{percent(results['good_signal']['share_kept_by_gate'])} of the minutes of good "
+             "signal"]
+    if results["split"] == "test":
+        found.append("no other data were scored")
     if results["note"]:
         found.append(results["note"].lower())
     if results["n_patients"] < metrics.FEW_PATIENTS:
@@ -1091,43 +1182,86 @@ def limitations(results):
     return "; ".join(found)
 
 
-def compare_runs(paths, options):
-    """Scores of several checkpoints, and their mean and SD: {'runs': […], 'summary': {…}}."""
+def compare_runs(paths, **how):
+    """Several runs, such as seeds or folds: ({'runs', 'summary', 'together'}, arrays of all).
+
+    Prints a line for each, their mean and SD, and the table of all predictions taken together.
+    how: arguments of `evaluate`.
+    """
     import metrics
-    runs = []
-    for path in paths:
-        results, _ = evaluate(path, *how_of(options))
-        results["over_best"] = results["skill"] and results["skill"]["value"]
-        runs.append(results)
+    found = [evaluate(path, **how) for path in paths]
+    runs = [results for results, _ in found]
     rows = [[one["checkpoint"], one["n_patients"], one["tpp"]["rmse"], one["tpp"]["mae"],
-             one["tpp"]["bias"], one["tpp"]["r2"], one["p_crit"]["r2"], one["over_best"]]
-            for one in runs]
+             one["tpp"]["bias"], one["tpp"]["r2"], one["p_crit"]["r2"],
+             one["skill"] and one["skill"]["value"]] for one in runs]
     columns = np.array([[np.nan if x is None else x for x in row[2:]] for row in rows])
     rows += [["mean", None, *columns.mean(0)], ["SD", None, *columns.std(0, ddof=1)]]
-    for note in sorted({one["note"] for one in runs if one["note"]}):
-        print(f"*** {note} ***")
     print_table(rows, ["run", "patients", "RMSE", "MAE", "bias", "R2", "R2 of Pcrit", "skill"])
-    return {"runs": runs, "summary": metrics.summarise(runs)}
+    pooled, arrays = together(runs, [arrays for _, arrays in found])
+    print(f"\nthe {len(runs)} runs' predictions taken together:")
+    print_results(pooled)
+    return {"runs": runs, "summary": metrics.summarise(runs), "together": pooled}, arrays
 
 
-def how_of(options):
-    return (options.data, options.split, options.condition, options.salt_file, options.batch_size,
-            options.device, options.workers, options.keep_index)
+def together(runs, arrays):
+    """(results, arrays) of several runs' predictions as one set, in which a patient is one patient
+    in whichever run: folds become all patients, seeds repeats of the same ones."""
+    import metrics
+
+    def joined(name):
+        """{key: [all segments]} of what every run has."""
+        keys = [key for key in arrays[0][name] if all(key in one[name] for one in arrays)]
+        return {key: np.concatenate([one[name][key] for one in arrays]) for key in keys}
+
+    patients = np.unique(np.concatenate([one["patients"] for one in arrays]),
+                         return_inverse=True)[1]
+    bootstrap = metrics.PatientBootstrap(patients)
+    fields = [one["part"].fields for one in arrays]
+    fields = {key: np.concatenate([one[key] for one in fields])
+              for key in (*SCORED, "p_crit_true") if all(key in one for one in fields)}
+    begins = np.cumsum([0] + [len(one["part"].dataset.index.encounters) for one in arrays])
+    series = [one["part"].series + begin for one, begin in zip(arrays, begins)]
+    part = Part(None, fields, patients, np.concatenate(series))
+    tpp = np.concatenate([one["prediction"] for one in arrays])
+    notes = sorted({one["note"] for one in runs if one["note"]})
+    results = {"split": runs[0]["split"], "origin": runs[0]["origin"], "note": "; ".join(notes),
+               "problems": [], "skill": None, "uncertainty": None,
+               **score_predictions(part, tpp, bootstrap)}
+    for name in ("baselines", "compared"):
+        results[name] = {key: score_beside(part, tpp, prediction, bootstrap)
+                         for key, prediction in joined(name).items()}
+    if all(one["best"] is not None for one in arrays):
+        best = np.concatenate([one["best"] for one in arrays])
+        over = score_beside(part, tpp, best, bootstrap)
+        results["baselines"]["each run's best"] = over
+        here = min(results["baselines"], key=lambda name: results["baselines"][name]["rmse"])
+        for name in ("skill", "skill_per_patient"):
+            results[name] = dict(over[name], over="each run's best")
+        results["skill_in_hindsight"] = dict(results["baselines"][here]["skill"], over=here)
+    levels = [level for level in arrays[0]["intervals"]
+              if all(isinstance(one["intervals"].get(level), tuple) for one in arrays)]
+    if levels:
+        results["uncertainty"] = {"levels": coverages(fields["tpp"], {
+            level: tuple(map(np.concatenate, zip(*(one["intervals"][level] for one in arrays))))
+            for level in levels}, bootstrap)}
+    return results, {"truth": fields["tpp"], "prediction": tpp}
 
 
 def main():
     options = parse_args()
+    names = ("data", "split", "condition", "salt_file", "batch_size", "device", "workers",
+             "keep_index")
+    how = {name: getattr(options, name) for name in names}
     if len(options.checkpoints) > 1:
-        results = compare_runs(options.checkpoints, options)
+        results, arrays = compare_runs(options.checkpoints, **how)
     else:
-        checkpoint = options.checkpoints[0]
-        results, arrays = evaluate(checkpoint, *how_of(options), full=bool(options.report),
+        results, arrays = evaluate(options.checkpoints[0], **how, full=bool(options.report),
                                    compare=options.compare)
         print_results(results)
-        if options.figure:
-            draw_histogram(results, arrays, options.figure)
-        if options.report:
-            write_report(results, arrays, options.report, checkpoint)
+    if options.figure:
+        draw_histogram(results.get("together", results), arrays, options.figure)
+    if options.report:
+        write_report(results, arrays, options.report, options.checkpoints[0])
     if options.json:
         write_json(options.json, results)
 

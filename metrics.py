@@ -10,6 +10,7 @@ with its 95 % interval is a dict {'value', 'low', 'high'}.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def _finite(**arrays):
     ready = []
     for name, values in arrays.items():
         values = np.asarray(values, dtype=np.float64).ravel()
-        bad = len(values) - np.count_nonzero(np.isfinite(values))
+        bad = _count_bad(values)
         if bad or not len(values):
             raise ValueError(f"{name}: {bad} of {len(values)} values are not finite" if bad
                              else f"{name}: there are no values to score")
@@ -64,6 +65,10 @@ def _finite(**arrays):
                              f"{next(iter(arrays))}")
         ready.append(values)
     return ready
+
+
+def _count_bad(values):
+    return int(np.count_nonzero(~np.isfinite(values)))
 
 
 # ---------------------------------------------------------------- intervals over patients
@@ -115,12 +120,8 @@ class PatientBootstrap:
         """[n_patients]: the sums of a column [N] over each patient's segments."""
         return np.bincount(self.owner, column, self.n_patients)
 
-    def sums(self, *columns):
-        """Sums over the segments of each draw: a list of [n_boot], one for each column [N]."""
-        return self.sums_of_patients(*map(self.per_patient, columns))
-
     def sums_of_patients(self, *columns):
-        """The same for columns that have one value for each patient, [n_patients]."""
+        """Their sums over the patients of each draw: [n_boot] of each column [n_patients]."""
         columns = np.stack(columns, axis=1)
         return list(np.concatenate([weights @ columns for weights in self.weights()]).T)
 
@@ -138,58 +139,58 @@ class PatientBootstrap:
         low, high = self.interval(value, draws, scale)
         return {"value": value, "low": low, "high": high}
 
-    def medians(self, values):
-        """The median of `values` [N] over the segments of each draw, exactly: [n_boot].
+    def ratio(self, part, whole=None, scale="share", by_patient=False):
+        """The sum of a column over that of another (default: their number), as an estimate."""
+        part = np.asarray(part, np.float64)
+        whole = np.ones_like(part) if whole is None else np.asarray(whole, np.float64)
+        return self.estimate(
+            lambda part, whole: np.where(whole > 0, part / np.where(whole > 0, whole, 1), np.nan),
+            (part, whole), scale, by_patient)
 
-        Sorted once and cut into blocks; the blocks' counts are sums, and only the block that holds
-        the median is looked at value by value.
+    def levels_in_draws(self, values, *masks):
+        """(levels, how many segments of each mask [N] lie at each level in each draw).
+
+        The levels are the distinct values [N]; beyond 5 million / n_patients neighbours share one.
+        The counts come in blocks of draws, each a list of [draws, levels], one for each mask.
         """
-        order = np.argsort(values, kind="stable")
-        values, owner = np.asarray(values)[order], self.owner[order]
-        n_blocks = int(np.clip(np.sqrt(len(values)), 1, 1 + 20_000_000 // self.n_patients))
-        length = -(-len(values) // n_blocks)
-        block_of = np.arange(len(values)) // length
-        counts = np.bincount(owner * n_blocks + block_of, minlength=self.n_patients * n_blocks)
-        counts = counts.reshape(self.n_patients, n_blocks).astype(np.float64)
+        levels, level = np.unique(values, return_inverse=True)
+        most = max(1, 5_000_000 // self.n_patients)
+        if len(levels) > most:
+            shared = np.arange(len(levels)) * most // len(levels)
+            levels, level = levels[np.searchsorted(shared, np.arange(most))], shared[level]
+        size = self.n_patients * len(levels)
+        cell = self.owner * len(levels) + level.ravel()
+        counts = [np.bincount(cell[mask], minlength=size).reshape(self.n_patients, -1).astype(float)
+                  for mask in masks]
+        return levels, ([some @ one for one in counts] for weights in self.weights()
+                        for some in np.array_split(weights, -(-len(weights) * len(levels)
+                                                              // 5_000_000)))
 
-        def value_at(rank, upto, weights):
-            block = np.searchsorted(upto, rank, side="right")
-            inside = slice(block * length, (block + 1) * length)
-            before = upto[block - 1] if block else 0
-            reached = before + np.cumsum(weights[owner[inside]])
-            return values[inside][np.searchsorted(reached, rank, side="right")]
-
-        medians = []
-        for weights in self.weights():
-            for upto, draw in zip(np.cumsum(weights @ counts, axis=1), weights):
-                n = upto[-1]
-                medians.append((value_at((n - 1) // 2, upto, draw)
-                                + value_at(n // 2, upto, draw)) / 2)
-        return np.array(medians)
+    def medians(self, values):
+        """The median of `values` [N] over the segments of each draw: [n_boot]."""
+        levels, draws = self.levels_in_draws(values, np.full(len(values), True))
+        found = []
+        for counts, in draws:
+            upto = np.cumsum(counts, axis=1)
+            n = upto[:, -1:]
+            found.append((levels[np.sum(upto <= (n - 1) // 2, axis=1)]
+                          + levels[np.sum(upto <= n // 2, axis=1)]) / 2)
+        return np.concatenate(found)
 
     def areas_under_roc(self, event, score):
         """The area under the ROC curve in each draw, [n_boot], NaN where one class is missing.
 
-        event: bool [N]; score: [N], higher where the event is likelier. Ranks are exact for up to
-        5 million / n_patients distinct scores; beyond, near ties count as ties.
+        event: bool [N]; score: [N], higher where the event is likelier. Ties count half.
         """
-        _, rank = np.unique(score, return_inverse=True)
-        n_blocks = int(np.clip(5_000_000 // self.n_patients, 1, rank.max() + 1))
-        cell = self.owner * n_blocks + rank.ravel() * n_blocks // (rank.max() + 1)
-        with_event, without = (np.bincount(cell[mask], minlength=self.n_patients * n_blocks)
-                               .reshape(self.n_patients, n_blocks).astype(np.float64)
-                               for mask in (event, ~event))
         areas = []
-        for weights in self.weights():
-            for some in np.array_split(weights, -(-len(weights) * n_blocks // 5_000_000)):
-                hits, others = some @ with_event, some @ without
-                below = np.cumsum(others, axis=1) - others / 2
-                with np.errstate(invalid="ignore"):
-                    areas.append(np.sum(hits * below, axis=1)
-                                 / (hits.sum(axis=1) * others.sum(axis=1)))
+        for hits, others in self.levels_in_draws(score, event, ~event)[1]:
+            below = np.cumsum(others, axis=1) - others / 2
+            with np.errstate(invalid="ignore"):
+                areas.append(np.sum(hits * below, axis=1)
+                             / (hits.sum(axis=1) * others.sum(axis=1)))
         return np.concatenate(areas)
 
-    def interval(self, value, draws, scale="plain", level=0.95):
+    def interval(self, value, draws, scale="plain"):
         """(low, high) of a statistic from its value and its values in the draws [n_boot].
 
         On the scale named (`SCALES`): value ± t x SD of the draws, Student's t with n_patients - 1
@@ -204,7 +205,7 @@ class PatientBootstrap:
         if self.n_patients < LEAST_PATIENTS or len(draws) < 0.9 * self.n_boot or np.isnan(value):
             return float("nan"), float("nan")
         to, back = SCALES[scale]
-        reach = (stdtrit(self.n_patients - 1, (1 + level) / 2)
+        reach = (stdtrit(self.n_patients - 1, 0.975)
                  * np.sqrt(self.n_patients / (self.n_patients - 1)))
         with np.errstate(divide="ignore", invalid="ignore"):
             middle, draws_there = to(np.float64(value)), to(draws)
@@ -216,21 +217,29 @@ class PatientBootstrap:
         return float(low), float(high)
 
 
-def _rmse(n, sum_ee):
-    return np.sqrt(sum_ee / n)
+def _estimates(bootstrap, truth, prediction, by_patient):
+    """The scores but mead with their intervals; by_patient: each patient weighs the same."""
+    error, one = prediction - truth, np.ones_like(truth)
+    weight = 1 / bootstrap.counts if by_patient else 1
 
+    def sums(column):
+        return weight * bootstrap.per_patient(column)
 
-def _ratio(part, whole):
-    return np.where(whole > 0, part / np.where(whole > 0, whole, 1), np.nan)
+    y = truth - sums(truth).sum() / sums(one).sum()     # or squares lose digits to the mean
+    columns = [sums(x) for x in (one, error, error ** 2, np.abs(error), y, y ** 2)]
 
+    def r2(n, e, ee, ae, y, yy):
+        spread = yy - y ** 2 / n
+        return np.where(spread > LEAST_VARIANCE * n, 1 - ee / spread, np.nan)
 
-def _r2(n, sum_ee, sum_y, sum_yy):
-    spread = sum_yy - sum_y ** 2 / n
-    return np.where(spread > LEAST_VARIANCE * n, 1 - sum_ee / spread, np.nan)
-
-
-def _sd(n, sum_e, sum_ee):
-    return np.sqrt(np.maximum(sum_ee - sum_e ** 2 / n, 0) / (n - 1))
+    return {name: bootstrap.estimate(function, columns, scale, by_patient=True)
+            for name, scale, function in (
+                ("rmse", "log", lambda n, e, ee, *_: np.sqrt(ee / n)),
+                ("mae", "log", lambda n, e, ee, ae, *_: ae / n),
+                ("r2", "unexplained", r2),
+                ("bias", "plain", lambda n, e, *_: e / n),
+                ("sd", "log", lambda n, e, ee, *_: np.sqrt(
+                    np.maximum(ee - e ** 2 / n, 0) / (n if by_patient else n - 1))))}
 
 
 def confidence_intervals(patients, truth, prediction, n_boot=2000, seed=0):
@@ -239,19 +248,10 @@ def confidence_intervals(patients, truth, prediction, n_boot=2000, seed=0):
     patients: [N], or a `PatientBootstrap` of them; truth, prediction: [N]. See FEW_PATIENTS.
     """
     truth, prediction = _finite(truth=truth, prediction=prediction)
-    bootstrap = _bootstrap(patients, n_boot, seed)
-    error, centred = prediction - truth, truth - truth.mean()   # or squares lose digits to the mean
-    one, found = np.ones_like(error), {}
-    for name, function, columns, scale in (
-            ("rmse", _rmse, (one, error ** 2), "log"),
-            ("mae", _ratio, (np.abs(error), one), "log"),
-            ("r2", _r2, (one, error ** 2, centred, centred ** 2), "unexplained"),
-            ("bias", _ratio, (error, one), "plain"),
-            ("sd", _sd, (one, error, error ** 2), "log")):
-        found[name] = bootstrap.estimate(function, columns, scale)
-    found = {name: (one["low"], one["high"]) for name, one in found.items()}
-    found["mead"] = bootstrap.interval(np.median(np.abs(error)),
-                                       bootstrap.medians(np.abs(error)), "log")
+    bootstrap, size = _bootstrap(patients, n_boot, seed), np.abs(prediction - truth)
+    found = {name: (one["low"], one["high"])
+             for name, one in _estimates(bootstrap, truth, prediction, by_patient=False).items()}
+    found["mead"] = bootstrap.interval(np.median(size), bootstrap.medians(size), "log")
     return {name: found[name] for name in SCORES}
 
 
@@ -262,21 +262,25 @@ def _bootstrap(patients, n_boot=2000, seed=0):
 
 def rmse(patients, error):
     """RMSE of errors [N] with its 95 % interval."""
-    return _bootstrap(patients).estimate(_rmse, (np.ones_like(error), error ** 2), "log")
+    return _bootstrap(patients).estimate(lambda n, ee: np.sqrt(ee / n),
+                                         (np.ones_like(error), error ** 2), "log")
 
 
-def skill(truth, prediction, baseline_prediction, patients, n_boot=2000, seed=0):
+def skill(truth, prediction, baseline_prediction, patients, n_boot=2000, seed=0, by_patient=False):
     """1 - MSE / MSE(baseline), with its 95 % interval: {'value', 'low', 'high'}.
 
     0: no better than the baseline; 1: perfect. All [N]. The bootstrap over patients is paired: each
-    draw scores both on the same patients. NaN where the baseline is free of error.
+    draw scores both on the same patients. by_patient: each patient weighs the same, whatever the
+    number of its segments. NaN where the baseline is free of error.
     """
     truth, prediction, baseline_prediction = _finite(
         truth=truth, prediction=prediction, baseline_prediction=baseline_prediction)
-    ours, theirs = (prediction - truth) ** 2, (baseline_prediction - truth) ** 2
-    return _bootstrap(patients, n_boot, seed).estimate(
-        lambda sum_ours, sum_theirs: np.where(sum_theirs > 0, 1 - sum_ours / sum_theirs, np.nan),
-        (ours, theirs), "unexplained")
+    bootstrap = _bootstrap(patients, n_boot, seed)
+    columns = [bootstrap.per_patient((one - truth) ** 2) / (bootstrap.counts if by_patient else 1)
+               for one in (prediction, baseline_prediction)]
+    return bootstrap.estimate(
+        lambda ours, theirs: np.where(theirs > 0, 1 - ours / theirs, np.nan),
+        columns, "unexplained", by_patient=True)
 
 
 # ---------------------------------------------------------------- patients, changes, low TPP
@@ -284,37 +288,15 @@ def skill(truth, prediction, baseline_prediction, patients, n_boot=2000, seed=0)
 def patient_scores(patients, truth, prediction):
     """The scores with each patient weighing the same, whatever the number of its segments.
 
-    {score: {'value', 'low', 'high'}}: rmse, mae, r2, bias and sd as in `scores` (sd without the n -
-    1) with weight 1 / (segments of the patient); mead: the mean of the patients' medians.
+    {score: {'value', 'low', 'high'}}, as in `scores` with weight 1 / (segments of the patient), sd
+    without the n - 1; mead: the mean of the patients' medians.
     """
     truth, prediction = _finite(truth=truth, prediction=prediction)
     bootstrap = _bootstrap(patients)
-    error = prediction - truth
-
-    def means(column):
-        return bootstrap.per_patient(column) / bootstrap.counts
-
-    one, e, ee = np.ones(bootstrap.n_patients), means(error), means(error ** 2)
-    centred = truth - means(truth).mean()
-    y, yy = means(centred), means(centred ** 2)
-    found = {}
-    for name, function, columns, scale in (
-            ("rmse", _rmse, (one, ee), "log"),
-            ("mae", _ratio, (means(np.abs(error)), one), "log"),
-            ("mead", _ratio, (_patient_medians(bootstrap, np.abs(error)), one), "log"),
-            ("r2", _r2, (one, ee, y, yy), "unexplained"),
-            ("bias", _ratio, (e, one), "plain"),
-            ("sd", lambda n, e, ee: np.sqrt(np.maximum(ee - e ** 2 / n, 0) / n), (one, e, ee),
-             "log")):
-        found[name] = bootstrap.estimate(function, columns, scale, by_patient=True)
-    return found
-
-
-def _patient_medians(bootstrap, values):
-    """[n_patients] medians of values [N]."""
-    ordered = values[np.lexsort((values, bootstrap.owner))]
-    first, counts = np.cumsum(bootstrap.counts) - bootstrap.counts, bootstrap.counts
-    return (ordered[first + (counts - 1) // 2] + ordered[first + counts // 2]) / 2
+    found = _estimates(bootstrap, truth, prediction, by_patient=True)
+    size = np.abs(prediction - truth)[np.argsort(bootstrap.owner, kind="stable")]
+    medians = [np.median(own) for own in np.split(size, np.cumsum(bootstrap.counts)[:-1])]
+    return dict(found, mead=bootstrap.ratio(medians, scale="log", by_patient=True))
 
 
 def within_patient_correlation(patients, truth, prediction):
@@ -358,11 +340,10 @@ def trend_concordance(patients, truth, prediction, series=None, zone=TREND_ZONE)
     patients = np.asarray(patients)
     later, true_change, change = changes(patients if series is None else series, truth, prediction)
     counted = np.maximum(np.abs(true_change), np.abs(change)) >= zone
-    found = {"value": float("nan"), "low": float("nan"), "high": float("nan")}
+    found = dict.fromkeys(("value", "low", "high"), float("nan"))
     if counted.any():
         right = true_change[counted] * change[counted] > 0
-        found = PatientBootstrap(patients[later[counted]]).estimate(
-            _ratio, (right.astype(float), np.ones(len(right))), "share")
+        found = PatientBootstrap(patients[later[counted]]).ratio(right)
     return dict(found, n=int(counted.sum()), n_changes=len(later), zone=zone)
 
 
@@ -380,7 +361,7 @@ def detection(patients, truth, prediction, threshold=LOW_TPP):
                               ("sensitivity", event & alarm, event),
                               ("specificity", ~event & ~alarm, ~event),
                               ("ppv", event & alarm, alarm), ("npv", ~event & ~alarm, ~alarm)):
-        found[name] = bootstrap.estimate(_ratio, (part.astype(float), whole.astype(float)), "share")
+        found[name] = bootstrap.ratio(part, whole)
     area = roc_area(event, -prediction)
     low, high = bootstrap.interval(area, bootstrap.areas_under_roc(event, -prediction), "share")
     return dict(found, auc={"value": area, "low": low, "high": high})
@@ -403,15 +384,14 @@ def reliability(patients, event, probability, bins=10):
     """
     event, probability = _finite(event=event, probability=probability)
     bootstrap = _bootstrap(patients)
-    one = np.ones_like(event)
     edges = np.unique(np.quantile(probability, np.linspace(0, 1, bins + 1)))
     bin_of = np.searchsorted(edges[1:-1], probability)
     table = []
     for number in np.unique(bin_of):
-        inside = (bin_of == number).astype(float)
-        table.append(dict(bootstrap.estimate(_ratio, (event * inside, inside), "share"),
-                          predicted=float(probability[inside > 0].mean()), n=int(inside.sum())))
-    return {"brier": bootstrap.estimate(_ratio, ((probability - event) ** 2, one), "log"),
+        inside = bin_of == number
+        table.append(dict(bootstrap.ratio(event * inside, inside), n=int(inside.sum()),
+                          predicted=float(probability[inside].mean())))
+    return {"brier": bootstrap.ratio((probability - event) ** 2, scale="log"),
             "observed": float(event.mean()), "predicted": float(probability.mean()), "bins": table}
 
 
@@ -421,7 +401,7 @@ AAMI_MEAN, AAMI_SD = 5.0, 8.0                   # ISO 81060-2, criterion 1
 AAMI_ERROR, AAMI_SHARE = 10.0, 0.85             # ISO 81060-2, tolerable error and its probability
 BHS_LIMITS = (5, 10, 15)                        # mmHg
 BHS_GRADES = {"A": (60, 85, 95), "B": (50, 75, 90), "C": (40, 65, 85)}     # cumulative %
-IEEE_1708_GRADES = (("A", 5), ("B", 6), ("C", 7))   # mean absolute difference up to, mmHg
+IEEE_1708_GRADES = {"A": 5, "B": 6, "C": 7}     # mean absolute difference up to, mmHg; below 7
 
 
 def aami_limit(mean_error):
@@ -444,23 +424,20 @@ def standards(patients, truth, prediction):
     bootstrap = _bootstrap(patients)
     error = prediction - truth
     means = bootstrap.per_patient(error) / bootstrap.counts
-    several = len(means) > 1
-    mean, sd = float(error.mean()), float(np.std(error, ddof=1)) if len(error) > 1 else float("nan")
-    sd_of_means = float(np.std(means, ddof=1)) if several else float("nan")
-    limit = aami_limit(means.mean())
+    sd, sd_of_means = (float(np.std(x, ddof=1)) if len(x) > 1 else float("nan")
+                       for x in (error, means))
+    mean, mad, limit = float(error.mean()), float(np.abs(error).mean()), aami_limit(means.mean())
     within = [float(np.mean(np.abs(error) <= bound)) for bound in BHS_LIMITS]
-    mad = float(np.mean(np.abs(error)))
-    bhs = [grade for grade, least in BHS_GRADES.items()
-           if all(100 * share >= bound for share, bound in zip(within, least))]
-    ieee = [grade for grade, most in IEEE_1708_GRADES if mad < most or (mad == most and most < 7)]
+    bhs = next((grade for grade, least in BHS_GRADES.items()
+                if all(100 * share >= bound for share, bound in zip(within, least))), "D")
+    ieee = next((grade for grade, most in IEEE_1708_GRADES.items() if mad <= most and mad < 7), "D")
     return {
         "aami_1": {"mean": mean, "sd": sd, "passed": abs(mean) <= AAMI_MEAN and sd <= AAMI_SD},
         "aami_2": {"mean": float(means.mean()), "sd": sd_of_means, "limit": limit,
                    "passed": sd_of_means <= limit},
         "aami_esh_iso": {"within_10": within[1], "passed": within[1] >= AAMI_SHARE},
-        "bhs": {"within_5": within[0], "within_10": within[1], "within_15": within[2],
-                "grade": bhs[0] if bhs else "D"},
-        "ieee_1708": {"mad": mad, "grade": ieee[0] if ieee else "D"}}
+        "bhs": dict({f"within_{x}": share for x, share in zip(BHS_LIMITS, within)}, grade=bhs),
+        "ieee_1708": {"mad": mad, "grade": ieee}}
 
 
 def bland_altman(patients, truth, prediction):
@@ -482,13 +459,11 @@ def bland_altman(patients, truth, prediction):
         between = (ee_between - e ** 2 / n) / (k - 1)
         return e / n, np.maximum((between - within) / mean_n, 0), within
 
-    def limit(sign):
-        def function(*sums):
-            bias, between, within = components(*sums)
-            return bias + sign * 1.959963984540054 * np.sqrt(between + within)
-        return function
+    def limit(*sums, sign):
+        bias, between, within = components(*sums)
+        return bias + sign * 1.959963984540054 * np.sqrt(between + within)
 
-    found = {name: bootstrap.estimate(limit(sign), columns, by_patient=True)
+    found = {name: bootstrap.estimate(partial(limit, sign=sign), columns, by_patient=True)
              for name, sign in (("bias", 0), ("lower", -1), ("upper", 1))}
     with np.errstate(divide="ignore", invalid="ignore"):
         _, between, within = components(*[column.sum() for column in columns])
@@ -498,7 +473,7 @@ def bland_altman(patients, truth, prediction):
 def summarise(runs):
     """Mean and SD (ddof 1) of each number in several runs' scores: {name: {'mean', 'sd', 'runs'}}.
 
-    runs: a list of dicts, as `<name>_metrics.json` holds them; inner names are joined by dots.
+    runs: two or more dicts, as `<name>_metrics.json` holds them; inner names are joined by dots.
     """
     def flat(obj, name=""):
         for key, value in obj.items():
@@ -508,13 +483,10 @@ def summarise(runs):
                 yield name + key, float(value)
 
     runs = [dict(flat(run)) for run in runs]
-    found = {}
-    for name in runs[0]:
-        values = [run[name] for run in runs if name in run]
-        if len(values) == len(runs):
-            found[name] = {"mean": float(np.mean(values)), "runs": values,
-                           "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-    return found
+    values = {name: [run[name] for run in runs] for name in runs[0]
+              if all(name in run for run in runs)}
+    return {name: {"mean": float(np.mean(one)), "sd": float(np.std(one, ddof=1)), "runs": one}
+            for name, one in values.items()}
 
 
 # ---------------------------------------------------------------- how sure is one prediction
@@ -533,9 +505,8 @@ def patient_quantile(values, patients, level):
     arXiv 2306.06342). Infinite where K is too small: K / (K + 1) < level.
     """
     values, = _finite(values=values)
-    _, owner, counts = np.unique(patients, return_inverse=True, return_counts=True)
-    order = np.argsort(values, kind="stable")
-    reached = np.cumsum(1 / counts[owner.ravel()[order]]) / (len(counts) + 1)
+    bootstrap, order = _bootstrap(patients), np.argsort(values, kind="stable")
+    reached = np.cumsum(1 / bootstrap.counts[bootstrap.owner[order]]) / (bootstrap.n_patients + 1)
     place = np.searchsorted(reached, level - 1e-9)
     return float(values[order[place]]) if place < len(values) else float("inf")
 
@@ -549,12 +520,12 @@ def fit_calibration(errors, patients, spread=None):
     """
     errors, = _finite(errors=errors)
     scaled = errors / (1.0 if spread is None else np.asarray(spread, np.float64))
-    _, owner, counts = np.unique(patients, return_inverse=True, return_counts=True)
-    order, weight = np.argsort(scaled), 1 / counts[owner.ravel()]
-    reached = (np.cumsum(weight[order]) - weight[order] / 2) / weight.sum()
+    bootstrap, order = _bootstrap(patients), np.argsort(scaled)
+    weight = 1 / bootstrap.counts[bootstrap.owner[order]]
+    reached = (np.cumsum(weight) - weight / 2) / weight.sum()
     shares = (np.arange(QUANTILES) + 0.5) / QUANTILES
-    half_widths = [patient_quantile(np.abs(scaled), patients, level) for level in LEVELS]
-    return {"levels": list(LEVELS), "n_patients": len(counts), "n_segments": len(errors),
+    half_widths = [patient_quantile(np.abs(scaled), bootstrap, level) for level in LEVELS]
+    return {"levels": list(LEVELS), "n_patients": bootstrap.n_patients, "n_segments": len(errors),
             "half_widths": [half if np.isfinite(half) else None for half in half_widths],
             "spread": spread is not None,
             "error_quantiles": np.interp(shares, reached, scaled[order]).tolist()}
@@ -599,11 +570,10 @@ def coverage(patients, truth, low, high):
     """
     truth, low, high = _finite(truth=truth, low=low, high=high)
     bootstrap = _bootstrap(patients)
-    inside = ((low <= truth) & (truth <= high)).astype(float)
+    inside = (low <= truth) & (truth <= high)
     shares = bootstrap.per_patient(inside) / bootstrap.counts
-    return {"segments": bootstrap.estimate(_ratio, (inside, np.ones_like(inside)), "share"),
-            "patients": bootstrap.estimate(_ratio, (shares, np.ones_like(shares)), "share",
-                                           by_patient=True),
+    return {"segments": bootstrap.ratio(inside),
+            "patients": bootstrap.ratio(shares, by_patient=True),
             "lowest_tenth": float(np.quantile(shares, 0.1)),
             "mean_width": float(np.mean(high - low))}
 
@@ -679,12 +649,12 @@ def left_out_baselines(vitals, *parts):
         if name.startswith(("ridge", "gradient")) and not inputs:
             reasons[name] = "the network gets no vitals"
         for field in dict.fromkeys(part for column in inputs for part in column.split("*")):
-            absent = [part for part in parts if field not in part]
-            bad = 0 if field in PPG_FEATURES else sum(
-                np.count_nonzero(~np.isfinite(part[field])) for part in parts if field in part)
-            if name not in reasons and (absent or bad):
-                reasons[name] = (f"{field} is not in the data" if absent
-                                 else f"{field} is not finite in {bad} segments")
+            there = [np.asarray(part[field]) for part in parts if field in part]
+            bad = field not in PPG_FEATURES and sum(map(_count_bad, there))
+            if len(there) < len(parts):
+                reasons.setdefault(name, f"{field} is not in the data")
+            elif bad:
+                reasons.setdefault(name, f"{field} is not finite in {bad} segments")
     return reasons
 
 
@@ -706,14 +676,13 @@ def fit_baselines(train, patients, vitals, left_out=None, seed=0):
     for name, inputs in _baseline_inputs(vitals).items():
         if name in left_out:
             continue
-        if name == "mean_tpp":
-            function = _constant(target.mean())
-        elif name == "map_minus_mean_pcrit":
-            function = _map_minus(np.mean(_columns(train, inputs)[:, 0] - target))
-        elif name.startswith("ridge"):
-            function = _fit_ridge(_columns(train, inputs), target, patients).predict
+        columns = _columns(train, inputs)
+        if name.startswith("ridge"):
+            function = _fit_ridge(columns, target, patients).predict
+        elif name.startswith("gradient"):
+            function = _fit_boosting(columns, target, patients, seed).predict
         else:
-            function = _fit_boosting(_columns(train, inputs), target, patients, seed).predict
+            function = _sum_and_constant(columns, target)
         baselines[name] = Baseline(name, inputs, function)
     return baselines
 
@@ -784,22 +753,17 @@ def ppg_features(ppg, fs=60):
     return dict(zip(PPG_FEATURES, found.T))
 
 
-def _constant(mean_tpp):
-    return lambda columns: np.full(len(columns), mean_tpp)
-
-
-def _map_minus(mean_p_crit):
-    return lambda columns: columns[:, 0] - mean_p_crit
+def _sum_and_constant(columns, target):
+    """TPP as the sum of the inputs (of none, or MAP) and the constant that serves best."""
+    constant = np.mean(target - columns.sum(axis=1))
+    return lambda columns: columns.sum(axis=1) + constant
 
 
 def _patient_folds(patients):
     """[(fit rows, left-out rows)]: up to FOLDS parts, no patient in two; none for one patient."""
     from sklearn.model_selection import GroupKFold
-    patients = np.unique(patients, return_inverse=True)[1].ravel()
-    n_folds = min(FOLDS, patients.max() + 1)
-    if n_folds < 2:
-        return []
-    return list(GroupKFold(n_folds).split(patients, groups=patients))
+    n_folds = min(FOLDS, len(np.unique(patients)))
+    return list(GroupKFold(n_folds).split(patients, groups=patients)) if n_folds > 1 else []
 
 
 def _fit_ridge(columns, target, patients):

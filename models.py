@@ -251,6 +251,7 @@ class ResBlockV3(ResBlockV2):
 class MyFirstResNet(nn.Module):
     """ppg [B, in_channels, L >= 600], num_discrete vitals [B] or [B, 1] -> [B, num_outputs].
 
+    With in_channels 0 there is no waveform: `model(*vitals)` (what the PPG adds shows beside it).
     The first layer is a `ConvBlock`; a `ResBlockV1` follows, then V2s, and a V3 last, one block for
     each further entry of `widths`. `kernel_sizes` is one odd number or one for each layer,
     `strides` one number or one for each block. `dropout` acts on the pooled features. Normalisation
@@ -273,30 +274,35 @@ class MyFirstResNet(nn.Module):
         if len(kernel_sizes) != blocks + 1 or len(strides) != blocks:
             raise ValueError(f"{len(widths)} widths need {blocks + 1} kernel_sizes and {blocks} "
                              f"strides, got {len(kernel_sizes)} and {len(strides)}")
-        self.num_discrete = num_discrete
-        layers = [ConvBlock(in_channels, widths[0], kernel_sizes[0])]
+        if not in_channels + num_discrete:
+            raise ValueError("neither a waveform nor vitals: there is nothing to learn from")
+        self.in_channels, self.num_discrete = in_channels, num_discrete
+        layers = [ConvBlock(in_channels, widths[0], kernel_sizes[0])] if in_channels else []
         total_stride = 1
-        for i in range(blocks):
+        for i in range(blocks if in_channels else 0):
             block = ResBlockV1 if i == 0 else ResBlockV3 if i == blocks - 1 else ResBlockV2
             layers.append(block(widths[i], widths[i + 1], kernel_sizes[i + 1], strides[i]))
             total_stride *= strides[i]
         self.min_samples = max(MIN_SAMPLES, total_stride + 1)   # the last norm needs two samples
         self.layers = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
-        self.projection = nn.Linear(widths[-1] + num_discrete, 128)
+        self.projection = nn.Linear((widths[-1] if in_channels else 0) + num_discrete, 128)
         self.mlp = nn.Sequential(nn.ReLU(), nn.Linear(128, 64), nn.ReLU(),
                                  nn.Linear(64, num_outputs))
 
-    def forward(self, ppg, *discretes):
+    def forward(self, *inputs):
+        ppg, discretes = inputs[:bool(self.in_channels)], inputs[bool(self.in_channels):]
         if len(discretes) != self.num_discrete:
-            raise ValueError(f"expected {self.num_discrete} vitals beside the PPG, "
-                             f"got {len(discretes)}")
-        if ppg.shape[-1] < self.min_samples:
-            raise ValueError(f"PPG of {ppg.shape[-1]} samples: expected at least "
-                             f"{self.min_samples} (10 s at 60 Hz, and more for long strides)")
-        features = self.dropout(self.layers(ppg).mean(2))                           # [B, 256]
+            raise ValueError(f"expected {self.num_discrete} vitals"
+                             + (" beside the PPG" if self.in_channels else "")
+                             + f", got {len(discretes)}")
         columns = [d.unsqueeze(1) if d.dim() == 1 else d for d in discretes]        # each [B, 1]
-        return self.mlp(self.projection(torch.cat([features] + columns, dim=1)))
+        for x in ppg:
+            if x.shape[-1] < self.min_samples:
+                raise ValueError(f"PPG of {x.shape[-1]} samples: expected at least "
+                                 f"{self.min_samples} (10 s at 60 Hz, and more for long strides)")
+            columns.insert(0, self.dropout(self.layers(x).mean(2)))                 # [B, 256]
+        return self.mlp(self.projection(torch.cat(columns, dim=1)))
 
 
 def receptive_field(model):
@@ -331,8 +337,8 @@ def init_steady(model):
                 out_channels, in_channels, kernel = conv.weight.shape
                 taps = torch.randn(out_channels, in_channels, 1) / (3 * in_channels * kernel) ** 0.5
                 conv.weight.copy_(taps.expand_as(conv.weight))
-        if model.num_discrete:
-            features = model.projection.in_features - model.num_discrete
+        features = model.projection.in_features - model.num_discrete
+        if features and model.num_discrete:
             model.projection.weight[:, features:] *= (features / model.num_discrete) ** 0.5
     return model
 

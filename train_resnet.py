@@ -3,6 +3,8 @@
     python train_resnet.py                                  # simulates its data, trains, evaluates
     python train_resnet.py --data my.h5 --name mine         # one's own data, the M1.5 recipe
     python train_resnet.py --data my.h5 --dry-run           # what that would read, train and write
+    python train_resnet.py --data my.h5 --folds 5 --seeds 3 # cross-validated, repeated
+    python train_resnet.py --ablate                         # also without the PPG, without vitals
     python train_resnet.py --plot-log --name mine           # the figures again, at any time
     torchrun --nproc_per_node=2 train_resnet.py …           # several GPUs or processes
 
@@ -27,6 +29,7 @@ import numpy as np
 from evaluate import (
     SCORED,
     beside,
+    compare_runs,
     draw_histogram,
     evaluate,
     find_files,
@@ -34,6 +37,7 @@ from evaluate import (
     origin_of,
     print_results,
     simulated_note,
+    vitals_of,
 )
 from tk_utils import (
     atomic_file,
@@ -59,7 +63,7 @@ SIMULATED_RECIPE = {"epochs": 8, "batch_size": 16, "lr_step": 7}
 SIMULATED_FILE = "data/simulated_{patients}x{segments}_seed{seed}.h5".format(**SIMULATED)
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 LABELS = ("tpp", "p_crit")
-NO_VITALS = {"ppg", "abp", "tpp", "p_crit", "p_crit_true"}      # waveforms, and the answer itself
+NO_VITALS = {"abp", "tpp", "p_crit", "p_crit_true"}      # waveforms, and the answer itself
 
 
 INTERRUPTED = 3         # exit code: stopped by SIGINT or SIGTERM, state saved
@@ -87,7 +91,8 @@ def parse_args(arguments=None):
                        help="HDF5 files of the layout, or globs; default: simulate "
                             f"{SIMULATED['patients']} patients into {SIMULATED_FILE} once")
     group.add_argument("--keys", nargs="+", default=KEYS, metavar="FIELD",
-                       help=f"ppg, vitals, label (tpp or p_crit); default {' '.join(KEYS)}")
+                       help="ppg (may be absent), vitals, label (tpp or p_crit); default "
+                            f"{' '.join(KEYS)}")
     group.add_argument("--condition", default="default", metavar="GATE",
                        help="quality gate (docs/labels.md); default 'default'")
     group.add_argument("--split-seed", type=int, default=0, metavar="N",
@@ -123,9 +128,19 @@ def parse_args(arguments=None):
                        help="of initial weights and order; default 0")
     group.add_argument("--early-stopping", type=int, default=-1, metavar="EPOCHS",
                        help="stop after so many epochs without improvement; default: never")
+    group.add_argument("--spread", action="store_true",
+                       help="the network also predicts its own spread (Gaussian likelihood)")
     group.add_argument("--amp", choices=("bf16", "fp16"), help="autocast to a shorter float")
     group.add_argument("--weight-labels", action="store_true",
                        help="weigh each train segment by the standard error of its Pcrit")
+    group = parser.add_argument_group("repeating")
+    group.add_argument("--seeds", type=int, metavar="K",
+                       help="train K runs, <name>_seed<n>, of the seeds from --seed on")
+    group.add_argument("--folds", type=int, metavar="K",
+                       help="cross-validate over patients: K runs, <name>_fold<n>; each patient is "
+                            "tested once, the patients of each file are dealt evenly")
+    group.add_argument("--ablate", action="store_true",
+                       help="first train <name>_no_ppg and <name>_no_vitals, listed beside the run")
     group = parser.add_argument_group("running")
     group.add_argument("--name", default="M1.5", help="of the files in runs/; default M1.5")
     group.add_argument("--device", help="cpu, cuda, cuda:1, …; default: CUDA where present")
@@ -154,23 +169,48 @@ def parse_args(arguments=None):
             setattr(options, name, value)
     for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("lr_step", 1),
                         ("lr_gamma", 0), ("weight_decay", 0), ("l1", 0), ("seed", 0),
-                        ("workers", 0)):
+                        ("workers", 0), ("seeds", 2), ("folds", 3)):
         value = getattr(options, name)
         if value is not None and not value >= least:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     if not options.lr > 0:
         parser.error(f"--lr {options.lr}: expected more than 0")
-    first, *vitals, label = options.keys if len(options.keys) > 1 else (None, None)
-    if first != "ppg" or label not in LABELS or set(vitals) & NO_VITALS:
+    vitals, label = vitals_of(options.keys), options.keys[-1]
+    if (len(options.keys) < 2 or label not in LABELS or "ppg" in options.keys[1:]
+            or set(vitals) & NO_VITALS):
         parser.error(f"--keys {' '.join(options.keys)}: expected ppg, then vitals, then "
                      f"{' or '.join(LABELS)}; never the label or a waveform among the vitals")
+    if options.ablate and (options.keys[0] != "ppg" or not vitals):
+        parser.error("--ablate: expected --keys with ppg and vitals, to leave out either")
+    if options.ablate and options.init_from:
+        parser.error("--ablate does not go with --init-from: its runs begin anew")
     if not options.name or os.path.basename(options.name) != options.name:
         parser.error(f"--name {options.name!r}: expected a name, not a path")
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs a package: pip install tensorboard")
     if options.dry_run and "RANK" in os.environ:
         parser.error("--dry-run: one process is enough, without torchrun")
+    options.fold = None
     return options
+
+
+def repeats(options):
+    """The options of each run that --seeds, --folds and --ablate ask for, in order."""
+    runs = [options]
+    if options.seeds:
+        seeds = range(options.seed, options.seed + options.seeds)
+        runs = [changed(one, f"_seed{n}", seed=n) for one in runs for n in seeds]
+    if options.folds:
+        runs = [changed(one, f"_fold{n}", fold=n) for one in runs for n in range(options.folds)]
+    if options.ablate:      # before the run itself, whose table lists them (evaluate.ABLATIONS)
+        ppg, *vitals, label = options.keys
+        runs = [changed(one, suffix, keys=keys) for one in runs for suffix, keys in (
+            ("_no_ppg", [*vitals, label]), ("_no_vitals", [ppg, label]), ("", options.keys))]
+    return runs
+
+
+def changed(options, suffix, **values):
+    return argparse.Namespace(**dict(vars(options), name=options.name + suffix, **values))
 
 
 def main():
@@ -178,7 +218,31 @@ def main():
     if options.plot_log:
         return plot_log(options)
     if options.dry_run:
-        return dry_run(options)
+        return dry_run(repeats(options))
+    runs, first = repeats(options), os.environ.get("RANK", "0") == "0"
+    for number, one in enumerate(runs, 1):
+        if len(runs) > 1 and first:
+            print(f"\n{one.name}: run {number} of {len(runs)}", flush=True)
+        code = run(one)
+        if code:
+            return code
+    if (options.seeds or options.folds) and first:
+        summarise([f"runs/{one.name}.pth" for one in runs if one.keys == options.keys], options)
+    return 0
+
+
+def summarise(checkpoints, options):
+    """The table of several runs, runs/<name>_summary.json, and the histogram of all together."""
+    print(f"\n{options.name}: {len(checkpoints)} runs")
+    results, arrays = compare_runs(checkpoints, device=options.device,
+                                   keep_index=options.keep_index)
+    write_json(f"runs/{options.name}_summary.json", results)
+    draw_histogram(results["together"], arrays, FIGURES[1])
+    print(f"wrote runs/{options.name}_summary.json and {FIGURES[1]}")
+
+
+def run(options):
+    """Trains and scores one network; the exit code."""
     from training_header import Interrupted, NonFiniteLoss, TrainingError
     started = time.time()
     rank = join_processes(options.device)
@@ -226,6 +290,8 @@ def join_processes(device):
     if "RANK" not in os.environ:
         return 0
     import torch
+    if torch.distributed.is_initialized():      # by the run before this one
+        return torch.distributed.get_rank()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     on_cuda = torch.cuda.is_available() and device != "cpu"
@@ -279,7 +345,7 @@ def open_data(options, data, rank):
     origin = origin_of(data)
     make_index = kept_dataset_index if options.keep_index else create_dataset_index
     index = make_index(condition=options.condition, path=data)
-    parts = split_index(index, options.split_seed)
+    parts = split_index(index, options.split_seed, fold=options.fold, folds=options.folds)
     # A field that only scoring needs, or only a test patient lacks, is missed before training.
     TPP_PPG_dataset(index, "segment", options.keys + SCORED)
     if rank == 0:
@@ -316,6 +382,9 @@ def open_parent(options, parts, salt_file, rank):
     if parent["keys"] != options.keys:
         raise DataError(f"{options.init_from}: trained on {' '.join(parent['keys'])}, not on "
                         f"{' '.join(options.keys)} (--keys)")
+    if (parent["model_args"].get("num_outputs", 1) == 2) != options.spread:
+        raise DataError(f"{options.init_from}: predicts {'no' if options.spread else 'its'} spread "
+                        f"({'without' if options.spread else 'with'} --spread it goes on)")
     if rank > 0:
         return parent
     if parent["provenance"].get("salt") != salt_mark(salt):
@@ -399,6 +468,13 @@ def what_was_in(loader, problem, salt_file):
             "(python datasets.py FILE --who HASH names them)")
 
 
+def model_args(options):
+    """The arguments of `get_model_v3`, those that are not its defaults."""
+    return {"num_discrete": len(vitals_of(options.keys)),
+            **({} if options.keys[0] == "ppg" else {"in_channels": 0}),
+            **({"num_outputs": 2} if options.spread else {})}
+
+
 def build(options, datasets, parent):
     """The normalised network (fresh, or the parent's), the loaders, the device."""
     from training_header import (
@@ -417,11 +493,12 @@ def build(options, datasets, parent):
     if parent:
         model = load_model(parent)
     else:
-        network = get_model_v3(len(options.keys) - 2)
+        network = get_model_v3(**model_args(options))
         if options.init == "steady":
             init_steady(network)
         model = NormalisedModel(network, options.keys,
-                                fit_normaliser(datasets["train"], options.keys[1:]))
+                                fit_normaliser(datasets["train"],
+                                               vitals_of(options.keys) + options.keys[-1:]))
     rank, world = distributed()
     workers = (4 if device.type == "cuda" else 0) if options.workers is None else options.workers
     loaders = [make_loader(datasets[name], options.batch_size * world, shuffle=name == "train",
@@ -444,8 +521,10 @@ def train(options, model, loaders, device, description):
         left = row["seconds"] / row["epoch"] * (options.epochs - row["epoch"])
         if add_to_board:
             add_to_board(log)
-        print(f"epoch {row['epoch']}/{options.epochs}: RMSE train {row['train_loss'] ** 0.5:.2f}, "
-              f"tune {row['tune_loss'] ** 0.5:.2f} mmHg (best: epoch {row['best_epoch']}), "
+        losses = (f"-log likelihood train {row['train_loss']:.3f}, tune {row['tune_loss']:.3f}"
+                  if options.spread else f"RMSE train {row['train_loss'] ** 0.5:.2f}, tune "
+                  f"{row['tune_loss'] ** 0.5:.2f} mmHg")
+        print(f"epoch {row['epoch']}/{options.epochs}: {losses} (best: epoch {row['best_epoch']}), "
               f"{row['seconds'] / 60:.1f} min, {left / 60:.1f} min left", flush=True)
 
     weigh = None
@@ -461,7 +540,8 @@ def train(options, model, loaders, device, description):
         model, *loaders, total_epochs=options.epochs, lr=options.lr,
         weight_decay=options.weight_decay, l1_reg=options.l1, early_stopping=options.early_stopping,
         scheduler_and_args=[StepLR, {"step_size": options.lr_step, "gamma": options.lr_gamma}],
-        gradient_accumulation=options.accumulate, device=device, amp=options.amp,
+        gradient_accumulation=options.accumulate, criterion="nll" if options.spread else "mse",
+        device=device, amp=options.amp,
         compiled=options.compiled, on_epoch=on_epoch, weigh=weigh,
         resume_path=resume_path(options), experiment=description,
         checkpoint_minutes=options.checkpoint_minutes)
@@ -509,7 +589,8 @@ def describe(options, index, parts, datasets, origin, salt_file, parent):
     """What the checkpoint says of the run: options, hashed split, provenance; no paths or names."""
     from training_header import distributed, hash_patients, read_salt, salt_mark
     left_out = ("data", "salt_file", "name", "device", "workers", "keep_index", "init_from",
-                "fresh", "checkpoint_minutes", "tensorboard", "dry_run", "plot_log")
+                "fresh", "checkpoint_minutes", "tensorboard", "dry_run", "plot_log", "seeds",
+                "ablate")
     salt = read_salt(salt_file)
     fingerprint, parent_print, ancestors = hashlib.sha256(), None, {}
     if parent:
@@ -521,13 +602,14 @@ def describe(options, index, parts, datasets, origin, salt_file, parent):
     for one in (index.rows, index.starts, datasets["train"].column(options.keys[-1]).numpy()):
         fingerprint.update(one.tobytes())
     return {
-        "model_args": parent["model_args"] if parent else {"num_discrete": len(options.keys) - 2},
+        "model_args": parent["model_args"] if parent else model_args(options),
         "config": dict({k: v for k, v in vars(options).items() if k not in left_out},
                        processes=distributed()[1]),
         "split": {**ancestors, **{name: hash_patients(part.patients.tolist(), salt)
                                   for name, part in parts.items()}},
         "provenance": {
-            "origin": origin, "data_fingerprint": fingerprint.hexdigest(),
+            "origin": origin, "label_method": origin_of(index.paths, "label_method"),
+            "beats": origin_of(index.paths, "beats"), "data_fingerprint": fingerprint.hexdigest(),
             "parent": parent_print, "salt": salt_mark(salt), "n_patients": index.n_patients,
             "n_segments": len(index),
             "versions": versions(), "git_revision": git_revision(),
@@ -583,9 +665,10 @@ def plot_log(options):
         print(f"drawn: {FIGURES[1]}")
 
 
-def dry_run(options):
+def dry_run(runs):
     """Says what this command would read, train and write, and how long it may take; writes nothing.
     """
+    options = runs[-1]
     from training_header import load_checkpoint
     data = find_files(options.data) if options.data else [SIMULATED_FILE]
     if not os.path.exists(data[0]):
@@ -610,7 +693,9 @@ def dry_run(options):
                 ["would read", "MB"])
     print(f"\nwould train {weights_mb / 4:.2f} M weights on {device}: {options.epochs} epochs of "
           f"{len(loaders[0]):,} steps of {options.batch_size}, {1000 * step_s:.0f} ms each "
-          f"({TIMED_STEPS} steps timed), so about {minutes:.1f} min, and the evaluation\n")
+          f"({TIMED_STEPS} steps timed), so about {minutes:.1f} min, and the evaluation"
+          + (f"; {len(runs)} runs, this one and:" if len(runs) > 1 else "") + "\n"
+          + "".join(f"  {one.name}\n" for one in runs[:-1]))
     # while it runs: weights, two moments of Adam, and the best weights
     sizes = {".pth": weights_mb, "_resume.pth": 4 * weights_mb}
     files = [f"runs/{options.name}{end}" for end in ENDINGS]

@@ -68,7 +68,8 @@ __all__ = [      # noqa: F822 - DEVICE comes from __getattr__
     "choose_device", "compile_or_not", "create_dataset_index", "fit_normaliser", "get_gate",
     "get_model_v3",
     "hash_patients", "init_steady", "kept_dataset_index", "load_checkpoint",
-    "load_dataset_index", "load_model", "make_loader", "predict_dataset", "progress", "read_salt",
+    "load_dataset_index", "load_model", "make_loader", "predict_dataset",
+    "predict_with_spread", "progress", "read_salt",
     "receptive_field", "reset_all_seeds", "salt_mark", "save_checkpoint", "split_index",
     "save_tensors", "split_patients", "training_loop", "watch_features",
     "write_json",
@@ -125,33 +126,45 @@ def keep_freed_memory():
 
 # ----------------------------------------------------------------------------- model and checkpoint
 
-class NormalisedModel(nn.Module):
-    """Raw units in, mmHg out: `model(ppg [B, 1, L] in any scale, *vitals [B]) -> [B, outputs]`.
+LEAST_SPREAD = 0.01         # of the label's SD: a spread of nothing would weigh without bound
 
-    keys: as given to `TPP_PPG_dataset`, the PPG first and the label last. normaliser: {key:
-    {'mean', 'sd', …}} of vitals and label over the train split (`fit_normaliser`). Each PPG segment
-    is normalised by its own mean and SD: monitors differ in scale, and the network's zero padding
-    would turn an offset into an edge.
+
+class NormalisedModel(nn.Module):
+    """Raw units in, mmHg out: `model(ppg [B, 1, L] in any scale, *vitals [B]) -> [B, 1]`.
+
+    keys: as given to `TPP_PPG_dataset`, the PPG first (or absent, with a network of no channels)
+    and the label last. normaliser: {key: {'mean', 'sd', …}} of vitals and label over the train
+    split (`fit_normaliser`). Each PPG segment is normalised by its own mean and SD: monitors differ
+    in scale, and the network's zero padding would turn an offset into an edge. A network of two
+    outputs gives [B, 2]: the estimate and its spread (SD), mmHg.
     """
 
     def __init__(self, network, keys, normaliser):
         super().__init__()
-        if keys[0] != "ppg" or len(keys) != network.num_discrete + 2:
+        self.with_ppg = keys[0] == "ppg"
+        if len(keys) != self.with_ppg + network.num_discrete + 1:
             raise DataError(f"keys {', '.join(keys)}: expected ppg, {network.num_discrete} vitals "
                             "and a label")
         self.network, self.keys, self.normaliser = network, list(keys), normaliser
         # Not persistent: the network's own state dict keeps the published names and nothing else.
-        for name, part in (("vital", keys[1:-1]), ("label", keys[-1:])):
+        for name, part in (("vital", keys[self.with_ppg:-1]), ("label", keys[-1:])):
             for what in ("mean", "sd"):
                 values = torch.tensor([normaliser[k][what] for k in part], dtype=torch.float32)
                 self.register_buffer(f"{name}_{what}", values, persistent=False)
 
-    def forward(self, ppg, *vitals):
-        ppg = ppg - ppg.mean(-1, keepdim=True)
-        # a flat segment stays flat instead of dividing by nothing
-        ppg = ppg / ppg.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-        vitals = [(v - self.vital_mean[i]) / self.vital_sd[i] for i, v in enumerate(vitals)]
-        return self.network(ppg, *vitals) * self.label_sd + self.label_mean
+    def forward(self, *inputs):
+        vitals = [(v - self.vital_mean[i]) / self.vital_sd[i]
+                  for i, v in enumerate(inputs[self.with_ppg:])]
+        for ppg in inputs[:self.with_ppg]:
+            ppg = ppg - ppg.mean(-1, keepdim=True)
+            # a flat segment stays flat instead of dividing by nothing
+            vitals.insert(0, ppg / ppg.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12))
+        out = self.network(*vitals)
+        estimate = out[:, :1] * self.label_sd + self.label_mean
+        if out.shape[1] == 1:
+            return estimate
+        spread = nn.functional.softplus(out[:, 1:]) + LEAST_SPREAD
+        return torch.cat([estimate, spread * self.label_sd], 1)
 
 
 def save_tensors(path, obj):
@@ -285,10 +298,10 @@ def check_settings(saved):
     """Raises ValueError where a checkpoint's settings are not those of a network for our data."""
     check_plain({part: value for part, value in saved.items() if part != "model"})
     keys, normaliser = saved["keys"], saved["normaliser"]
-    if (keys[:1] != ["ppg"] or keys[-1] not in ("tpp", "p_crit") or len(set(keys)) < len(keys)
-            or not set(keys) <= set(FIELDS)):
+    if (len(keys) < 2 or "ppg" in keys[1:] or keys[-1] not in ("tpp", "p_crit")
+            or len(set(keys)) < len(keys) or not set(keys) <= set(FIELDS)):
         raise ValueError("keys: expected ppg, vitals and tpp or p_crit")
-    for key in keys[1:]:
+    for key in keys[keys[0] == "ppg":]:
         mean, sd = (normaliser[key][what] for what in ("mean", "sd"))
         if not (isinstance(mean, float) and isinstance(sd, float) and 0 < sd < math.inf
                 and -math.inf < mean < math.inf):
@@ -343,7 +356,11 @@ def check_network(saved):
             raise ValueError(f"{key}: expected numbers up to a million")
     with torch.device("meta"):
         network = get_model_v3(**saved["model_args"])
-        network(torch.zeros(1, 1, SEGMENT_SAMPLES), *torch.zeros(network.num_discrete, 1))
+        ppg = [torch.zeros(1, 1, SEGMENT_SAMPLES)] if saved["keys"][0] == "ppg" else []
+        out = network(*ppg, *torch.zeros(network.num_discrete, 1))
+    with_spread = saved.get("calibration", {}).get("spread", out.shape[1] == 2)
+    if out.shape[1] > 2 or with_spread != (out.shape[1] == 2):
+        raise ValueError(f"{out.shape[1]} outputs: expected an estimate, or it and its spread")
     expected = {key: tuple(weights.shape) for key, weights in network.state_dict().items()}
     if expected != {key: tuple(weights.shape) for key, weights in saved["model"].items()}:
         raise ValueError("weights of other names or shapes than the settings say")
@@ -523,6 +540,18 @@ def backward_group(loss_of, group, device, scaler, no_sync):
     return sums, [len(batch[-1]) for batch in group]
 
 
+def likelihood_loss(estimate, spread, label, weight=None):
+    """Gaussian negative log likelihood of labels [B] (without its constant), and their weights.
+
+    Weighed by twice the variance, which is taken as given: so the estimate learns as with the
+    squared error and is not neglected where the spread is wide (Seitzer et al. 2022, arXiv
+    2203.09168, with beta 1).
+    """
+    each = spread.log() + 0.5 * ((label - estimate) / spread) ** 2
+    variance = 2 * spread.detach() ** 2
+    return each, variance if weight is None else variance * weight
+
+
 def mean_losses(sums, rows, device):
     """(mean over the segments of all processes, [each batch's]) of batches' summed losses, rows."""
     totals = reduce_sum(torch.tensor([float(sum(sums)), sum(rows)], dtype=torch.float64,
@@ -558,10 +587,11 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
     gradient_accumulation: one step for so many batches, equal to one batch of their size; clipping
     acts on the accumulated gradient. checkpoints_name: also save each epoch's state dict as
     `<checkpoints_name>_<epoch>.pth`. repeat_val: passes over the tune loader (level 'patient' draws
-    anew). amp: 'bf16' or 'fp16' autocast. compiled: through `torch.compile`. weigh: the train
-    loader's batches hold one more tensor [B] before the label, and this function makes it the
-    segments' weights, about 1 on average. on_epoch: called with a
-    list of dictionaries, one for each epoch so far.
+    anew). criterion: 'mse', 'l1', or 'nll' for a model of two outputs, estimate and spread
+    (`likelihood_loss`). amp: 'bf16' or 'fp16' autocast. compiled: through `torch.compile`. weigh:
+    the train loader's batches hold one more tensor [B] before the label, and this function makes it
+    the segments' weights, about 1 on average. on_epoch: called with a list of dictionaries, one for
+    each epoch so far.
     resume_path: the whole state is kept in this file after each epoch, every checkpoint_minutes,
     and when SIGINT or SIGTERM arrive (then raises Interrupted); if the file is there, training goes
     on from it as if it had never stopped, to the last bit on CPU (inside an epoch with our loaders,
@@ -571,8 +601,8 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
     of all. Raises NonFiniteLoss, and TrainingError for what cannot be trained.
     """
     losses = {"mse": nn.MSELoss(reduction="none"), "l1": nn.L1Loss(reduction="none")}
-    if criterion not in losses:
-        raise TrainingError(f"criterion {criterion!r}: expected 'mse' or 'l1'")
+    if criterion not in (*losses, "nll"):
+        raise TrainingError(f"criterion {criterion!r}: expected 'mse', 'l1' or 'nll'")
     if batch_cosine and (not scheduler_and_args or scheduler_and_args[0] is not CosineAnnealingLR):
         raise TrainingError("batch_cosine needs scheduler_and_args=[CosineAnnealingLR, {…}]")
     if len(train_loader) == 0 or len(val_loader) == 0:
@@ -612,8 +642,11 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
         *inputs, label = batch
         weight = weigh(inputs.pop()) if weigh else None
         with torch.autocast(device.type, dtypes[amp]) if amp else nullcontext():
-            out = network(*inputs)
-        each = losses[criterion](out[:, 0].to(label.dtype), label)
+            out = network(*inputs).to(label.dtype)
+        if criterion == "nll":
+            each, weight = likelihood_loss(*out.unbind(1), label, weight)
+        else:
+            each = losses[criterion](out[:, 0], label)
         total = each.sum()
         return total, total if weight is None else (each * weight).sum()
 
@@ -797,7 +830,15 @@ def watch_features(model, keep):
 
 
 def predict_dataset(model, dataset, batch_size=256, device=None, workers=0):
-    """Predictions in mmHg, [N] float32, for the segments of a dataset in its order."""
+    """Estimates in mmHg, [N] float32, for the segments of a dataset in its order."""
+    return predict_with_spread(model, dataset, batch_size, device, workers)[0]
+
+
+def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0):
+    """(estimates [N], the network's own spread [N] or None), mmHg, float32, in a dataset's order.
+
+    Raises DataError where an answer is not finite.
+    """
     device = device or choose_device()
     if device.type == "cpu":
         keep_freed_memory()
@@ -807,10 +848,10 @@ def predict_dataset(model, dataset, batch_size=256, device=None, workers=0):
     with torch.no_grad():
         for batch in progress(loader, desc="predicting"):
             inputs = [t.to(device, non_blocking=True) for t in batch[:len(model.keys) - 1]]
-            out.append(model(*inputs)[:, 0])
-    predictions = torch.cat(out).cpu().numpy()
-    wrong = np.flatnonzero(~np.isfinite(predictions))
+            out.append(model(*inputs))
+    estimates, *spread = torch.cat(out).cpu().numpy().T
+    wrong = np.flatnonzero(~np.isfinite(estimates))
     if len(wrong):
-        raise DataError(f"{dataset.place(wrong[0])}: the model's answer is {predictions[wrong[0]]} "
-                        f"({len(wrong)} of {len(predictions)} segments; damaged PPG or vitals?)")
-    return predictions
+        raise DataError(f"{dataset.place(wrong[0])}: the model's answer is {estimates[wrong[0]]} "
+                        f"({len(wrong)} of {len(estimates)} segments; damaged PPG or vitals?)")
+    return estimates, spread[0] if spread else None

@@ -108,11 +108,14 @@ def scale(options):
     wall, processor = time.perf_counter(), time.process_time()
     bootstrap = metrics.PatientBootstrap(patients)
     calibration = metrics.fit_calibration((tpp - fields["tpp"])[:100_000], patients[:100_000])
-    results = {**evaluate.score_predictions(part, tpp, bootstrap), "note": None, "simulated": False}
+    results = {**evaluate.score_predictions(part, tpp, bootstrap), "note": None, "simulated": False,
+               "compared": {}}
     results["baselines"] = {name: evaluate.score_beside(part, tpp, one, bootstrap)
                             for name, one in baselines.items()}
-    results["uncertainty"] = evaluate.how_sure(part, tpp, calibration, None, bootstrap)
-    results["strata"] = evaluate.strata(part, tpp, calibration, None)
+    intervals = evaluate.intervals_of(tpp, None, calibration)
+    results["uncertainty"] = evaluate.how_sure(part, tpp, None, intervals, calibration, None,
+                                               bootstrap)
+    results["strata"] = evaluate.strata(part, tpp, None, intervals[0.9], None)
     results["patients"] = evaluate.spread_over_patients(patients, tpp - fields["tpp"])
     scored = time.process_time() - processor
     figures = evaluate.make_figures(results, {

@@ -419,6 +419,72 @@ def test_fewer_patients_than_parts_are_refused(tmp_path):
         split_index(create_dataset_index(path=make_file(tmp_path / "f.h5", patients=2)))
 
 
+@pytest.fixture(scope="module")
+def three_sources(tmp_path_factory):
+    """Three files of 7, 4 and 9 patients, one of whom has an encounter in the first as well."""
+    folder, paths, first = tmp_path_factory.mktemp("sources"), [], 0
+    for number, patients in enumerate((7, 4, 9)):
+        plain = make_file(folder / "plain.h5", patients, 1, 3, seed=number)
+        with h5py.File(plain, "r") as source, h5py.File(folder / f"{number}.h5", "w") as target:
+            for i, name in enumerate(source):
+                source.copy(name, target, name=f"p{first + i}")
+            if number == 0:
+                source.copy("MRN000/CSN0000", target.create_group("p19"), name="later")
+        paths.append(folder / f"{number}.h5")
+        first += patients
+    return paths
+
+
+def folds_of(index, split_seed, folds):
+    """One {part: [patients]} for each fold."""
+    splits = [split_index(index, split_seed, fold=fold, folds=folds) for fold in range(folds)]
+    return [{name: part.patients.tolist() for name, part in parts.items()} for parts in splits]
+
+
+@pytest.mark.parametrize("folds", [3, 5, 20])
+def test_folds_test_each_patient_once_and_share_out_every_source_evenly(three_sources, folds):
+    index = create_dataset_index(path=three_sources)
+    splits = folds_of(index, 1, folds)
+    assert sorted(sum((one["test"] for one in splits), [])) == sorted(index.patients)
+    for one, following in zip(splits, splits[1:] + splits[:1]):
+        assert sorted(sum(one.values(), [])) == sorted(index.patients)      # so they are disjoint
+        assert one["train"] and one["tune"] == following["test"]
+    for source in (range(7), range(7, 11), range(11, 20), range(20)):
+        tested = [sum(int(p[1:]) in source for p in one["test"]) for one in splits]
+        assert max(tested) - min(tested) <= 1
+
+
+def test_folds_are_a_function_of_the_patients_and_the_split_seed(tmp_path, three_sources):
+    first = folds_of(create_dataset_index(path=three_sources), 1, 4)
+    assert folds_of(create_dataset_index(path=three_sources[::-1]), 1, 4) == first
+    moved = []
+    for path in three_sources:                      # renamed, and their encounters the other way
+        moved.append(tmp_path / f"x{9 - len(moved)}.h5")
+        with h5py.File(path, "r") as source, \
+                h5py.File(moved[-1], "w", track_order=True) as target:
+            for name in reversed(list(source)):
+                source.copy(name, target)
+    assert folds_of(create_dataset_index(path=moved), 1, 4) == first
+    assert folds_of(create_dataset_index(path=three_sources), 2, 4) != first
+
+
+@pytest.mark.parametrize("fold, folds, message", [
+    (0, 2, "2 folds of 6 patients .* expected at least 3"), (0, 7, "7 folds of 6 patients"),
+    (6, 6, "fold 6 of 6: expected 0 to 5"), (-1, 6, "fold -1 of 6"), (None, 6, "fold None of 6"),
+    (1, None, "None folds of 6 patients")])
+def test_folds_that_there_cannot_be_are_refused(published, fold, folds, message):
+    with pytest.raises(DataError, match=message):
+        split_index(create_dataset_index(path=published), fold=fold, folds=folds)
+
+
+def test_without_folds_a_split_is_the_one_it_has_always_been(published):
+    parts = split_index(create_dataset_index(path=published))
+    assert [part.patients.tolist() for part in parts.values()] == [
+        ["MRN000", "MRN002", "MRN003", "MRN005"], ["MRN004"], ["MRN001"]]
+    first = split_patients([f"p{i}" for i in range(1000)], 5)[:22]
+    assert first.tolist() == [1, 2, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 2, 1, 0, 0, 1]
+
+
 # --------------------------------------------------------------------------------------- loaders
 
 @pytest.mark.parametrize("layout", ["contiguous", "lzf"])

@@ -135,15 +135,33 @@ def test_the_figures_come_as_png_and_pdf_too(reported):
         assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
+# The items of TRIPOD+AI (Collins et al., BMJ 2024;385:e078378) that have parts.
+PARTS_OF_ITEMS = {3: "abc", 5: "ab", 6: "abc", 8: "abc", 9: "abc", 12: "abcdefg", 18: "abcdef",
+                  20: "abc", 23: "ab", 27: "abc"}
+
+
+def items_of(names):
+    """The items that names like '12f, 24 updating' and '18a-d funding' begin with."""
+    found = set()
+    for name in names:
+        for number, first, last in re.findall(r"\b(\d+)([a-g]?)(?:-([a-g]))?\b",
+                                              re.match(r"[\da-g, -]+\b", name).group()):
+            letters = "abcdefg"["abcdefg".index(first):"abcdefg".index(last or first) + 1]
+            found |= {number + letter for letter in letters} if first else {number}
+    return found
+
+
 def test_the_model_card_fills_what_a_program_can_and_lists_what_it_cannot(reported):
     folder, results, _ = reported
     card = (folder / "runs/M1.5_card.md").read_text(encoding="utf-8")
     assert "SIMULATED PATIENTS" in card and "Research only" in card
-    rows = re.findall(r"^\| ([^|]+) \| (.+) \|$", card, re.M)
+    rows = re.findall(r"^\| (\d[^|]+) \| (.+) \|$", card, re.M)
     assert all(len(text) > 2 for _, text in rows)
-    numbers = {int(n) for name, _ in rows for n in re.findall(r"\d+", name)}
-    left = {int(n) for line in evaluate.FOR_A_PERSON for n in re.findall(r"^\d+", line)}
-    assert numbers | left == set(range(1, 28))          # the 27 items of TRIPOD+AI
+    left = re.findall(r"^- (.+)$", card, re.M)
+    assert tuple(left) == evaluate.FOR_A_PERSON
+    items = {f"{number}{part}" for number in range(1, 28)
+             for part in PARTS_OF_ITEMS.get(number, [""])}
+    assert len(items) == 52 and items_of([name for name, _ in rows]) | items_of(left) == items
     assert f"{results['n_segments']:,} segments of {results['n_patients']:,} patients" in card
 
 

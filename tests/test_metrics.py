@@ -121,8 +121,8 @@ def test_intervals_equal_a_loop_that_scores_the_same_draws_segment_by_segment(n_
 def test_where_the_scale_cannot_hold_a_draw_the_interval_is_made_of_percentiles():
     bootstrap = metrics.PatientBootstrap(np.arange(40), 1000)
     hit = np.r_[np.ones(39), 0]                     # a third of the draws has every patient right
-    found = bootstrap.estimate(metrics._ratio, (hit, np.ones(40)), "share")
-    draws = bootstrap.sums(hit)[0] / 40
+    found = bootstrap.ratio(hit)
+    draws = bootstrap.sums_of_patients(hit)[0] / 40
     reach = stats.t.ppf(0.975, 39) * np.sqrt(40 / 39)
     assert (draws == 1).mean() > 0.2 and found["value"] == 39 / 40
     assert (found["low"], found["high"]) == pytest.approx(
