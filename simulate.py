@@ -174,12 +174,10 @@ def draw_patient(rng, s):
     """What does not change during the encounter, and the means of what does: dict of floats."""
     patient = {name: value.draw(rng) for name, value in vars(s).items()
                if isinstance(value, (Normal, Uniform))}
-    # Pcrit correlates with MAP
     map_z = (patient["map"] - s.map.mean) / s.map.sd
     own_z = (patient["p_crit"] - s.p_crit.mean) / s.p_crit.sd
-    shared = s.p_crit_map_correlation
-    z = shared * map_z + np.sqrt(1 - shared ** 2) * own_z
-    patient["p_crit"] = s.p_crit.mean + s.p_crit.sd * z
+    r = s.p_crit_map_correlation
+    patient["p_crit"] = s.p_crit.mean + s.p_crit.sd * (r * map_z + np.sqrt(1 - r ** 2) * own_z)
 
     rhythm = rng.random()
     patient["fibrillation"] = rhythm < s.fibrillation_share
@@ -196,6 +194,7 @@ def draw_patient(rng, s):
 def drift(rng, patient, n, s):
     """The segment-to-segment course of what changes: dict of (n,) arrays."""
     from scipy.signal import lfilter
+
     def course(sd):                              # first-order autoregression of stationary SD
         steps = rng.normal(size=n) * np.sqrt(1 - s.drift_memory ** 2)
         steps[:1] = rng.normal(size=1)
@@ -218,35 +217,32 @@ def drift(rng, patient, n, s):
 # --------------------------------------------------------------------------------- one minute
 
 def simulate_segment(rng, p, s, segment_seconds=60):
-    """(abp in mmHg, ppg in the monitor's unit), each [3600], of the patient state `p`."""
+    """(abp in mmHg, ppg in the monitor's unit), each [3600]: of the patient's present state `p`
+    (dict of floats, as in `draw_patient` and `drift`) under the Settings `s`."""
     seconds = LEAD_SECONDS + segment_seconds + TAIL_SECONDS
     t = np.arange(seconds * FS_SIM) / FS_SIM
     breath = 2 * np.pi * (p["respiration_hz"] * t + rng.random())
     flow = ventricle(rng, t, breath, p, s)
     closing = p["p_crit"] + p["vasomotion_mmhg"] * slow_wander(rng, t)
-    bends = (s.compliance_bend_mmhg, s.resistance_bend_mmhg)
-    pressure = arterial_pressure(flow, closing, p, *bends)
+    pressure = arterial_pressure(flow, closing, p, s.compliance_bend_mmhg, s.resistance_bend_mmhg)
     pressure += p["thoracic_mmhg"] * np.sin(breath + p["thoracic_phase"])
 
-    line = radial_line(rng, pressure, p, s)
-    abp = to_layout(line, 0.0)
+    abp = to_layout(radial_line(rng, pressure, p, s), 0.0)
     abp += rng.normal(size=abp.shape) * p["abp_noise_mmhg"]
-
-    volume = finger_volume(pressure, p)
-    ppg = monitor(rng, volume, breath, p, s)
+    ppg = monitor(rng, finger_volume(pressure, p), breath, p, s)
     return abp, to_layout(ppg, p["ppg_delay_s"])
 
 
 def ventricle(rng, t, breath, p, s):
-    """Aortic flow in mL/s at the times `t` (s): beats of variable rhythm and stroke volume."""
+    """Aortic flow in mL/s at the times `t` (s), `breath` the phase of breathing at these: beats of
+    variable rhythm and stroke volume."""
     mean_interval = 60.0 / p["heart_rate"]
     n = int(t[-1] / mean_interval * 1.5) + 20
     nominal = np.arange(n) * mean_interval
     breathing = np.interp(nominal, t, breath)
 
     slow_hz = rng.uniform(*s.slow_hz, size=2)
-    phase = rng.random((2, 1))
-    slow_wave = np.sin(2 * np.pi * (slow_hz[:, None] * nominal + phase)).sum(0) / 2 ** 0.5
+    slow_wave = np.sin(2 * np.pi * (slow_hz[:, None] * nominal + rng.random((2, 1)))).sum(0)
     if p["fibrillation"]:
         interval = 1 + s.fibrillation_interval_sd * rng.normal(size=n)
     else:
@@ -263,7 +259,7 @@ def ventricle(rng, t, breath, p, s):
     def filling(before):
         return 1 - np.exp(-before / s.filling_tau_s)
     stroke = p["stroke_volume"] * filling(interval) / filling(mean_interval) * np.clip(
-        1 + p["slow_stroke_volume"] * slow_wave
+        1 + p["slow_stroke_volume"] * (slow_wave / 2 ** 0.5)
         + p["respiratory_stroke_volume"] * np.sin(breathing)
         + p["random_stroke_volume"] * rng.normal(size=n), 0.2, 1.8)
     ejection = p["ejection_s"] + s.ejection_s_per_bpm * (60.0 / interval - 77.0)
@@ -272,10 +268,10 @@ def ventricle(rng, t, breath, p, s):
     beat = np.searchsorted(start, t, side="right") - 1
     phase = (t - start[beat]) / ejection[beat]
     # x (1 - x)^1.5 rises fast and falls slowly, as aortic flow does; its integral is 0.1143 (beta)
-    out = np.where(phase < 1, phase, 0.0) * np.where(phase < 1, 1 - phase, 0.0) ** 1.5 / 0.1142857
+    x = np.minimum(phase, 1.0)
+    out = x * (1 - x) ** 1.5 / 0.1142857
     closing = (phase - 1) / 0.12                           # the valve closes within an eighth of it
-    back = np.where((closing > 0) & (closing < 1), np.sin(np.pi * np.clip(closing, 0, 1)), 0.0)
-    back *= np.pi / 2 / 0.12
+    back = np.where(closing < 1, np.sin(np.pi * np.clip(closing, 0, 1)), 0.0) * (np.pi / 2 / 0.12)
     leak = p["backflow"]
     return (stroke / ejection)[beat] * ((1 + leak) * out - leak * back)
 
@@ -378,46 +374,34 @@ def monitor(rng, volume, breath, p, s):
         shake = sosfilt(butter(2, [0.3, 4.0], "bandpass", fs=FS_SIM, output="sos"),
                         rng.normal(size=len(t)))
         pulse += inside * shake / shake.std() * rng.uniform(0.2, 1.5)
-    scale = p["ppg_scale"]
-    return np.clip(scale * (p["ppg_level"] + p["ppg_gain"] * pulse), 0.0, scale)
+    return np.clip(p["ppg_scale"] * (p["ppg_level"] + p["ppg_gain"] * pulse), 0.0, p["ppg_scale"])
 
 
 def to_layout(signal, delay_s):
-    """The segment's samples at 60 Hz from the signal with its lead and tail, later by
-    `delay_s`."""
+    """The segment's samples at 60 Hz of a signal with its lead and tail, `delay_s` later."""
     from scipy.signal import resample_poly
-    step = FS_SIM // datasets.FS
-    first = (LEAD_SECONDS - delay_s) * FS_SIM              # the delay is a whole number of samples
-    margin = 10 * step                                     # the filter's half length
-    begin = int(round(first)) - margin
+    step, margin = FS_SIM // datasets.FS, 10               # margin: the filter's half length
     samples = (len(signal) - (LEAD_SECONDS + TAIL_SECONDS) * FS_SIM) // step
-    end = begin + 2 * margin + samples * step
-    level = signal[begin]
-    low_rate = level + resample_poly(signal[begin:end] - level, 1, step)
-    return low_rate[10:10 + samples]
+    begin = int(round((LEAD_SECONDS - delay_s) * FS_SIM)) - margin * step
+    piece = signal[begin:begin + (samples + 2 * margin) * step]
+    return piece[0] + resample_poly(piece - piece[0], 1, step)[margin:margin + samples]
 
 
 # ---------------------------------------------------------------------------------------- the file
-
-def patient_name(seed, patient_number):
-    """Patients of another seed are other patients, and no name may say that they were seen."""
-    return f"sim{seed}-{patient_number:06d}"
-
 
 def simulate_file(path, patients, segments, seed, workers=1, quiet=False, beats="foot",
                   keep_abp=False, label_method="published"):
     """Write `patients` virtual patients of `segments` minutes each to `path`."""
     jobs = ((seed, number, segments, beats, keep_abp, DEFAULT, label_method)
             for number in range(patients))
-    with tk_utils.atomic_path(path) as temporary:
-        with datasets.LayoutWriter(temporary, origin="simulated", label_method=label_method,
-                                   beats=beats, reasons=labels.REASONS,
-                                   simulation_seed=seed) as writer:
-            done = in_order(simulate_patient, jobs, workers)
-            if not quiet:
-                done = tk_utils.progress(done, total=patients, desc="simulating", unit="patient")
-            for number, fields in enumerate(done):
-                writer.write(patient_name(seed, number), "1", fields)
+    with tk_utils.atomic_path(path) as temporary, datasets.LayoutWriter(
+            temporary, origin="simulated", label_method=label_method, beats=beats,
+            reasons=labels.REASONS, simulation_seed=seed) as writer:
+        done = in_order(simulate_patient, jobs, workers)
+        if not quiet:
+            done = tk_utils.progress(done, total=patients, desc="simulating", unit="patient")
+        for number, fields in enumerate(done):      # the name tells patients of another seed apart
+            writer.write(f"sim{seed}-{number:06d}", "1", fields)
 
 
 def in_order(function, jobs, workers):
@@ -438,15 +422,6 @@ def in_order(function, jobs, workers):
             yield waiting.popleft().result()
 
 
-def print_summary(path):
-    """Segments, share with a label, share that passes each rule of the default gate."""
-    report = datasets.gate_report(path)
-    total = max(1, report[0][2])
-    tk_utils.print_table([[rule, broken, left, f"{100 * left / total:.1f} %"]
-                          for rule, broken, left in report],
-                         ["gate", "break it", "left", "of all"])
-
-
 # ------------------------------------------------------------------------- the label's own error
 
 _NONE = Uniform(0.0, 0.0)
@@ -458,10 +433,9 @@ CONSTANT = replace(DEFAULT, fibrillation_share=0.0, ectopic_share=0.0, flush_sha
 # A compliance that falls as exp(-dP / 120 mmHg) and a resistance as exp(-dP / 200 mmHg): assumed,
 # not measured. Together they lift the published intercept by about as much as it lies above
 # stop-flow measurements (about 40 against 26.5 mmHg).
-COMPLIANCE_BEND_MMHG, RESISTANCE_BEND_MMHG = 120.0, 200.0
-STIFFENING = replace(CONSTANT, compliance_bend_mmhg=COMPLIANCE_BEND_MMHG)
-BENT = replace(STIFFENING, resistance_bend_mmhg=RESISTANCE_BEND_MMHG)
-FIBRILLATION = replace(CONSTANT, fibrillation_share=1.0, reflection=DEFAULT.reflection)
+STIFFENING = replace(CONSTANT, compliance_bend_mmhg=120.0)
+BENT = replace(STIFFENING, resistance_bend_mmhg=200.0)
+FIBRILLATION = {"fibrillation_share": 1.0, "reflection": DEFAULT.reflection}
 # name: (settings, seconds of a segment)
 REGIMES = {
     "slow": (replace(CONSTANT, slow_stroke_volume=Uniform(0.05, 0.15),
@@ -474,11 +448,10 @@ REGIMES = {
     # up to three times the noise of the default cohort
     "noise": (replace(CONSTANT, abp_noise_mmhg=Uniform(0.5, 1.5)), 60),
     "damped line": (replace(CONSTANT, damped_share=1.0), 60),
-    "fibrillation": (FIBRILLATION, 60),
+    "fibrillation": (replace(CONSTANT, **FIBRILLATION), 60),
     "C(P)": (STIFFENING, 60),
     "C(P), R(P)": (BENT, 60),
-    "fibrillation, C(P), R(P)": (replace(BENT, fibrillation_share=1.0,
-                                         reflection=DEFAULT.reflection), 60),
+    "fibrillation, C(P), R(P)": (replace(BENT, **FIBRILLATION), 60),
     "default cohort": (DEFAULT, 60),
 }
 RECOMMENDED_METHOD, RECOMMENDED_CONDITION = "waveform_balance", "default_and_pcrit_se_lt_5.5"
@@ -488,8 +461,7 @@ REPORT_CONDITIONS = ("any", "default", RECOMMENDED_CONDITION)
 SHOWN = (("published", "peak", "default"), ("published", "foot", "default"),
          ("beat_balance", "foot", "default"), ("diastolic", "foot", "default"),
          (RECOMMENDED_METHOD, "foot", "default"),
-         (RECOMMENDED_METHOD, "foot", RECOMMENDED_CONDITION), ("bend_aware", "foot", "default"))
-COMPARED = ("map", "sbp", "dbp", "pp", "hr", "p_crit", "tpp", "r2", "p_crit_se", "reason")
+         (RECOMMENDED_METHOD, "foot", RECOMMENDED_CONDITION))
 
 
 def label_report(out_dir, patients, seed, workers, regimes=tuple(REGIMES)):
@@ -503,22 +475,17 @@ def label_report(out_dir, patients, seed, workers, regimes=tuple(REGIMES)):
     rows, points = [], {}
     for regime, results in found.items():
         truth = np.concatenate([p_crit for p_crit, _ in results])
-        for method in labels.METHODS:
-            for beats in REPORT_BEATS:
-                fields = {key: np.concatenate([made[method, beats][key] for _, made in results])
-                          for key in COMPARED}
-                for condition in REPORT_CONDITIONS:
-                    kept = passes(fields, condition)
-                    rows.append([regime, method, beats, condition,
-                                 *label_errors(fields, truth, kept)])
-                    points[regime, method, beats, condition] = (
-                        truth[kept], fields["p_crit"][kept], rows[-1][4:])
-    headers = ["regime", "method", "beats", "gate", "segments", "kept_percent", "bias_mmhg",
-               "sd_mmhg", "r", "within_2_se_percent"]
-    os.makedirs(out_dir, exist_ok=True)
-    write_table(os.path.join(out_dir, "label_report.csv"), headers, rows)
-    tk_utils.print_table([[f"{value:.2f}" if isinstance(value, float) else value for value in row]
-                          for row in rows if tuple(row[1:4]) in SHOWN], headers)
+        for kind, fields in results[0][1].items():
+            fields = {key: np.concatenate([made[kind][key] for _, made in results])
+                      for key in fields}
+            for condition in REPORT_CONDITIONS:
+                kept = passes(fields, condition)
+                rows.append([regime, *kind, condition, *label_errors(fields, truth, kept)])
+                points[(regime, *kind, condition)] = (
+                    truth[kept], fields["p_crit"][kept], rows[-1][4:])
+    write_report(out_dir, "label_report.csv", [
+        "regime", "method", "beats", "gate", "segments", "kept_percent", "bias_mmhg", "sd_mmhg",
+        "r", "within_2_se_percent"], rows)
     with tk_utils.atomic_path(os.path.join(out_dir, "label_report.png")) as temporary:
         draw_report(points, regimes).savefig(temporary, format="png", dpi=110)
 
@@ -533,9 +500,13 @@ def report_patients(regime, seed, numbers):
         state = {name: values[0] for name, values in drift(rng, patient, 1, settings).items()}
         abp.append(simulate_segment(rng, {**patient, **state}, settings, seconds)[0])
         truth.append(state["p_crit"])
-    return np.array(truth), {
-        (method, beats): labels.label_segments(np.array(abp), datasets.FS, beats, method)
-        for method in labels.METHODS for beats in REPORT_BEATS}
+    return np.array(truth), label_all(np.array(abp))
+
+
+def label_all(abp):
+    """{(method, beats): labels} of abp [N, samples]."""
+    return {(method, beats): labels.label_segments(abp, datasets.FS, beats, method)
+            for method in labels.METHODS for beats in REPORT_BEATS}
 
 
 def passes(fields, condition):
@@ -546,12 +517,20 @@ def passes(fields, condition):
 
 def label_errors(fields, truth, kept):
     """[segments, kept %, bias, SD, correlation, truth within 2 standard errors %]"""
-    error = (fields["p_crit"] - truth)[kept]
-    if len(error) < 3:
-        return [len(kept), 100.0 * kept.mean()] + 4 * [float("nan")]
-    covered = np.abs(error) < 2 * fields["p_crit_se"][kept]
-    return [len(kept), 100.0 * kept.mean(), float(error.mean()), float(error.std()),
-            float(np.corrcoef(fields["p_crit"][kept], truth[kept])[0, 1]), 100.0 * covered.mean()]
+    found, truth = fields["p_crit"][kept], truth[kept]
+    covered = np.abs(found - truth) < 2 * fields["p_crit_se"][kept]
+    return [len(kept), 100.0 * kept.mean(), of_enough(np.mean, found - truth),
+            of_enough(np.std, found - truth), of_enough(correlation, found, truth),
+            100.0 * of_enough(np.mean, covered)]
+
+
+def of_enough(function, *values):
+    """What the function makes of the values, NaN where there are fewer than 3."""
+    return float(function(*values)) if len(values[0]) > 2 else float("nan")
+
+
+def correlation(a, b):
+    return np.corrcoef(a, b)[0, 1]
 
 
 def draw_report(points, regimes):
@@ -583,52 +562,41 @@ def agreement_report(path, out_dir):
     minutes = list(read_abp(path))
     if not minutes:
         raise datasets.DataError(f"{path}: no encounter has the field 'abp'; prepare.py stores it")
-    record = np.concatenate([np.full(len(part[1]), i) for i, part in enumerate(minutes)])
-    person = np.concatenate([np.full(len(part[1]), part[0]) for part in minutes])
-    abp, start_s, reason, irregularity = (
-        np.concatenate([part[k] for part in minutes]) for k in range(1, 5))
-    made = {}
-    for method in labels.METHODS:
-        for beats in REPORT_BEATS:
-            made[method, beats] = labels.label_segments(abp, datasets.FS, beats, method)
-            made[method, beats]["reason"] |= reason
-    irregular = irregularity > labels.ARRHYTHMIC
+    person, abp, followed, reason, irregular = map(np.concatenate, zip(*minutes))
+    made = label_all(abp)
+    for fields in made.values():
+        fields["reason"] |= reason
     standard = made["published", "foot"]["p_crit"]
-    next_one = np.flatnonzero((record[1:] == record[:-1])
-                              & (np.diff(start_s) == datasets.SEGMENT_SECONDS))
+    standard_kept = passes(made["published", "foot"], "default")
+    kept_by_all = standard_kept & passes(made["beat_balance", "foot"], "default") \
+        & passes(made[RECOMMENDED_METHOD, "foot"], "default")
     rows = []
     for rhythm, chosen in (("all", np.ones(len(abp), bool)), ("regular", ~irregular),
                            ("arrhythmic", irregular)):
-        both = chosen & np.all([passes(made[method, "foot"], "default") for method in
-                                ("published", "beat_balance", RECOMMENDED_METHOD)], axis=0)
-        pairs = next_one[both[next_one] & both[next_one + 1]]
+        both = chosen & kept_by_all
+        pairs = np.flatnonzero((followed & both)[:-1] & both[1:])
         for (method, beats), fields in made.items():
+            p_crit = fields["p_crit"].astype(float)
+            change = p_crit[pairs + 1] - p_crit[pairs]
+            change = change[np.isfinite(change)]
             for condition in REPORT_CONDITIONS[1:]:
                 kept = chosen & passes(fields, condition)
-                p_crit = fields["p_crit"].astype(float)
-                shared = kept & passes(made["published", "foot"], "default")
-                change = p_crit[pairs + 1] - p_crit[pairs]
-                change = change[np.isfinite(change)]
-                own, against, repeat = [float("nan")] * 2, [float("nan")] * 2, float("nan")
-                if kept.sum() > 2:
-                    own = [float(p_crit[kept].mean()), float(p_crit[kept].std())]
-                if shared.sum() > 2:
-                    against = [float((p_crit - standard)[shared].mean()),
-                               float(np.corrcoef(p_crit[shared], standard[shared])[0, 1])]
-                if len(change) > 2:
-                    repeat = float(change.std() / 2 ** 0.5)
-                rows.append([rhythm, method, beats, condition, int(chosen.sum()), int(kept.sum()),
-                             len(np.unique(person[kept])), *own, *against, repeat, len(change)])
-    headers = ["rhythm", "method", "beats", "gate", "minutes", "kept", "patients", "p_crit_mean",
-               "p_crit_sd", "minus_published", "r_with_published", "minute_to_minute_sd", "pairs"]
-    os.makedirs(out_dir, exist_ok=True)
-    write_table(os.path.join(out_dir, "label_agreement.csv"), headers, rows)
-    tk_utils.print_table([row for row in rows if tuple(row[1:4]) in SHOWN], headers)
+                shared = kept & standard_kept
+                rows.append([
+                    rhythm, method, beats, condition, int(chosen.sum()), int(kept.sum()),
+                    len(np.unique(person[kept])), of_enough(np.mean, p_crit[kept]),
+                    of_enough(np.std, p_crit[kept]),
+                    of_enough(np.mean, (p_crit - standard)[shared]),
+                    of_enough(correlation, p_crit[shared], standard[shared]),
+                    of_enough(np.std, change) / 2 ** 0.5, len(change)])
+    write_report(out_dir, "label_agreement.csv", [
+        "rhythm", "method", "beats", "gate", "minutes", "kept", "patients", "p_crit_mean",
+        "p_crit_sd", "minus_published", "r_with_published", "minute_to_minute_sd", "pairs"], rows)
 
 
 def read_abp(path):
-    """Yields (patient's number, abp [N, 3600], start_s, reason of the PPG and the pair,
-    beat_irregularity, each [N]) of every encounter that has `abp`."""
+    """Yields, of every encounter that has `abp`: the patient's number, abp [N, 3600], whether the
+    next row is the next minute, reason of the PPG and the pair, whether arrhythmic; each [N]."""
     with datasets.open_file(path) as file:
         for number, patient in enumerate(file.values()):
             for group in patient.values():
@@ -638,15 +606,19 @@ def read_abp(path):
                     start = (group["start_s"][()] if "start_s" in group
                              else datasets.SEGMENT_SECONDS * np.arange(len(abp)))
                     quality = labels.signal_quality(abp, ppg, datasets.FS)
-                    yield number, abp, start, quality["reason"], quality["beat_irregularity"]
+                    yield (np.full(len(abp), number), abp,
+                           np.append(np.diff(start) == datasets.SEGMENT_SECONDS, False),
+                           quality["reason"], quality["beat_irregularity"] > labels.ARRHYTHMIC)
 
 
-def write_table(path, headers, rows):
-    with tk_utils.atomic_file(path, newline="") as file:
+def write_report(out_dir, name, headers, rows):
+    """All rows to the CSV file `name`, those of SHOWN to the screen."""
+    with tk_utils.atomic_file(os.path.join(out_dir, name), newline="") as file:
         table = csv.writer(file)
         table.writerow(headers)
         table.writerows([f"{value:.4g}" if isinstance(value, float) else value
                          for value in row] for row in rows)
+    tk_utils.print_table([row for row in rows if tuple(row[1:4]) in SHOWN], headers)
 
 
 # --------------------------------------------------------------------------------- command line
@@ -698,7 +670,10 @@ def main():
     simulate_file(args.out, args.patients, args.segments, args.seed, args.workers,
                   beats=args.beats, keep_abp=args.abp, label_method=args.label_method)
     print(f"{args.out}: {args.patients} virtual patients of {args.segments} min (simulated)")
-    print_summary(args.out)
+    report = datasets.gate_report(args.out)
+    of_all = 100.0 / (args.patients * args.segments)
+    tk_utils.print_table([[rule, broken, left, f"{left * of_all:.1f} %"]
+                          for rule, broken, left in report], ["gate", "break it", "left", "of all"])
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def test_the_regression_equals_one_segment_at_a_time_with_numpy_and_scipy():
     low = rng.uniform(40, 70, 900)
     beats = labels.Beats(segment, rng.uniform(0.6, 1.1, 900), low + rng.uniform(10, 30, 900),
                          low + rng.uniform(30, 90, 900), low, rng.normal(size=900))
-    fit = labels.published(beats, 21)
+    with np.errstate(all="ignore"):             # of the segment without beats
+        fit, balance = labels.published(beats, 21), labels.beat_balance(beats, 21)
     for i in range(20):
         x, y = beats.flow[segment == i], beats.map[segment == i]
         keep = (x >= np.percentile(x, 5)) & (x <= np.percentile(x, 95))
@@ -105,7 +106,6 @@ def test_the_regression_equals_one_segment_at_a_time_with_numpy_and_scipy():
         rest = y[keep] - line.intercept - line.slope * x[keep]
         assert fit["fit_rmse"][i] == pytest.approx(np.sqrt(np.mean(rest ** 2)), rel=1e-9)
     assert np.isnan(fit["p_crit"][20])
-    balance = labels.beat_balance(beats, 21)
     for i in range(20):
         of = segment == i
         x, y = beats.flow[of], beats.map[of]
@@ -270,7 +270,7 @@ def test_identical_beats_have_no_regression():
 
 
 @pytest.mark.parametrize("arguments, word", [
-    ((np.zeros((2, 3, 600)), 60), "segments"),
+    ((np.zeros((2, 3, 600)), 60), "abp must be"),
     ((np.zeros((2, 600)), 30), "40 Hz"),
     ((np.zeros((2, 600)), float("nan")), "40 Hz"),
     ((np.zeros((2, 600)), 60, "middle"), "beats"),
@@ -279,6 +279,11 @@ def test_identical_beats_have_no_regression():
 def test_bad_arguments_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         labels.label_segments(*arguments)
+
+
+def test_a_pair_of_unequal_length_is_refused():
+    with pytest.raises(ValueError, match=r"abp and ppg .* \(1, 600\) and \(1, 601\)"):
+        labels.signal_quality(np.zeros(600), np.zeros(601), FS)
 
 
 def test_no_segments_give_no_labels():

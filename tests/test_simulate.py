@@ -198,7 +198,6 @@ def test_with_vessels_that_bend_no_label_is_right_and_the_recommended_not_the_wo
     assert published_bias > 5 and bias > 3
     assert bias <= published_bias and sd <= published_sd * UNSURE_SD
     assert kept >= published_kept - UNSURE_KEPT and r >= published_r - 0.02
-    assert abs(found["bend_aware", "default"][2]) < bias        # the attempt takes most of it off
 
 
 def test_the_report_of_virtual_patients_has_a_table_and_a_figure(tmp_path, capsys):
