@@ -19,6 +19,7 @@ import io
 import json
 import multiprocessing
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -30,30 +31,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 
 import labels
 import recordings
+import tk_utils
 from recordings import RecordingError
-from tk_utils import (
-    atomic_file,
-    atomic_path,
-    html_figure,
-    html_page,
-    html_table,
-    html_text,
-    lazy_module,
-    locked,
-    new_figure,
-    print_table,
-    progress,
-    remove_leftovers,
-    run_script,
-)
+from tk_utils import html_figure, html_table, html_text
 
-datasets = lazy_module("datasets")      # it brings PyTorch, for which --help does not wait
+datasets = tk_utils.lazy_module("datasets")  # it brings PyTorch, for which --help does not wait
 
 # Where PPG may lie against ABP: real monitors show it 0.06 to 1.0 s late.
 DELAY_RANGE_S = (-0.25, 1.75)
@@ -69,32 +57,16 @@ exit codes: 0 all records are prepared; 1 the output was written, but some recor
 (each has a line on stderr and a row in the private <out>_problems.csv); 2 no output written."""
 
 # Mean and SD in the published cohort, in mmHg and beats/min: constants of the published PPG system
-# (Chandrasekhar et al., Nat Med 2023, and its companion code).
+# (Chandrasekhar et al., Nat Med 2023, and its companion code). Then the range that a figure shows.
 PUBLISHED_COHORT = {
-    "map": (76.7, 11.2), "sbp": (118.1, 19.5), "dbp": (56.1, 10.2), "pp": (62.5, 18.5),
-    "hr": (77.0, 17.3), "p_crit": (40.5, 15.5),
+    "map": (76.7, 11.2, (30, 130)), "sbp": (118.1, 19.5, (50, 200)), "dbp": (56.1, 10.2, (20, 110)),
+    "pp": (62.5, 18.5, (0, 140)), "hr": (77.0, 17.3, (30, 160)), "p_crit": (40.5, 15.5, (0, 100)),
 }
 
 
-class Settings(NamedTuple):
-    """The options that shape a record's rows."""
-    label_method: str
-    beats: str
-    align: bool
-    abp_channel: Optional[str]
-    ppg_channel: Optional[str]
-    csv_rate: Optional[float]
-    abp: Optional[str]
-    ppg: Optional[str]
-    fs: Optional[float]
-
-    @property
-    def wanted(self):
-        return {"abp": self.abp_channel, "ppg": self.ppg_channel}
-
-    @property
-    def hdf5(self):
-        return {"abp": self.abp, "ppg": self.ppg, "fs": self.fs}
+# The options that shape a record's rows.
+SHAPING = ("label_method", "beats", "align", "abp_channel", "ppg_channel", "csv_rate", "abp", "ppg",
+           "fs", "shards")
 
 
 def parse_arguments(arguments=None):
@@ -131,41 +103,41 @@ def parse_arguments(arguments=None):
     add("--ppg", metavar="PATH", help="HDF5 inputs: the PPG's dataset in the file")
     add("--fs", type=float, metavar="HZ", help="HDF5 inputs: samples per second of both")
     options = parser.parse_args(arguments)
-    if not options.list_channels and not options.out:
-        parser.error("--out FILE is required")
-    for name, least in (("workers", 1), ("shards", 1)):
-        if getattr(options, name) is not None and getattr(options, name) < least:
-            parser.error(f"--{name} must be {least} or more")
-    for name in ("csv_rate", "fs"):
-        rate = getattr(options, name)
-        if rate is not None and not 0 < rate < 1e6:
-            parser.error(f'--{name.replace("_", "-")} must be a number of Hz above 0')
+    rates = [rate for rate in (options.csv_rate, options.fs) if rate is not None]
+    for fine, message in (
+            (options.list_channels or options.out, "--out FILE is required"),
+            (options.workers > 0, "--workers must be 1 or more"),
+            (options.shards is None or options.shards > 0, "--shards must be 1 or more"),
+            (all(0 < rate < 1e6 for rate in rates), "--csv-rate and --fs are Hz, above 0")):
+        if not fine:
+            parser.error(message)
+    options.wanted = {"abp": options.abp_channel, "ppg": options.ppg_channel}
+    options.hdf5 = {"abp": options.abp, "ppg": options.ppg, "fs": options.fs}
     return options
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    settings = Settings(*(getattr(options, name) for name in Settings._fields))
     outputs = output_paths(options)
     found = find_inputs(options, outputs)
     if options.list_channels:
-        return print_channels(found, settings)
-    problems = Problems(found, problems_path(options.out))
+        return print_channels(found, options)
+    problems = Problems(found, options.out)
     with work_folder(options.out) as parts:
-        made_with = fingerprints(settings, options.shards)
+        made_with = fingerprints(options)
         held = read_outputs(outputs, made_with, options.out)
         patients = assign_patients(found, options.groups, problems)
         records = plan(found, patients, outputs, made_with)
         problems.recall(records)
         tell_changes(options.out, held, records, problems.failed)
         clean_up(parts, records, outputs + [problems.path, options.report])
-        prepare_missing(records, held, problems, settings, parts, options.workers)
+        prepare_missing(records, held, problems, options, parts)
         problems.write()
         usable = [record for record in records if record.key not in problems.failed]
         if not usable:
             raise datasets.DataError(
                 f'{", ".join(options.inputs)}: none of the records could be used')
-        written = write_outputs(usable, held, settings, made_with, parts)
+        written = write_outputs(usable, held, options, made_with, parts)
     if not written:
         print(f"nothing to do: {options.out} holds {len(usable)} of {len(records)} records, "
               "prepared with these options from these files")
@@ -177,16 +149,16 @@ def main(arguments=None):
         print_summary(contents)
         print(f"written: {options.out}")
     if new_report:
-        write_report(options.report, contents, problems, len(records), settings)
+        write_report(options, contents, problems, len(records))
         print(f"written: {options.report}")
     return 1 if problems.failed else 0
 
 
-# ---------------------------------------------------------------------------------------------
-# What there is to do. A record's key is a hash of all that shapes its rows: the sizes and times of
-# its files, the options, this program. A piece of that name is finished; so is a group of the
-# output that has this key. All else is to be done, and is told apart by comparing keys.
+# ------------------------------------------------------------------------------ What there is to do
 
+# A record's key is a hash of all that shapes its rows: the sizes and times of its files, the
+# options, this program. A piece of that name is finished; so is a group of the output that has this
+# key. All else is to be done, and is told apart by comparing keys.
 
 class Record(NamedTuple):
     number: int  # in what was found
@@ -229,14 +201,13 @@ def find_inputs(options, outputs):
     return found
 
 
-def fingerprints(settings, shards):
+def fingerprints(options):
     """{option: hash of its value}; of the values, because a typed name may say who it was."""
-    program = b""
-    for module in (labels, recordings, sys.modules[__name__]):
-        with open(module.__file__, "rb") as file:
-            program += file.read()
-    values = {**settings._asdict(), "shards": shards, "program": program}
-    return {name: digest(value) for name, value in values.items()}
+    made_with = {name: getattr(options, name) for name in SHAPING}
+    made_with["program"] = b"".join(
+        pathlib.Path(module.__file__).read_bytes()
+        for module in (labels, recordings, sys.modules[__name__]))
+    return {name: digest(value) for name, value in made_with.items()}
 
 
 def digest(value):
@@ -312,7 +283,7 @@ def work_folder(out):
     folder, name = os.path.split(os.path.realpath(out))
     parts = os.path.join(folder, f".{name}.parts")
     os.makedirs(parts, mode=0o700, exist_ok=True)
-    with locked(os.path.join(parts, "lock"), f"{out}: another run is preparing it now"):
+    with tk_utils.locked(os.path.join(parts, "lock"), f"{out}: another run is preparing it now"):
         finished = False
         try:
             yield parts
@@ -335,22 +306,23 @@ def clean_up(parts, records, files):
         if name != "lock" and name not in keys:
             os.remove(os.path.join(parts, name))
     for path in filter(None, files):
-        remove_leftovers(path)
+        tk_utils.remove_leftovers(path)
 
 
-def prepare_missing(records, held, problems, settings, parts, workers):
+def prepare_missing(records, held, problems, options, parts):
     """Makes the pieces that are not there yet."""
     missing = [
         record for record in records if record.key not in problems.failed
         and (held[record.output] or {}).get((record.patient, record.name)) != record.key
         and not os.path.exists(piece_path(parts, record))]
-    results = run_all(partial(prepare_record, settings=settings, parts=parts), missing, workers)
-    for record, result in progress(results, total=len(missing), desc="records", unit="record",
-                                   disable=not missing):
+    results = run_all(partial(prepare_record, options=options, parts=parts), missing,
+                      options.workers)
+    for record, result in tk_utils.progress(results, total=len(missing), desc="records",
+                                            unit="record", disable=not missing):
         for note in result.notes:
-            problems.note(record.number, note, record.key)
+            problems.add(record.number, "note", note, key=record.key)
         if result.problem:
-            problems.error(record.number, result.problem, result.detail, record.key)
+            problems.add(record.number, "error", result.problem, result.detail, record.key)
 
 
 def run_all(function, records, workers):
@@ -362,28 +334,32 @@ def run_all(function, records, workers):
     if workers == 1:
         yield from ((record, function(record)) for record in records)
         return
-    waiting, suspects = deque(records), deque()
-    while waiting or suspects:
-        source, under_way = suspects or waiting, deque()
-        n = min(workers, len(waiting)) if source is waiting else 1
+    waiting, under_way = deque(records), deque()
+    while waiting:
         try:
-            with _processes(n) as pool:
+            with _processes(min(workers, len(waiting))) as pool:
                 try:
-                    while source or under_way:
-                        while source and len(under_way) < (2 * n if source is waiting else 1):
-                            under_way.append((source[0], pool.submit(function, source[0])))
-                            source.popleft()
+                    while waiting or under_way:
+                        while waiting and len(under_way) < 2 * workers:
+                            under_way.append((waiting[0], pool.submit(function, waiting[0])))
+                            waiting.popleft()
                         result = under_way[0][1].result()
                         yield under_way.popleft()[0], result
-                except BaseException:
+                finally:
                     for _, future in under_way:
                         future.cancel()
-                    raise
         except BrokenProcessPool:
-            if source is waiting:
-                suspects.extend(record for record, _ in under_way)
-            elif under_way:
-                yield under_way.popleft()[0], Result("its process was ended (out of memory?)")
+            while under_way:
+                record, _ = under_way.popleft()
+                yield record, _try_alone(function, record)
+
+
+def _try_alone(function, record):
+    try:
+        with _processes(1) as pool:
+            return pool.submit(function, record).result()
+    except BrokenProcessPool:
+        return Result("its process was ended (out of memory?)")
 
 
 def _processes(n):
@@ -400,9 +376,7 @@ def _end_with_parent():
     ).start()
 
 
-# ---------------------------------------------------------------------------------------------
-# One record
-
+# --------------------------------------------------------------------------------------- One record
 
 class Result(NamedTuple):
     problem: str = ""  # says nothing about who it was; `detail` may
@@ -410,11 +384,11 @@ class Result(NamedTuple):
     notes: tuple = ()  # lines for the private problems file
 
 
-def prepare_record(record, settings, parts):
+def prepare_record(record, options, parts):
     """Writes the piece of one record and returns its Result."""
     notes = []
     try:
-        fields, attributes = read_segments(record.path, settings, notes)
+        fields, attributes = read_segments(record.path, options, notes)
     except RecordingError as error:
         return Result(error.what, error.detail, tuple(notes))
     except MemoryError:
@@ -422,8 +396,8 @@ def prepare_record(record, settings, parts):
     except Exception as error:  # noqa: BLE001 - one record in an archive must not end the run
         return Result(f"{type(error).__name__}, a bug in this program: please report what the "
                       "problems file says", traceback.format_exc())
-    with atomic_path(piece_path(parts, record)) as temporary:
-        with new_output(temporary, settings) as writer:
+    with tk_utils.atomic_path(piece_path(parts, record)) as temporary:
+        with new_output(temporary, options) as writer:
             writer.write(record.patient, record.name, fields)
             group = writer.file[record.patient][record.name]
             group.attrs.update(attributes, key=record.key)
@@ -434,42 +408,45 @@ def piece_path(parts, record):
     return os.path.join(parts, record.key + ".h5")
 
 
-def new_output(path, settings, **attributes):
+def new_output(path, options, **attributes):
     return datasets.LayoutWriter(
-        path, origin="recordings", label_method=settings.label_method, beats=settings.beats,
+        path, origin="recordings", label_method=options.label_method, beats=options.beats,
         reasons=labels.REASONS, **attributes)
 
 
-def read_segments(path, settings, notes):
+def read_segments(path, options, notes):
     """(the layout's fields, the encounter's attributes) of one recorded file."""
     recording = recordings.read_recording(
-        path, lambda names: list(choose(path, names, settings.wanted).values()),
-        settings.csv_rate, settings.hdf5)
-    chosen = choose(path, recording.channels, settings.wanted)
+        path, lambda names: list(choose(path, names, options.wanted).values()),
+        options.csv_rate, options.hdf5)
+    chosen = choose(path, recording.channels, options.wanted)
     abp, ppg = (recording.channels[chosen[kind]] for kind in ("abp", "ppg"))
     for name, channel in (("ABP", abp), ("PPG", ppg)):
         if channel.fs < labels.MIN_FS_HZ:
-            raise RecordingError(
-                path, f"its {name} channel has {channel.fs:g} samples/s; "
-                f"a waveform needs {labels.MIN_FS_HZ} or more")
+            raise RecordingError(path, f"its {name} channel has {channel.fs:g} samples/s; a "
+                                       f"waveform needs {labels.MIN_FS_HZ} or more")
     abp = to_mmhg(abp, notes)
-    fields, left_over_s = cut_segments(path, abp, ppg)
+    duration_s = max(c.start_s + c.samples.size / c.fs for c in (abp, ppg))
+    n = int((duration_s + 1e-6) // datasets.SEGMENT_SECONDS)
+    if n < 1:
+        raise RecordingError(path, f"lasts {duration_s:.1f} s, less than one segment")
+    fields = {"abp": on_grid(abp, n), "ppg": on_grid(ppg, n),
+              "start_s": np.arange(n) * float(datasets.SEGMENT_SECONDS)}
     delay_s, strength, rows = ppg_delay(fields["abp"], fields["ppg"], datasets.FS)
-    shift_s = 0.0
-    if settings.align and strength >= SURE_DELAY:
-        shift_s, rows = delay_s, rows - delay_s
-        shifted = replace(ppg, start_s=ppg.start_s - shift_s)
-        fields["ppg"] = on_grid(shifted, len(fields["ppg"]))
-    elif settings.align:
+    shift_s = delay_s if options.align and strength >= SURE_DELAY else 0.0
+    if shift_s:
+        fields["ppg"] = on_grid(replace(ppg, start_s=ppg.start_s - shift_s), n)
+    if options.align and strength < SURE_DELAY:
         notes.append("the PPG's delay is not known for sure: not aligned")
-    fields["ppg_delay_s"] = rows
+    fields["ppg_delay_s"] = rows - shift_s
     fields.update(labels.label_segments(
-        fields["abp"], datasets.FS, beats=settings.beats, method=settings.label_method))
+        fields["abp"], datasets.FS, beats=options.beats, method=options.label_method))
     quality = labels.signal_quality(fields["abp"], fields["ppg"], datasets.FS)
     fields["reason"] = fields["reason"] | quality.pop("reason")
     fields.update(quality)
     return fields, {"ppg_delay_s": delay_s, "ppg_delay_strength": strength,
-                    "ppg_shift_s": shift_s, "left_over_s": left_over_s}
+                    "ppg_shift_s": shift_s,
+                    "left_over_s": max(0.0, duration_s - n * datasets.SEGMENT_SECONDS)}
 
 
 def choose(path, names, wanted):
@@ -493,17 +470,6 @@ def to_mmhg(channel, notes):
     if factor is None and channel.unit:
         notes.append(f"ABP has the unit {channel.unit!r}; taken as mmHg")
     return replace(channel, samples=channel.samples * (factor or 1.0))
-
-
-def cut_segments(path, abp, ppg):
-    """({abp, ppg: [N, 3600] float32, start_s: [N]}, seconds left over) of two Channels."""
-    duration_s = max(c.start_s + c.samples.size / c.fs for c in (abp, ppg))
-    n = int((duration_s + 1e-6) // datasets.SEGMENT_SECONDS)
-    if n < 1:
-        raise RecordingError(path, f"lasts {duration_s:.1f} s, less than one segment")
-    fields = {"abp": on_grid(abp, n), "ppg": on_grid(ppg, n),
-              "start_s": np.arange(n) * float(datasets.SEGMENT_SECONDS)}
-    return fields, max(0.0, duration_s - n * datasets.SEGMENT_SECONDS)
 
 
 def on_grid(channel, n):
@@ -569,11 +535,9 @@ def _feet(signal, fs, scale=None):
     return np.concatenate(times), np.concatenate(rows)
 
 
-# ---------------------------------------------------------------------------------------------
-# Joining the pieces
+# ------------------------------------------------------------------------------- Joining the pieces
 
-
-def write_outputs(records, held, settings, made_with, parts):
+def write_outputs(records, held, options, made_with, parts):
     """Writes each output that does not hold its records yet, complete or not at all, from pieces
     and from what it held before; returns the paths written or removed."""
     mine = {path: {} for path in held}
@@ -585,8 +549,8 @@ def write_outputs(records, held, settings, made_with, parts):
         if os.path.exists(path) and (not mine[path] or held[path] is None and len(held) > 1):
             os.remove(path)
     for path in (path for path in stale if mine[path]):
-        with atomic_path(path) as temporary:
-            with new_output(temporary, settings, prepared_with=json.dumps(made_with)) as writer:
+        with tk_utils.atomic_path(path) as temporary:
+            with new_output(temporary, options, prepared_with=json.dumps(made_with)) as writer:
                 for (patient, name), record in mine[path].items():
                     piece = piece_path(parts, record)
                     with datasets.open_file(piece if os.path.exists(piece) else path) as source:
@@ -594,9 +558,7 @@ def write_outputs(records, held, settings, made_with, parts):
     return stale
 
 
-# ---------------------------------------------------------------------------------------------
-# Whose record it is
-
+# ------------------------------------------------------------------------------- Whose record it is
 
 def assign_patients(found, groups_path, problems):
     """The patient of each recording: its split group, or its own name."""
@@ -605,12 +567,12 @@ def assign_patients(found, groups_path, problems):
     for number, item in enumerate(found):
         name = recordings.recording_name(item.path)
         if groups_path and name not in groups:
-            problems.note(number, "not in the groups file: taken as a patient of its own")
+            problems.add(number, "note", "not in the groups file: taken as a patient of its own")
         patients.append(groups.get(name, name))
         twin = first_of.setdefault((patients[-1], name), number)
         if twin != number:
-            problems.error(twin, "same patient and record name as another input")
-            problems.error(number, "same patient and record name as another input")
+            for one in (twin, number):
+                problems.add(one, "error", "same patient and record name as another input")
             problems.write()
             raise datasets.DataError(
                 f"{shown(found, twin)} and {shown(found, number)}: two recordings of one patient "
@@ -643,13 +605,7 @@ def read_groups(path):
     return groups
 
 
-# ---------------------------------------------------------------------------------------------
-# What is told
-
-
-def problems_path(out):
-    return os.path.splitext(os.path.normpath(out))[0] + "_problems.csv"
-
+# ------------------------------------------------------------------------------------- What is told
 
 class Problems:
     """Errors and notes per record: named in a private file, unnamed on stderr.
@@ -661,33 +617,31 @@ class Problems:
 
     COLUMNS = ("kind", "record", "path", "what", "detail", "key")
 
-    def __init__(self, found, path):
-        self.found, self.path, self.rows, self.failed = found, path, [], set()
-        self.lines, self.is_news = [], False
-        text = _read(path)
-        self.earlier = text if text.startswith(PRIVATE_LINE) else ""  # else it is not ours
+    def __init__(self, found, out):
+        self.found, self.path = found, os.path.splitext(os.path.normpath(out))[0] + "_problems.csv"
+        self.rows, self.failed, self.lines, self.is_news, self.earlier = [], set(), [], False, ""
+        with contextlib.suppress(FileNotFoundError), open(
+                self.path, encoding="utf-8", errors="replace", newline="") as file:
+            text = file.read()
+            self.earlier = text if text.startswith(PRIVATE_LINE) else ""  # else it is not ours
 
-    def note(self, number, text, key=""):
-        self._add(number, "note", text, "", key)
-        self.is_news = True
-
-    def error(self, number, text, detail="", key=""):
-        self._add(number, "error", text, detail, key)
-        self.lines.append(f"{shown(self.found, number)}: {text}")
-
-    def _add(self, number, kind, text, detail, key):
+    def add(self, number, kind, text, detail="", key="", is_new=True):
         path = self.found[number].path
         name = recordings.recording_name(path)
         self.rows.append((number, (kind, name, path, text, detail, key)))
+        self.is_news |= is_new
         if kind == "error":
             self.failed.add(key)
+            if is_new:
+                self.lines.append(f"{shown(self.found, number)}: {text}")
 
     def recall(self, records):
         """What an earlier run wrote about these records as they still are."""
         numbers = {record.key: record.number for record in records}
         for row in csv.DictReader(self.earlier.splitlines(True)[1:]):
             if row.get("key") in numbers:
-                self._add(numbers[row["key"]], row["kind"], row["what"], row["detail"], row["key"])
+                self.add(numbers[row["key"]], row["kind"], row["what"], row["detail"], row["key"],
+                         is_new=False)
 
     def write(self):
         """The new errors as lines to stderr, all rows to the file; without rows there is none."""
@@ -699,7 +653,7 @@ class Problems:
                 os.remove(self.path)
             return
         if text.getvalue() != self.earlier:
-            with atomic_file(self.path, errors="replace", newline="") as file:
+            with tk_utils.atomic_file(self.path, errors="replace", newline="") as file:
                 file.write(text.getvalue())
         for line in self.lines:
             print(line, file=sys.stderr)
@@ -713,13 +667,6 @@ class Problems:
         """[(what, number of records)] of the errors, numbers in the text left out."""
         return Counter(re.sub(r"\d[\d.]*", "#", row[3]) for _, row in self.rows
                        if row[0] == "error").most_common()
-
-
-def _read(path):
-    if not os.path.isfile(path):
-        return ""
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        return file.read()
 
 
 def shown(found, number):
@@ -814,51 +761,45 @@ def print_summary(contents):
           f"dropped, as they fill no segment\n{delay_line(contents)}\n{pass_line(contents)}")
     for title, rows, headers in summary_tables(contents):
         print(f"\n{title}:")
-        print_table(rows, headers)
+        tk_utils.print_table(rows, headers)
 
 
-def print_channels(found, settings):
+def print_channels(found, options):
     """What --list-channels prints: one line per recording."""
     unreadable = 0
     for number, item in enumerate(found):
         try:
-            channels = recordings.list_channels(item.path, settings.csv_rate, settings.hdf5)
+            channels = recordings.list_channels(item.path, options.csv_rate, options.hdf5)
         except RecordingError as error:
             print(f"{shown(found, number)}: {error.what}", file=sys.stderr)
             unreadable += 1
             continue
-        chosen = {
-            recordings.choose_channel(channels, kind, settings.wanted[kind]): f" -> {kind.upper()}"
-            for kind in ("abp", "ppg")
-        }
-        print(f"{shown(found, number)}: " + ", ".join(
-            f'{name} ({channel.fs:g} Hz{channel.unit and " " + channel.unit}){chosen.get(name, "")}'
-            for name, channel in channels.items()
-        ) + "".join(f"; no {kind.upper()} found" for kind in ("abp", "ppg")
-                    if f" -> {kind.upper()}" not in [chosen.get(name) for name in channels]))
+        chosen = {kind.upper(): recordings.choose_channel(channels, kind, name)
+                  for kind, name in options.wanted.items()}
+        texts = []
+        for name, channel in channels.items():
+            unit = channel.unit and " " + channel.unit
+            use = "".join(f" -> {kind}" for kind, taken in chosen.items() if taken == name)
+            texts.append(f"{name} ({channel.fs:g} Hz{unit}){use}")
+        missing = "".join(f"; no {kind} found" for kind, name in chosen.items() if name is None)
+        print(f'{shown(found, number)}: {", ".join(texts)}{missing}')
     return 1 if unreadable else 0
 
 
-# ---------------------------------------------------------------------------------------------
-# The quality report
+# ------------------------------------------------------------------------------- The quality report
 
-
-# Ranges that the histograms show, in mmHg and beats/min.
-HISTOGRAMS = {"map": (30, 130), "sbp": (50, 200), "dbp": (20, 110), "pp": (0, 140),
-              "hr": (30, 160), "p_crit": (0, 100)}
 N_EXAMPLES, EXAMPLES_SEED = 10, 0
 
 
-def write_report(path, contents, problems, n_found, settings):
+def write_report(options, contents, problems, n_found):
     """One HTML page about the output that says nothing of who is in it."""
-    n_segments = len(contents.passed)
     came_in = [
         ("recordings found", n_found), ("recordings prepared", len(contents.encounters)),
-        ("patients", contents.n_patients()), ("segments of a minute", n_segments),
+        ("patients", contents.n_patients()), ("segments of a minute", len(contents.passed)),
         ("minutes at the ends that fill no segment",
          f'{contents.of_encounters("left_over_s").sum() / 60:.1f}'),
-        ("label method", settings.label_method), ("a beat begins at its", settings.beats),
-        ("PPG shifted by its delay", "yes" if settings.align else "no")]
+        ("label method", options.label_method), ("a beat begins at its", options.beats),
+        ("PPG shifted by its delay", "yes" if options.align else "no")]
     body = [html_text("What came in", "h2"), html_table(came_in, ("", ""), "The input")]
     if problems.kinds():
         body.append(html_table(problems.kinds(), ("why a recording could not be used", "records")))
@@ -873,10 +814,9 @@ def write_report(path, contents, problems, n_found, settings):
         delays_figure(contents), "Histogram of the PPG's delay behind the ABP per record",
         "Unsure: the heart's rhythm varies so little that it may be a whole beat off."))
     rng = np.random.default_rng(EXAMPLES_SEED)
-    for rows, title in ((contents.passed, "random segments that pass"),
+    for mask, title in ((contents.passed, "random segments that pass"),
                         (~contents.passed, "random segments that the gate refuses")):
-        rows = np.flatnonzero(rows)
-        rows = rng.choice(rows, min(N_EXAMPLES, len(rows)), replace=False)
+        rows = rng.choice(np.flatnonzero(mask), min(N_EXAMPLES, mask.sum()), replace=False)
         body.append(html_text(f"{len(rows)} {title}", "h2"))
         for number, row in enumerate(rows, 1):
             fields = read_row(contents, row)
@@ -888,7 +828,7 @@ def write_report(path, contents, problems, n_found, settings):
                 text = f'Refused: {", ".join(why)}. {text}'
             body.append(html_figure(segment_figure(fields), f"ABP, PPG and fit of segment {number}",
                                     f"{number}. {text}"))
-    html_page(path, "Quality of the prepared segments", "".join(body))
+    tk_utils.html_page(options.report, "Quality of the prepared segments", "".join(body))
 
 
 def read_row(contents, row):
@@ -901,23 +841,23 @@ def read_row(contents, row):
 
 
 def distributions_figure(contents):
-    figure = new_figure(9, 4.2)
+    figure = tk_utils.new_figure(9, 4.2)
     figure.subplots_adjust(hspace=0.45, wspace=0.2)
-    for axes, (key, limits) in zip(figure.subplots(2, 3).flat, HISTOGRAMS.items()):
+    for axes, (key, cohort) in zip(figure.subplots(2, 3).flat, PUBLISHED_COHORT.items()):
+        mean, sd, limits = cohort
         values = contents.columns[key][contents.passed]
         axes.hist(values, 50, range=limits, color="#4c72b0",
                   weights=np.full(len(values), 100 / len(values)))
-        mean, sd = PUBLISHED_COHORT[key]
         axes.axvspan(mean - sd, mean + sd, color="#dd8452", alpha=0.25, lw=0)
         axes.axvline(mean, color="#dd8452")
         axes.set_xlim(limits)
-        axes.set_xlabel(f"{key} ({datasets.FIELDS[key][1]})", fontsize=8)
-        _plain_axes(axes, "% of segments" if key in ("map", "pp") else "")
+        _plain_axes(axes, f"{key} ({datasets.FIELDS[key][1]})",
+                    "% of segments" if key in ("map", "pp") else "")
     return figure
 
 
 def delays_figure(contents):
-    figure = new_figure(7, 1.8)
+    figure = tk_utils.new_figure(7, 1.8)
     axes = figure.subplots()
     delay_s = contents.of_encounters("ppg_delay_s")
     sure = contents.of_encounters("ppg_delay_strength") >= SURE_DELAY
@@ -925,15 +865,14 @@ def delays_figure(contents):
               bins=np.arange(*DELAY_RANGE_S, 0.02), color=["#4c72b0", "#b0b8c4"],
               label=["sure", "unsure"])
     axes.legend(frameon=False, fontsize=8)
-    axes.set_xlabel("PPG behind ABP (s)", fontsize=8)
-    _plain_axes(axes, "records")
+    _plain_axes(axes, "PPG behind ABP (s)", "records")
     return figure
 
 
 def segment_figure(fields):
     """A minute: ABP with the feet of its beats, PPG, and the beats' MAP over PP x HR with the line
     through Pcrit and their mean."""
-    figure = new_figure(8.4, 2.1)
+    figure = tk_utils.new_figure(8.4, 2.1)
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 1), wspace=0.2, hspace=0.12)
     above, below, right = (figure.add_subplot(at) for at in (grid[0, 0], grid[1, 0], grid[:, 1]))
     fs = datasets.FS
@@ -943,10 +882,9 @@ def segment_figure(fields):
     above.plot(feet, np.interp(feet, t, abp), ".", ms=3, color="black")
     below.plot(t, fields["ppg"], lw=0.6, color="#2c5aa0")
     above.tick_params(labelbottom=False)
-    for axes, label in ((above, "ABP (mmHg)"), (below, "PPG")):
+    for axes, seconds, label in ((above, "", "ABP (mmHg)"), (below, "s", "PPG")):
         axes.set_xlim(0, datasets.SEGMENT_SECONDS)
-        _plain_axes(axes, label)
-    below.set_xlabel("s", fontsize=8)
+        _plain_axes(axes, seconds, label)
     cuts = np.ceil(feet * fs).astype(int)
     beats = [abp[a:b] for a, b in zip(cuts, cuts[1:]) if a < b < a + labels.MAX_BEAT_SECONDS * fs]
     if beats:
@@ -959,16 +897,16 @@ def segment_figure(fields):
             right.plot(ends, fields["p_crit"] + slope * ends, lw=1, color="#dd8452")
             right.plot(0, fields["p_crit"], "o", ms=4, color="#dd8452", clip_on=False)
         right.set_xlim(left=0)
-    right.set_xlabel("PP \u00d7 HR (mmHg/min / 1000)", fontsize=8)
-    _plain_axes(right, "MAP of a beat (mmHg)")
+    _plain_axes(right, "PP \u00d7 HR (mmHg/min / 1000)", "MAP of a beat (mmHg)")
     return figure
 
 
-def _plain_axes(axes, label):
-    axes.set_ylabel(label, fontsize=8)
+def _plain_axes(axes, x_label, y_label):
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.set_ylabel(y_label, fontsize=8)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, "DataError", "RecordingError"))
+    sys.exit(tk_utils.run_script(main, "DataError", "RecordingError"))

@@ -22,7 +22,7 @@ import os
 import re
 import zlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, List, NamedTuple, Optional
 
 import numpy as np
@@ -119,9 +119,8 @@ def find_recordings(inputs) -> List[Found]:
     or folders beside it. Not recordings of their own: segments of a WFDB record, and the numerics
     that MIMIC keeps beside a waveform record.
     """
-    found, seen = [], set()
-    for typed in inputs:
-        typed = os.fspath(typed)
+    found = {}
+    for typed in map(os.fspath, inputs):
         if os.path.isdir(typed):
             paths = _recordings_in(typed)
             if not paths:
@@ -130,48 +129,40 @@ def find_recordings(inputs) -> List[Found]:
             paths = _listed_in(typed)
         else:
             path = typed[:-4] + ".hea" if typed.lower().endswith(".dat") else typed
-            if not os.path.isfile(path) and os.path.isfile(typed + ".hea"):
-                path = typed + ".hea"
+            path = path if os.path.isfile(path) else typed + ".hea"
             if not os.path.isfile(path):
                 raise RecordingError(typed, "no such file, WFDB record or folder")
             reader_of(path)  # an ending that no reader takes is an error here and now
             paths = [path]
         for path in paths:
-            identity = os.path.realpath(path)
-            if identity not in seen:
-                seen.add(identity)
-                found.append(Found(path, typed))
-    return found
+            found.setdefault(os.path.realpath(path), Found(path, typed))
+    return list(found.values())
 
 
 def _recordings_in(folder):
     paths = []
     for parent, folders, files in os.walk(folder):
         folders.sort()
-        paths += [
-            os.path.join(parent, file)
-            for file in sorted(files)
-            if os.path.splitext(file)[1].lower() in READERS
-            and not file.startswith(".")
-            and not file.endswith("_problems.csv")  # prepare.py's own
-        ]
+        paths += [os.path.join(parent, file) for file in sorted(files)
+                  if os.path.splitext(file)[1].lower() in READERS and not file.startswith(".")
+                  and not file.endswith("_problems.csv")]  # prepare.py's own
     return [path for path in _whole_records(paths) if not _is_prepared(path)]
 
 
 def _listed_in(path):
     """The recordings that a list names, like MIMIC's RECORDS: a record or folder in each line."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        entries = [line.strip() for line in file]
     paths = []
-    for number, entry in enumerate(entries, 1):
-        if os.path.isabs(entry) or re.search(r"(^|[/\\])\.\.([/\\]|$)|[:\x00]", entry):
-            raise RecordingError(path, f"line {number} names a record outside the list's folder")
-        target = os.path.join(os.path.dirname(path), entry)
-        if entry and os.path.isdir(target):
-            paths += _recordings_in(target)
-        elif entry:
-            known = os.path.splitext(entry)[1].lower() in READERS
-            paths.append(target if known else target + ".hea")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, entry in enumerate(map(str.strip, file), 1):
+            if os.path.isabs(entry) or re.search(r"(^|[/\\])\.\.([/\\]|$)|[:\x00]", entry):
+                raise RecordingError(
+                    path, f"line {number} names a record outside the list's folder")
+            target = os.path.join(os.path.dirname(path), entry)
+            if entry and os.path.isdir(target):
+                paths += _recordings_in(target)
+            elif entry:
+                known = os.path.splitext(entry)[1].lower() in READERS
+                paths.append(target if known else target + ".hea")
     if not paths:
         raise RecordingError(path, "this list names no recording")
     return _whole_records(paths)
@@ -233,9 +224,9 @@ def choose_channel(names, kind, wanted=None) -> Optional[str]:
 
 
 def reader_of(path):
-    """(package, function) for this file; the function is called as `_read` does and returns
-    {name: Channel}, with samples where `wanted(names)` returned the name. Those of SPANNED take
-    `span`, too."""
+    """(package, function) for this file. The function, called with a Windows and (start, stop in s;
+    None: the whole recording), returns {name: Channel}, with samples where `Windows.wanted(names)`
+    returned the name."""
     try:
         return READERS[os.path.splitext(path)[1].lower()]
     except KeyError:
@@ -254,7 +245,7 @@ def check_readers(paths):
 
 def list_channels(path, csv_rate=None, hdf5=None):
     """{name: Channel without samples} of a recording."""
-    return _read(path, lambda names: [], csv_rate, hdf5)
+    return Windows(path, lambda names: [], csv_rate, hdf5).channels(None)
 
 
 def read_recording(path, wanted=None, csv_rate=None, hdf5=None) -> Recording:
@@ -266,10 +257,10 @@ def read_recording(path, wanted=None, csv_rate=None, hdf5=None) -> Recording:
     Without it, all one-dimensional datasets are channels, with their rate in the attribute fs or
     sampling_rate.
     """
-    return _checked(path, _read(path, wanted or list, csv_rate, hdf5))
+    return _recording(path, Windows(path, wanted, csv_rate, hdf5).channels(None))
 
 
-def _checked(path, channels):
+def _recording(path, channels):
     channels = {name: channel for name, channel in channels.items() if channel.samples.size}
     for channel in channels.values():
         channel.samples[np.isinf(channel.samples)] = np.nan
@@ -294,40 +285,35 @@ class Windows:
     def __init__(self, path, wanted=None, csv_rate=None, hdf5=None, growing=False):
         self.path, self.wanted, self.growing = path, wanted or list, growing
         self.csv_rate, self.hdf5 = csv_rate, hdf5
-        self.ending = os.path.splitext(path)[1].lower()
-        if growing and self.ending not in GROWING:
+        self.kept = None  # what the file's reader keeps from one window to the next
+        if growing and os.path.splitext(path)[1].lower() not in GROWING:
             raise RecordingError(path, f"a growing file is read as {' or '.join(GROWING)} alone; "
                                        "for whole files, name their folder")
-        self.whole = self.table = None
 
     def read(self, start_s, stop_s):
         """(Recording of start_s <= t < stop_s, whether the file ends there); start_s must not be
         less than in the call before."""
-        if self.ending in SPANNED:
-            channels = _read(self.path, self.wanted, self.csv_rate, self.hdf5,
-                             span=(start_s, stop_s), growing=self.growing)
-            end_s = max((channel.end_s for channel in channels.values()
-                         if np.isfinite(channel.end_s)), default=0.0)
-            return _checked(self.path, channels), end_s <= stop_s
-        if self.ending in TABLES:
-            with _package_errors(self.path):
-                self.table = self.table or _Table(self.path, self.wanted, self.csv_rate,
-                                                  self.growing)
-                channels, ended = self.table.read(start_s, stop_s)
-            return _checked(self.path, {_printable(name): channel
-                                        for name, channel in channels.items()}), ended
-        if self.whole is None:
-            self.whole = read_recording(self.path, self.wanted, self.csv_rate, self.hdf5).channels
-            for channel in self.whole.values():
-                channel.samples = channel.samples.astype(np.float32)
-                channel.end_s = channel.start_s + channel.samples.size / channel.fs
-        channels = {}
-        for name, channel in self.whole.items():
-            first, end = _span((start_s, stop_s), channel.fs, channel.samples.size, channel.start_s)
-            channels[name] = Channel(channel.samples[first:end].astype(np.float64), channel.fs,
-                                     channel.unit, channel.start_s + first / channel.fs)
-        ended = all(channel.end_s <= stop_s for channel in self.whole.values())
-        return _checked(self.path, channels), ended
+        channels = self.channels((start_s, stop_s))
+        ends_s = [channel.end_s for channel in channels.values() if not np.isnan(channel.end_s)]
+        return _recording(self.path, channels), max(ends_s, default=0.0) <= stop_s
+
+    def channels(self, span):
+        """{name: Channel} of a span (start, stop in s) or the whole (None); those that are not
+        wanted without samples. Whatever goes wrong in a package becomes a RecordingError."""
+        check_readers([self.path])
+        package, reader = reader_of(self.path)
+        try:
+            channels = reader(self, span)
+        except RecordingError:
+            raise
+        except OSError as error:
+            raise RecordingError(self.path, "cannot be read", error.strerror or error) from None
+        except Exception as error:  # noqa: BLE001 - packages raise a dozen kinds for malformed files
+            what = f"{package} cannot read this file ({type(error).__name__})"
+            raise RecordingError(self.path, what, error) from None
+        for channel in channels.values():
+            channel.unit = _printable(channel.unit)
+        return {_printable(name): channel for name, channel in channels.items()}
 
 
 def _span(span, fs, n, start_s=0.0):
@@ -382,39 +368,13 @@ def resample(channel, fs_out, n_out):
     return out
 
 
-def _read(path, wanted, csv_rate, hdf5, **span):
-    """What the file's reader gives; `span`, for those of SPANNED: span, growing."""
-    with _package_errors(path):
-        channels = reader_of(path)[1](path, wanted, csv_rate, hdf5, **span)
-    for channel in channels.values():
-        channel.unit = _printable(channel.unit)
-    return {_printable(name): channel for name, channel in channels.items()}
-
-
-@contextlib.contextmanager
-def _package_errors(path):
-    """Whatever goes wrong in a package becomes a RecordingError."""
-    check_readers([path])
-    package = reader_of(path)[0]
-    try:
-        yield
-    except RecordingError:
-        raise
-    except OSError as error:
-        raise RecordingError(path, "cannot be read", error.strerror or error) from None
-    except Exception as error:  # noqa: BLE001 - packages raise a dozen kinds for malformed files
-        what = f"{package} cannot read this file ({type(error).__name__})"
-        raise RecordingError(path, what, error) from None
-
-
 def _printable(text):
     """In one line, without what a terminal would take for a command."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
 def _check_size(path, n_samples, n_bytes):
-    """Raise if a channel of n_samples would be allocated for a file of n_bytes that cannot hold it.
-    """
+    """Raise if a file of n_bytes cannot hold n_samples, before memory is taken for them."""
     if n_samples > FREE_SAMPLES + SAMPLES_PER_BYTE * n_bytes:
         raise RecordingError(
             path, f"promises {n_samples:,} samples, more than a file of its size can hold")
@@ -429,7 +389,7 @@ def _unique(names):
 
 
 def _positions(path, starts_s, lengths, period, slack_s):
-    """(period, position of every block on a grid of samples, seconds that it is off its stamp).
+    """(samples/s, position of every block on a grid of them, seconds that it is off its stamp).
 
     Time stamps are rounded and jitter, clocks drift: blocks that follow one another (to slack_s)
     are counted, their mean over all gives the true period, and only the first block after a gap is
@@ -450,7 +410,8 @@ def _positions(path, starts_s, lengths, period, slack_s):
     first = np.concatenate(([0], np.flatnonzero(jumps) + 1))  # of every run
     places = np.rint((starts_s[first] - starts_s[0]) / period).astype(np.int64)
     positions = np.repeat(places - before[first], np.diff(np.append(first, starts_s.size))) + before
-    return period, positions, np.abs(positions * period - (starts_s - starts_s[0]))
+    late_s = np.abs(positions * period - (starts_s - starts_s[0]))
+    return float(f"{1 / period:.10g}"), positions, late_s
 
 
 def _join(path, starts_s, blocks, fs):
@@ -460,22 +421,20 @@ def _join(path, starts_s, blocks, fs):
     starts_s, lengths = np.asarray(starts_s, np.float64)[order], lengths[order]
     if not np.isfinite(starts_s).all():
         raise RecordingError(path, "a time stamp is not a number")
-    period, positions, late_s = _positions(path, starts_s, lengths, 1 / fs,
-                                           max(JITTER_S, 1.5 / fs))
-    if abs(period * fs - 1) > 1e-3 or late_s.max() > 2 * JITTER_S + 2 / fs:
-        period = 1 / fs  # an unsteady clock: each block by its own stamp
-        positions = np.rint((starts_s - starts_s[0]) / period).astype(np.int64)
+    measured, positions, late_s = _positions(path, starts_s, lengths, 1 / fs,
+                                             max(JITTER_S, 1.5 / fs))
+    if abs(fs / measured - 1) > 1e-3 or late_s.max() > 2 * JITTER_S + 2 / fs:
+        measured = fs  # an unsteady clock: each block by its own stamp
+        positions = np.rint((starts_s - starts_s[0]) * fs).astype(np.int64)
     n = int((positions + lengths).max())
     _check_size(path, n, os.path.getsize(path))
     samples = np.full(n, np.nan)
     for position, i in zip(positions, order):
         samples[position:position + len(blocks[i])] = blocks[i]
-    return samples, float(f"{1 / period:.10g}")
+    return samples, measured
 
 
-# ---------------------------------------------------------------------------------------------
-# WFDB
-
+# --------------------------------------------------------------------------------------------- WFDB
 
 # Bytes per sample of each storage format (https://www.physionet.org/physiotools/wag/signal-5.htm);
 # 0 is no file at all; FLAC (508, 516, 524) packs a constant block of 4096 samples in a few bytes.
@@ -501,14 +460,11 @@ def _read_header(path):
     with open(path, encoding="ascii", errors="replace") as file:
         text = file.read(1 << 24)  # 16 MB of header is a multi-segment record of years
     lines = [line.split("#")[0].split() for line in text.splitlines()]
-    lines = [fields for fields in lines if fields]
-    if not lines or len(lines[0]) < 2:
+    record_line, *others = [fields for fields in lines if fields] or [[]]
+    if len(record_line) < 2:
         raise RecordingError(path, "not a WFDB header: no record line")
-    record_line, others = lines[0], lines[1:]
-    for fields in others:
-        if fields[0] in (".", "..") or re.search(r"[/\\:\x00]", fields[0]):
-            raise RecordingError(path, "this WFDB header names a data file outside its own folder")
-    files = [fields[0] for fields in others if fields[0] != "~"]
+    if any(fields[0] in (".", "..") or re.search(r"[/\\:\x00]", fields[0]) for fields in others):
+        raise RecordingError(path, "this WFDB header names a data file outside its own folder")
     per_frame = n_bytes = 0
     try:
         fs = float(record_line[2].split("/")[0].split("(")[0]) if len(record_line) > 2 else 250.0
@@ -527,6 +483,7 @@ def _read_header(path):
         raise RecordingError(
             path, "not a WFDB header: unreadable number of signals, frequency, length or format"
         ) from None
+    files = [fields[0] for fields in others if fields[0] != "~"]
     return _Header(fs, files, [], frames, frames * per_frame, n_bytes)
 
 
@@ -545,30 +502,30 @@ def _check_wfdb_files(path, header):
     return n_bytes
 
 
-def _read_wfdb(path, wanted, csv_rate=None, hdf5=None, span=None, growing=False):
+def _read_wfdb(source, span):
     import wfdb
 
-    header = _read_header(path)
-    if header.segments and growing:
-        raise RecordingError(path, "a growing WFDB record cannot be one of segments")
+    path, header = source.path, _read_header(source.path)
     if header.segments:
-        return _read_wfdb_segments(path, header, wanted, span)
-    growing = growing or span is not None and not header.frames  # its length is not stated
+        if source.growing:
+            raise RecordingError(path, "a growing WFDB record cannot be one of segments")
+        return _read_wfdb_segments(source, header, span)
+    growing = source.growing or span is not None and not header.frames  # its length is not stated
     if not growing:
         _check_wfdb_files(path, header)
     base = os.path.abspath(path)[:-4]  # absolute, no pn_dir: never from the network
     record = wfdb.rdheader(base)
-    names = _unique(record.sig_name or [])
-    if not names:
+    if not record.sig_name:
         raise RecordingError(path, "this WFDB record has no signals")
+    names = _unique(record.sig_name)
     channels = {
         name: Channel(np.empty(0), float(record.fs * per_frame), unit or "")
         for name, per_frame, unit in zip(names, record.samps_per_frame, record.units)
     }
-    chosen = list(wanted(names))
+    chosen = list(source.wanted(names))
     if growing:
         return _read_growing_wfdb(path, record, channels, chosen, span)
-    first, end = _span(span, header.fs, header.frames or record.sig_len)
+    first, end = _span(span, header.fs, header.frames)
     for channel in channels.values() if span else ():
         channel.start_s, channel.end_s = first / header.fs, header.frames / header.fs
     if chosen and (span is None or first < end):
@@ -592,28 +549,27 @@ def _read_growing_wfdb(path, record, channels, chosen, span):
         if not os.path.isfile(data):
             raise RecordingError(path, "its data file is missing", record.file_name[i])
         widths = [record.samps_per_frame[k] for k in group]
-        offset = record.byte_offset[i] or 0
-        n = max(0, os.path.getsize(data) - offset) // (2 * sum(widths))
+        offset, width = record.byte_offset[i] or 0, sum(widths)
+        n = max(0, os.path.getsize(data) - offset) // (2 * width)
         first, end = _span(span, record.fs, n)
         channels[name].start_s, channels[name].end_s = first / record.fs, n / record.fs
         if first < end:
-            raw = np.fromfile(data, "<i2", (end - first) * sum(widths),
-                              offset=offset + 2 * sum(widths) * first)
+            raw = np.fromfile(data, "<i2", (end - first) * width, offset=offset + 2 * width * first)
             left = sum(widths[:group.index(i)])
-            raw = raw.reshape(-1, sum(widths))[:, left:left + record.samps_per_frame[i]].ravel()
+            raw = raw.reshape(-1, width)[:, left:left + record.samps_per_frame[i]].ravel()
             channels[name].samples = np.where(
                 raw == -32768, np.nan, (raw - float(record.baseline[i])) / record.adc_gain[i])
     return channels
 
 
-def _read_wfdb_segments(path, header, wanted, span=None):
+def _read_wfdb_segments(source, header, span):
     """The segments joined, here, because wfdb 4.3's own joining fails on gaps with several rates.
 
     A gap's name is ~; one without frames is a layout, with the signals that any segment has.
     """
+    path, n_bytes = source.path, 0
     paths = {name: os.path.join(os.path.dirname(path), name + ".hea")
              for name, _ in header.segments if name != "~"}
-    n_bytes = 0
     for name, segment in paths.items():
         if not os.path.isfile(segment):
             raise RecordingError(path, "the header of one of its segments is missing", name)
@@ -623,8 +579,8 @@ def _read_wfdb_segments(path, header, wanted, span=None):
         n_bytes += _check_wfdb_files(segment, inner)
     if not paths:
         raise RecordingError(path, "this WFDB record has no signals")
-    channels = _read_wfdb(next(iter(paths.values())), lambda names: [])
-    chosen = {name: channels[name].fs / header.fs for name in wanted(list(channels))}
+    channels = _read_wfdb(Windows(next(iter(paths.values())), lambda names: []), None)
+    chosen = {name: channels[name].fs / header.fs for name in source.wanted(list(channels))}
     n_frames = sum(frames for _, frames in header.segments)
     first, end = _span(span, header.fs, n_frames)
     for name, per_frame in chosen.items():
@@ -637,8 +593,8 @@ def _read_wfdb_segments(path, header, wanted, span=None):
         if segment != "~" and a < b:
             # half a frame in: no rounding decides which frames these times mean
             part = span and ((a - start - 0.5) / header.fs, (b - start - 0.5) / header.fs)
-            read = _read_wfdb(paths[segment], lambda names: [n for n in names if n in chosen],
-                              span=part)
+            read = _read_wfdb(Windows(
+                paths[segment], lambda names: [name for name in names if name in chosen]), part)
             for name in set(read).intersection(chosen):
                 if read[name].fs != channels[name].fs:
                     raise RecordingError(path, "a channel's rate changes between segments", name)
@@ -651,21 +607,37 @@ def _read_wfdb_segments(path, header, wanted, span=None):
     return channels
 
 
-# ---------------------------------------------------------------------------------------------
-# VitalDB
+# ------------------------------------------------------------------------------------------ VitalDB
+
+def _read_vital(source, span):
+    """The whole file at once, the first time (its windows in float32, to save memory)."""
+    if span is None:
+        return _read_whole_vital(source)
+    if source.kept is None:
+        source.kept = {
+            name: replace(channel, samples=channel.samples.astype(np.float32))
+            for name, channel in _read_whole_vital(source).items() if channel.samples.size}
+    channels = {}
+    for name, channel in source.kept.items():
+        n = channel.samples.size
+        first, end = _span(span, channel.fs, n, channel.start_s)
+        channels[name] = replace(
+            channel, samples=channel.samples[first:end].astype(np.float64),
+            start_s=channel.start_s + first / channel.fs, end_s=channel.start_s + n / channel.fs)
+    return channels
 
 
-def _read_vital(path, wanted, csv_rate, hdf5):
+def _read_whole_vital(source):
     """Waveforms at their own rates; numbers on a grid of NUMERICS_FS, NaN where none came."""
+    path = source.path
     _check_vital(path)
     file = _open_vital(path, header_only=True)
-    tracks = {name: track for name, track in file.trks.items() if track.type in (1, 2)}
     channels = {
         name: Channel(np.empty(0), float(track.srate) if track.type == 1 else NUMERICS_FS,
                       track.unit)
-        for name, track in tracks.items()
+        for name, track in file.trks.items() if track.type in (1, 2)
     }
-    chosen = list(wanted(list(channels)))
+    chosen = list(source.wanted(list(channels)))
     tracks = _open_vital(path, track_names=chosen).trks if chosen else {}
     if chosen and not any(tracks[name].recs for name in chosen):
         raise RecordingError(path, "vitaldb finds no samples in its tracks", ", ".join(chosen))
@@ -714,15 +686,13 @@ def _check_vital(path):
         raise RecordingError(path, "not a whole .vital file", error) from None
 
 
-# ---------------------------------------------------------------------------------------------
-# EDF
+# ---------------------------------------------------------------------------------------------- EDF
+
+# First byte and width of a signal's label, unit, physical and digital limits, samples per record.
+EDF_FIELDS = ((0, 16), (96, 8), (104, 8), (112, 8), (120, 8), (128, 8), (216, 8))
 
 
-EDF_FIELDS = {"label": (0, 16), "unit": (96, 8), "low": (104, 8), "high": (112, 8),
-              "code_low": (120, 8), "code_high": (128, 8), "size": (216, 8)}  # first byte, width
-
-
-def _read_edf(path, wanted, csv_rate, hdf5, span=None, growing=False):
+def _read_edf(source, span):
     """EDF, EDF+C and EDF+D (https://www.edfplus.info/specs/edfplus.html), each channel at its rate.
 
     pyedflib reads the samples; of EDF+D, whose records have gaps between them, it reads nothing
@@ -730,15 +700,14 @@ def _read_edf(path, wanted, csv_rate, hdf5, span=None, growing=False):
     """
     import pyedflib
 
+    path = source.path
     try:
         with open(path, "rb") as file:
             header = file.read(256)
             n_records, seconds, n = int(header[236:244]), float(header[244:252]), int(header[252:])
             text = file.read(256 * max(n, 0))
-        field = {key: np.frombuffer(text, f"S{width}", n, n * first)
-                 for key, (first, width) in EDF_FIELDS.items()}
-        low, high, code_low, code_high, sizes = (
-            field[key].astype(float) for key in ("low", "high", "code_low", "code_high", "size"))
+        fields = [np.frombuffer(text, f"S{width}", n, n * first) for first, width in EDF_FIELDS]
+        low, high, code_low, code_high, sizes = (field.astype(float) for field in fields[2:])
         ends = np.cumsum(sizes).astype(np.int64)  # of every signal in a data record
         if not (n_records > 0 and 0 < seconds < 1e6 and (sizes >= 1).all()
                 and (code_low < code_high).all() and np.isfinite([low, high]).all()):
@@ -747,38 +716,36 @@ def _read_edf(path, wanted, csv_rate, hdf5, span=None, growing=False):
         raise RecordingError(path, "not an EDF file: unreadable header") from None
     if os.path.getsize(path) < 256 * (1 + n) + 2 * n_records * int(ends[-1]):
         raise RecordingError(path, "this EDF file is shorter than its header promises")
-    labels, units = ([value.decode("latin-1").strip() for value in field[key]]
-                     for key in ("label", "unit"))
+    labels, units = ([value.decode("latin-1").strip() for value in field] for field in fields[:2])
     is_stamps = [header[192:196] == b"EDF+" and label == "EDF Annotations" for label in labels]
     waves = [i for i in range(n) if not is_stamps[i]]
     names = _unique([labels[i] for i in waves])
     channels = {name: Channel(np.empty(0), float(sizes[i] / seconds), units[i])
                 for name, i in zip(names, waves)}
-    chosen = list(wanted(names))
+    chosen = list(source.wanted(names))
     if header[192:197] != b"EDF+D":
         with pyedflib.EdfReader(path) as file:
             for name in chosen:
-                channel = channels[name]
-                n_samples = int(n_records * sizes[waves[names.index(name)]])
+                channel, number = channels[name], names.index(name)
+                n_samples = int(n_records * sizes[waves[number]])
                 first, end = _span(span, channel.fs, n_samples)
-                channel.samples = file.readSignal(names.index(name), first, end - first)
+                channel.samples = file.readSignal(number, first, end - first)
                 channel.start_s, channel.end_s = first / channel.fs, n_samples / channel.fs
-    elif chosen:
-        records = np.memmap(path, "<i2", "r", 256 * (1 + n), (n_records, int(ends[-1])))
-        spans = [records[:, int(end - size):end] for end, size in zip(ends, sizes)]
-        stamps = spans[is_stamps.index(True)] if any(is_stamps) else records[:, :0]
-        starts_s = np.array([
-            float((re.match(rb"[+-]\d+(\.\d*)?(?=[\x14\x15])", row.tobytes()) or [b"nan"])[0])
-            for row in stamps])
-        starts_s = starts_s - starts_s.min()
-        for name in chosen:
-            i, channel = waves[names.index(name)], channels[name]
-            channel.end_s = float(np.max(starts_s)) + seconds
-            here = np.ones(n_records, bool) if span is None else (
-                (starts_s > span[0] - seconds) & (starts_s < span[1]))
-            if not here.any() and np.isfinite(starts_s).all():
-                continue
-            blocks = low[i] + (spans[i][here] - code_low[i]) * (
+        return channels
+    records = np.memmap(path, "<i2", "r", 256 * (1 + n), (n_records, int(ends[-1])))
+    columns = [records[:, int(end - size):end] for end, size in zip(ends, sizes)]
+    stamps = columns[is_stamps.index(True)] if any(is_stamps) else records[:, :0]
+    starts_s = np.array([
+        float((re.match(rb"[+-]\d+(\.\d*)?(?=[\x14\x15])", row.tobytes()) or [b"nan"])[0])
+        for row in stamps])
+    starts_s -= starts_s.min()
+    here = np.ones(n_records, bool) if span is None else ~(  # NaN, too: `_join` complains of it
+        (starts_s <= span[0] - seconds) | (starts_s >= span[1]))
+    for name in chosen:
+        i, channel = waves[names.index(name)], channels[name]
+        channel.end_s = float(starts_s.max()) + seconds
+        if here.any():
+            blocks = low[i] + (columns[i][here] - code_low[i]) * (
                 (high[i] - low[i]) / (code_high[i] - code_low[i]))
             channel.start_s = float(starts_s[here].min())
             channel.samples, channel.fs = _join(
@@ -786,14 +753,12 @@ def _read_edf(path, wanted, csv_rate, hdf5, span=None, growing=False):
     return channels
 
 
-# ---------------------------------------------------------------------------------------------
-# HDF5
+# --------------------------------------------------------------------------------------------- HDF5
 
-
-def _read_hdf5(path, wanted, csv_rate, hdf5, span=None, growing=False):
+def _read_hdf5(source, span):
     import h5py
 
-    said = hdf5 or {}
+    path, said = source.path, source.hdf5 or {}
     with h5py.File(path, "r") as file:
         datasets = _hdf5_datasets(path, file)
         places = {kind.upper(): said[kind].strip("/") for kind in ("abp", "ppg") if said.get(kind)}
@@ -809,24 +774,23 @@ def _read_hdf5(path, wanted, csv_rate, hdf5, span=None, growing=False):
                           str(_attribute(dataset, "unit") or _attribute(dataset, "units") or ""))
             for name, dataset in datasets.items()
         }
-        chosen = list(wanted(list(channels)))
+        chosen = list(source.wanted(list(channels)))
         for name in chosen:
+            channel, dataset = channels[name], datasets[name]
             others = (plain_name(other) for other in channels if other not in chosen)
             if name not in places and plain_name(name) in others:
                 raise RecordingError(path, "several datasets are named like the chosen one; say "
                                            "which: --abp PATH --ppg PATH", name)
-            if not 0 < channels[name].fs < 1e6:
+            if not 0 < channel.fs < 1e6:
                 raise RecordingError(path, "a dataset has no attribute fs or sampling_rate; give "
                                            "the rate: --fs HZ", name)
-            dataset = datasets[name]
             n_chunk = np.prod(dataset.chunks or 0, dtype=float)  # is unpacked as a whole
             _check_size(path, int(max(dataset.size, n_chunk)), dataset.id.get_storage_size())
-            first, end = _span(span, channels[name].fs, dataset.size)
+            first, end = _span(span, channel.fs, dataset.size)
             part = tuple(slice(first, end) if n == dataset.size else 0 for n in dataset.shape)
-            channels[name].samples = np.asarray(dataset[part if dataset.size > 1 else ()],
-                                                np.float64).reshape(-1)
-            channels[name].start_s = first / channels[name].fs
-            channels[name].end_s = dataset.size / channels[name].fs
+            channel.samples = np.asarray(dataset[part if dataset.size > 1 else ()],
+                                         np.float64).reshape(-1)
+            channel.start_s, channel.end_s = first / channel.fs, dataset.size / channel.fs
     return channels
 
 
@@ -863,204 +827,140 @@ def _hdf5_datasets(path, file):
     return datasets
 
 
-# ---------------------------------------------------------------------------------------------
-# Tables: CSV and Parquet
+# -------------------------------------------------------------------------- Tables: CSV and Parquet
 
-
-def _read_csv(path, wanted, csv_rate, hdf5):
-    """A header line; a time column in seconds or `csv_rate`; an empty or NaN cell is a gap.
-
-    NumPy's loadtxt (in C from 1.23 on) reads two million rows per second, but stops at an empty
-    cell; from there on the csv module reads, about a million, and takes any cell.
-    """
-    table = _Table(path, wanted, csv_rate)
-    columns = []
-    while not table.ended:
-        columns.append(table.more())
-    return table.channels([np.concatenate(parts) for parts in zip(*columns)])
-
-
-_read_parquet = _read_csv  # its time column may hold dates (pandas reads it with pyarrow, too)
+def _read_table(source, span):
+    """A header line; a time column in seconds or `csv_rate`; an empty or NaN cell is a gap."""
+    source.kept = source.kept or _Table(source)
+    return source.kept.read(span)
 
 
 class _Table:
-    """A CSV or Parquet file, some rows at a time; see `Windows`."""
+    """A CSV or Parquet file, of which the rows from the last window's beginning on are kept."""
 
-    def __init__(self, path, wanted, csv_rate, growing=False):
-        self.path, self.csv_rate, self.growing = path, csv_rate, growing
-        self.is_csv = path.lower().endswith(".csv")
-        names, numbers = (self._open_csv if self.is_csv else self._open_parquet)()
+    def __init__(self, source):
+        self.path, self.csv_rate, self.growing = source.path, source.csv_rate, source.growing
+        opened = open_csv if self.path.lower().endswith(".csv") else _open_parquet
+        names, numbers, blocks = opened(self.path, self.growing)
         times = [name for alias in TIME_NAMES for name in names if plain_name(name) == alias]
-        if not csv_rate and not times:
-            raise RecordingError(path, "no time column (time_s, time or t, in seconds); give the "
-                                       "sampling rate: --csv-rate")
-        self.time = None if csv_rate else times[0]
-        self.names = [name for name in numbers if name and name != self.time]
-        self.chosen = list(wanted(self.names))
-        self.columns = ([] if self.time is None else [self.time]) + self.chosen
-        self.all_names, self.n_rows, self.ended = names, 0, False
-        self.kept, self.first_kept = [np.empty(0) for _ in self.columns], 0  # of `read`
-        self.first_time = self.first_date = None
+        if not self.csv_rate and not times:
+            raise RecordingError(self.path, "no time column (time_s, time or t, in seconds); give "
+                                            "the sampling rate: --csv-rate")
+        time = [] if self.csv_rate else times[:1]
+        self.names = [name for name in numbers if name and name not in time]
+        self.chosen = list(source.wanted(self.names))
+        self.columns = time + self.chosen
+        self.blocks, self.ended = blocks(self.columns), False
+        # What is kept: seconds from the file's first row on, and the chosen columns.
+        self.rows = [np.empty(0) for _ in range(1 + len(self.chosen))]
+        self.n_rows, self.first_s, self.last_s = 0, None, np.nan  # of all that were read
 
-    def _open_csv(self):
-        with open(self.path, "rb") as file:
-            first_line = file.readline(1 << 16)
-            self.offset, self.n_lines = file.tell(), 1
-        self.plain = tuple(map(int, np.__version__.split(".")[:2])) >= (1, 23)
-        first_line = first_line.decode("utf-8-sig", "replace")
-        self.delimiter = max(",;\t", key=first_line.count)
-        cells = next(csv.reader([first_line], delimiter=self.delimiter), [])
-        header = [cell.strip() for cell in cells]
-        if not any(header) or all(_is_number(cell) for cell in header):
-            raise RecordingError(self.path, "no header line with column names")
-        return _unique(header), _unique(header)
-
-    def _open_parquet(self):
-        import pyarrow
-        from pyarrow import parquet
-
-        file = self.parquet = parquet.ParquetFile(self.path)
-        self.batches = None
-        fields = {field.name: field.type for field in file.schema_arrow}
-        _check_size(self.path, file.metadata.num_rows, os.path.getsize(self.path))
-        return list(fields), [
-            name for name, kind in fields.items()
-            if pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)]
-
-    def more(self):
-        """[float64 array per column]: the next rows that there are; sets `ended`."""
-        columns = (self._more_csv if self.is_csv else self._more_parquet)()
-        if (self.ended and not self.growing and not self.n_rows and self.columns
-                and not columns[0].size):
-            raise RecordingError(self.path, "no rows below the header")
-        self.n_rows += columns[0].size if columns else 0
-        return columns
-
-    def _more_csv(self):
-        with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < self.offset:
-                raise RecordingError(self.path, "became shorter while it was read")
-            file.seek(self.offset)
-            data = file.read(TABLE_BYTES)
-            # a line longer than a block; the last line, without an end, of a file that is whole
-            data += file.readline() if len(data) == TABLE_BYTES or not self.growing else b""
-            self.ended = file.tell() >= os.fstat(file.fileno()).st_size
-        if self.growing:
-            data = data[:data.rfind(b"\n") + 1]
-        self.offset += len(data)
-        text = data.decode("utf-8", "replace")
-        if self.plain and text.strip():
-            try:
-                at = [self.all_names.index(name) for name in self.columns]
-                table = np.loadtxt(io.StringIO(text), delimiter=self.delimiter, usecols=at,
-                                   comments=None, ndmin=2)
-                self.n_lines += text.count("\n")
-                return [column.copy() for column in table.T]
-            except (ValueError, IndexError):
-                self.plain = False
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter)
-        columns = _read_columns(self.path, rows, self.all_names, self.columns, self.n_lines)
-        self.n_lines += rows.line_num
-        return columns
-
-    def _more_parquet(self):
-        import pyarrow
-
-        if self.batches is None:
-            self.batches = self.parquet.iter_batches(TABLE_ROWS, columns=self.columns)
-        batch = next(self.batches, None)
-        self.ended = batch is None
-        if self.ended:
-            self.parquet.close()
-        columns = []
-        for name in self.columns:
-            column = pyarrow.array([], "float64") if batch is None else batch.column(name)
-            if pyarrow.types.is_timestamp(column.type):
-                times = column.cast(pyarrow.timestamp("ns")).to_numpy(zero_copy_only=False)
-                times = times.astype(np.int64)
-                self.first_date = times[0] if not self.n_rows else self.first_date
-                columns.append((times - self.first_date) / 1e9)
-            else:
-                columns.append(np.array(column.cast("float64").to_numpy(zero_copy_only=False)))
-        return columns
-
-    def read(self, start_s, stop_s):
-        """({name: Channel} of the window, whether the file ends there)."""
-        times = self._times()
-        while (not times.size or times[-1] < stop_s) and not (self.ended and not self.growing):
-            new = self.more()
-            if self.time is not None and new[0].size:
-                self.first_time = new[0][0] if self.first_time is None else self.first_time
-                before = self.kept[0][-1] if self.kept[0].size else new[0][0]
-                n_before = self.n_rows - new[0].size
-                if not 0 <= new[0][0] - before <= LONGEST_GAPS_S:
-                    raise RecordingError(self.path, f"line {n_before + 2}: time runs back or "
-                                                    "jumps; is it in seconds?")
-                if (np.diff(new[0]) <= 0).any():
-                    _time_grid(self.path, new[0], n_before)  # raises, naming the line
-            self.kept = [np.concatenate(parts) for parts in zip(self.kept, new)]
-            n = int(np.searchsorted(self._times(), start_s - 1e-6))  # rows before the window
-            n = min(n, self.kept[0].size - 1)  # the last one is compared with the next
-            if n > 0:
-                self.kept, self.first_kept = [c[n:] for c in self.kept], self.first_kept + n
-            times = self._times()
+    def read(self, span):
+        """As `Windows.channels`."""
+        start_s, stop_s = span or (0.0, np.inf)
+        parts = [self.rows]
+        while self.columns and not self.last_s >= stop_s and (self.growing or not self.ended):
+            columns, self.ended = next(self.blocks)
+            if columns[0].size:
+                columns = self._timed(columns)
+                here = columns[0] >= start_s - 1e-6
+                parts.append([column[here] for column in columns])
             if self.ended:
                 break
-        first, end = np.searchsorted(times, [start_s - 1e-6, stop_s - 1e-6])
-        ended = self.ended and end == times.size
-        if end - first < 2:
-            return {}, ended
-        start_s = float(times[first])
-        channels = self.channels([column[first:end] for column in self.kept],
-                                 self.first_kept + first)
-        for channel in channels.values():
-            channel.start_s += start_s
-        return channels, ended
+        if self.ended and not self.growing and not self.n_rows:
+            raise RecordingError(self.path, "no rows below the header")
+        rows = [np.concatenate(columns) for columns in zip(*parts)]
+        first, end = np.searchsorted(rows[0], [start_s - 1e-6, stop_s - 1e-6])
+        self.rows = [column[first:] for column in rows]
+        end_s = self.last_s if self.ended and end == rows[0].size else np.inf
+        channels = {name: Channel(np.empty(0), np.nan, _unit(name), end_s=end_s)
+                    for name in self.names}
+        if span is None or end - first > 1:
+            n_before = self.n_rows - self.rows[0].size
+            self._fill(channels, [column[first:end] for column in rows], n_before)
+        return channels
 
-    def _times(self):
-        """[rows] s from the file's first row, of those kept."""
-        if self.time is None:
-            return (self.first_kept + np.arange(self.kept[0].size)) / float(self.csv_rate)
-        return self.kept[0] - (0.0 if self.first_time is None else self.first_time)
-
-    def channels(self, columns, first_row=0):
-        """{name: Channel} of rows; their columns as `more` gives them."""
-        values = list(columns)
-        if self.time is None:
-            fs = float(self.csv_rate)
+    def _timed(self, columns):
+        """The columns of the next rows, as `rows` has them."""
+        if self.csv_rate:
+            columns = [(self.n_rows + np.arange(columns[0].size)) / self.csv_rate, *columns]
         else:
-            fs, positions = _time_grid(self.path, values.pop(0), first_row)
+            self.first_s = columns[0][0] if self.first_s is None else self.first_s
+            columns = [columns[0] - self.first_s, *columns[1:]]
+            _check_times(self.path, columns[0], self.last_s, self.n_rows)
+        self.n_rows, self.last_s = self.n_rows + columns[0].size, columns[0][-1]
+        return columns
+
+    def _fill(self, channels, rows, n_before):
+        """Puts rows, before which the file has n_before, into the channels."""
+        times, *values = rows
+        fs = self.csv_rate
+        if not fs:
+            fs, positions = _time_grid(self.path, times, n_before)
+            _check_size(self.path, int(positions[-1]) + 1, os.path.getsize(self.path))
             for i, column in enumerate(values):
-                _check_size(self.path, int(positions[-1]) + 1, os.path.getsize(self.path))
                 values[i] = np.full(positions[-1] + 1, np.nan)
                 values[i][positions] = column
-        channels = {name: Channel(np.empty(0), fs, _unit(name)) for name in self.names}
+        for channel in channels.values():
+            channel.fs = float(fs)
         for name, column in zip(self.chosen, values):
             known = np.flatnonzero(np.isfinite(column))
             # A slower channel among the rows of a faster one has a cell in every k-th row.
             every = int(np.gcd.reduce(np.diff(known))) if known.size > 10 else 1
             first = int(known[0] % every) if every > 1 else 0
             channels[name].samples = column[first::every].copy()
-            channels[name].fs, channels[name].start_s = fs / every, first / fs
-        return channels
+            channels[name].fs, channels[name].start_s = fs / every, times[0] + first / fs
 
 
-def _unit(name):
-    """The unit in a column's name: 'abp_mmhg', 'ABP [mmHg]', 'pressure (kPa)'."""
-    if name.lower().endswith("mmhg"):
-        return "mmHg"
-    match = re.search(r"[\[(](.*?)[\])]\s*$", name)
-    return match.group(1) if match else ""
+def open_csv(path, growing):
+    """(all columns, those of numbers, function `blocks`) of a CSV with a header line.
+
+    blocks(columns) yields ([float64 array per column], whether the file ends here), for ever if it
+    grows. NumPy's loadtxt (in C from 1.23 on) reads two million rows per second. A part that it
+    cannot read, or would misread (quotes), goes through the csv module, which reads one million.
+    """
+    with open(path, "rb") as file:
+        first_line, offset = file.readline(1 << 16).decode("utf-8-sig", "replace"), file.tell()
+    delimiter = max(",;\t", key=first_line.count)
+    cells = next(csv.reader([first_line], delimiter=delimiter), [])
+    cells = [cell.strip() for cell in cells]
+    if not any(cells) or all(map(_is_number, cells)):
+        raise RecordingError(path, "no header line with column names")
+    names = _unique(cells)
+
+    def blocks(columns):
+        at, begin, n_lines, ended = [names.index(name) for name in columns], offset, 1, False
+        quick = tuple(map(int, np.__version__.split(".")[:2])) >= (1, 23)
+        while growing or not ended:
+            with open(path, "rb") as file:
+                if os.path.getsize(path) < begin:
+                    raise RecordingError(path, "became shorter while it was read")
+                file.seek(begin)
+                data = file.read(TABLE_BYTES) + file.readline()
+                ended = file.tell() >= os.path.getsize(path)
+            if growing:
+                data = data[:data.rfind(b"\n") + 1]  # its last line may not be whole yet
+            begin += len(data)
+            text, values = data.decode("utf-8", "replace"), None
+            if quick and text.strip() and '"' not in text:
+                full = text  # with a word in its empty cells
+                for end in (delimiter, delimiter, "\r", "\n"):
+                    full = full.replace(delimiter + end, f"{delimiter}nan{end}")
+                with contextlib.suppress(ValueError, IndexError):
+                    values = list(np.loadtxt(io.StringIO(full), delimiter=delimiter, usecols=at,
+                                             comments=None, ndmin=2).T)
+            yield values or _csv_cells(path, text, names, delimiter, at, n_lines), ended
+            n_lines += text.count("\n")
+
+    return names, names, blocks
 
 
-def _read_columns(path, rows, names, wanted, n_before):
-    """[float64 array per wanted column]; a row's missing cells are NaN. n_before: lines before."""
-    columns = [names.index(name) for name in wanted]
+def _csv_cells(path, text, names, delimiter, columns, n_before):
+    """[float64 array per column], NaN for missing cells. n_before: lines before the text."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     values = [array("d") for _ in columns]
     filled = list(zip(columns, [column.append for column in values]))
-    for row in rows:
-        if not row:
-            continue
+    for row in filter(None, rows):
         for i, append in filled:
             try:
                 append(float(row[i]))
@@ -1074,32 +974,6 @@ def _read_columns(path, rows, names, wanted, n_before):
     return [np.array(column) for column in values]
 
 
-def _time_grid(path, times, n_before=0):
-    """(fs, index of every row on an even grid from the first row on) of a time column; n_before:
-    rows before them in the file."""
-    if not np.isfinite(times).all():
-        line = int(np.flatnonzero(~np.isfinite(times))[0]) + n_before + 2
-        raise RecordingError(path, f"line {line}: no time; give the sampling rate: --csv-rate")
-    if times.size < 2:
-        raise RecordingError(path, "fewer than two rows")
-    steps = np.diff(times)
-    if (steps <= 0).any():
-        line = int(np.flatnonzero(steps <= 0)[0]) + n_before + 3
-        raise RecordingError(
-            path, f"line {line}: time does not increase; if the rows are evenly spaced: --csv-rate"
-        )
-    step = np.median(steps)
-    period, positions, late_s = _positions(path, times, np.ones(times.size, np.int64), step,
-                                           step / 2)
-    if (np.diff(positions) <= 0).any() or late_s.max() > 2 * period:
-        raise RecordingError(
-            path,
-            f"line {int(late_s.argmax()) + n_before + 2}: time is not evenly spaced "
-            f"({late_s.max() / period:.1f} samples off); if the rows are: --csv-rate",
-        )
-    return float(f"{1 / period:.10g}"), positions
-
-
 def _is_number(cell):
     with contextlib.suppress(ValueError):
         float(cell)
@@ -1107,12 +981,72 @@ def _is_number(cell):
     return False
 
 
+def _open_parquet(path, growing):
+    """As `open_csv`; dates become s from the first one."""
+    import pyarrow
+    from pyarrow import parquet, types
+
+    file = parquet.ParquetFile(path)
+    _check_size(path, file.metadata.num_rows, os.path.getsize(path))
+    numbers = [field.name for field in file.schema_arrow
+               if types.is_integer(field.type) or types.is_floating(field.type)]
+
+    def blocks(columns):
+        first_ns = None
+        for batch in file.iter_batches(TABLE_ROWS, columns=columns):
+            values = []
+            for column in map(batch.column, columns):
+                if types.is_timestamp(column.type):
+                    times_ns = np.asarray(column.cast(pyarrow.timestamp("ns")).cast("int64"))
+                    first_ns = times_ns[0] if first_ns is None else first_ns
+                    values.append((times_ns - first_ns) / 1e9)
+                else:
+                    values.append(np.asarray(column.cast("float64")))
+            yield values, False
+        file.close()
+        yield [np.empty(0) for _ in columns], True
+
+    return file.schema_arrow.names, numbers, blocks
+
+
+def _unit(name):
+    """The unit in a column's name: 'abp_mmhg', 'ABP [mmHg]', 'pressure (kPa)'."""
+    if name.lower().endswith("mmhg"):
+        return "mmHg"
+    match = re.search(r"[\[(](.*?)[\])]\s*$", name)
+    return match.group(1) if match else ""
+
+
+def _check_times(path, times, last_s, n_before):
+    """Raise unless a time column runs on from last_s, which n_before rows end with (NaN: none)."""
+    steps = np.diff(times, prepend=last_s)
+    for wrong, what in (
+            (~np.isfinite(times), "no time; give the sampling rate: --csv-rate"),
+            (steps <= 0, "time does not increase; if the rows are evenly spaced: --csv-rate"),
+            (steps > LONGEST_GAPS_S, "jumps in time of over a week; is time in seconds?")):
+        if wrong.any():
+            raise RecordingError(path, f"line {np.flatnonzero(wrong)[0] + n_before + 2}: {what}")
+
+
+def _time_grid(path, times, n_before):
+    """(fs, index of every row on an even grid from the first row on) of a time column; n_before:
+    rows before them in the file."""
+    if times.size < 2:
+        raise RecordingError(path, "fewer than two rows")
+    step = np.median(np.diff(times))
+    fs, positions, late_s = _positions(path, times, np.ones(times.size, np.int64), step, step / 2)
+    if (np.diff(positions) <= 0).any() or late_s.max() > 2 / fs:
+        raise RecordingError(
+            path, f"line {int(late_s.argmax()) + n_before + 2}: time is not evenly spaced "
+            f"({late_s.max() * fs:.1f} samples off); if the rows are: --csv-rate")
+    return fs, positions
+
+
 # ending: (package, reader)
 READERS = {
     ".hea": ("wfdb", _read_wfdb), ".vital": ("vitaldb", _read_vital),
-    ".edf": ("pyedflib", _read_edf), ".csv": ("csv", _read_csv),
-    ".parquet": ("pyarrow", _read_parquet), ".h5": ("h5py", _read_hdf5),
+    ".edf": ("pyedflib", _read_edf), ".csv": ("csv", _read_table),
+    ".parquet": ("pyarrow", _read_table), ".h5": ("h5py", _read_hdf5),
     ".hdf5": ("h5py", _read_hdf5),
 }
-TABLES, SPANNED = (".csv", ".parquet"), (".hea", ".edf", ".h5", ".hdf5")  # see Windows
-GROWING = (".csv", ".hea")
+GROWING = (".csv", ".hea")  # see Windows
