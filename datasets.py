@@ -547,16 +547,17 @@ def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename
         stats.append(os.stat(one))          # before the scan: a change during it shows as well
         found += [(number, encounter) for encounter, _ in scan(one, condition, wanted)]
     found.sort(key=lambda item: item[1].patient)    # stable: files and encounters keep their order
-    files, encounters = [number for number, _ in found], [encounter for _, encounter in found]
-    where, total = ", ".join(paths), sum(e.n_rows for e in encounters)
+    encounters, where = [encounter for _, encounter in found], ", ".join(paths)
     if len({(e.patient, e.name) for e in encounters}) < len(encounters):
         raise DataError(f"{where}: the same patient and encounter stand in two of the files")
     if wanted is not None and len(encounters) < sum(map(len, wanted.values())):
         raise DataError(f"{where}: {len(encounters)} of the {sum(map(len, wanted.values()))} "
                         "encounters that were asked for are there")
-    counts = [len(e.passed) for e in encounters]
-    if not sum(counts):
-        raise DataError(f"{where}: none of {total} segments passes the quality gate {condition!r}")
+    files = [number for number, encounter in found if len(encounter.passed)]
+    if not files:
+        raise DataError(f"{where}: none of {sum(e.n_rows for e in encounters)} segments passes the "
+                        f"quality gate {condition!r}")
+    encounters = [e for e in encounters if len(e.passed)]
     patients, patient_numbers = np.unique([e.patient for e in encounters], return_inverse=True)
     fields = sorted({key for e in encounters for key in e.stored})
     row_shifts = np.zeros(0, np.int32)
@@ -570,10 +571,8 @@ def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename
         encounter_file=np.array(files, np.int32), fields=fields,
         stored=np.array([[e.stored.get(key, ABSENT) for e in encounters] for key in fields]),
         chunk_rows=np.array([e.chunk_rows for e in encounters], np.int32),
-        starts=np.append(0, np.cumsum(counts)).astype(np.int64),
+        starts=np.cumsum([0] + [len(e.passed) for e in encounters], dtype=np.int64),
         rows=np.concatenate([e.passed for e in encounters]), row_shifts=row_shifts)
-    if 0 in counts:
-        index = index.select(np.array(counts) > 0)
     if savename is not None:
         index.save(savename)
     return index
@@ -669,9 +668,10 @@ def fold_patients(index, split_seed, folds):
 def split_index(index, split_seed=0, fold=None, folds=None):
     """{'train': index, 'tune': index, 'test': index}, no patient in two of them.
 
-    A function of the patients and split_seed alone: by `split_patients` or, for cross-validation,
-    by `fold_patients`: of `folds` splits, fold = 0 to folds - 1, each patient is in the test part
-    of one; a fold's tune part is the next one's test part (the last one's is the first's).
+    A function of the patients and split_seed alone, by `split_patients`. For cross-validation (then
+    also a function of which patients share a file) by `fold_patients`: of `folds` such splits, each
+    patient is in the test part of one; the tune part of split number `fold` (from 0 on) is the test
+    part of the next, and that of the last is the first's.
     Raises DataError where there are too few patients, and for folds that there cannot be.
     """
     if fold is None and folds is None:
@@ -742,8 +742,6 @@ class TPP_PPG_dataset(Dataset):
         self.index, self.level, self.seed = index, level, seed
         self.epoch = torch.full((1,), -1, dtype=torch.int64).share_memory_()    # workers see it
         self._columns, self._shared, self._process = {}, {}, None
-
-    items = None    # TODO: evaluate.py still asks
 
     def __len__(self):
         return self.count

@@ -8,7 +8,7 @@ import base64
 import contextlib
 import glob
 import html
-import importlib.util
+import importlib
 import io
 import json
 import math
@@ -163,13 +163,11 @@ def run_script(main, *errors):
 
 def lazy_module(name):
     """The module `name`, imported when something of it is first used: --help can do without it."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name)
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    class Lazy:         # no importlib LazyLoader: PyTorch looks into all of sys.modules, and
+        def __getattr__(self, attribute):       # would import what waits there amid another import
+            return getattr(importlib.import_module(name), attribute)
+
+    return Lazy()
 
 
 def _one_line(error):
@@ -189,15 +187,10 @@ def print_table(rows, headers):
     cells, numeric = _cells(rows, headers)
     widths = [max(map(len, column)) for column in zip(headers, *cells)]
 
-    def print_line(line):
+    for line in (headers, ["-" * width for width in widths], *cells):
         aligned = [cell.rjust(width) if right else cell.ljust(width)
                    for cell, width, right in zip(line, widths, numeric)]
         print("  ".join(aligned).rstrip())
-
-    print_line(headers)
-    print_line(["-" * width for width in widths])
-    for line in cells:
-        print_line(line)
 
 
 def _cells(rows, headers):
@@ -212,15 +205,9 @@ _NUMBER = re.compile(r"(nan|[-+]?inf|([-+\u2212\u2013<>=()\[\]\d.,:;%±×e/ ]|\b
 
 
 def _cell(value):
-    if value is None:
-        return ""
-    if isinstance(value, (str, bool, np.bool_)):
-        return str(value)
-    if isinstance(value, numbers.Integral):
-        return f"{int(value):,}"
-    if isinstance(value, numbers.Real):
-        return f"{float(value):.2f}"
-    return str(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return "" if value is None else str(value)
+    return f"{int(value):,}" if isinstance(value, numbers.Integral) else f"{float(value):.2f}"
 
 
 # ---------------------------------------------------------------- one page of HTML
@@ -314,89 +301,44 @@ def html_figure(figure, alt, caption=""):
 
 # ---------------------------------------------------------------- progress
 
+SECONDS_BETWEEN_LINES = 30
+
+
 def progress(iterable=None, **options):
     """tqdm where a bar can be drawn (terminal, notebook), plain lines where it cannot (log file).
 
     Takes tqdm's options. Into a file goes a line at most every 30 s, and one at the end (none with
     `leave=False`).
     """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if os.environ.get("NO_COLOR"):              # https://no-color.org
         options.pop("colour", None)
-    terminal = sys.stderr.isatty()
-    if terminal or _in_notebook():
+    if sys.stderr.isatty() or "IPKernelApp" in getattr(shell, "config", ()):
         from tqdm.auto import tqdm
-        if terminal and os.get_terminal_size(sys.stderr.fileno()).columns == 0:
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns == 0:
             options = {"ncols": 80, "nrows": 24, **options}     # a container's, of unknown size
-        return tqdm(iterable, **options)
-    return LineProgress(iterable, **options)
-
-
-def _in_notebook():
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return shell is not None and "IPKernelApp" in shell.config
-
-
-class LineProgress:
-    """The part of tqdm's interface that a loop uses, as lines of text on stderr."""
-
-    seconds_between_lines = 30
-
-    def __init__(self, iterable=None, desc="", total=None, unit="it", initial=0, leave=True,
-                 disable=False, **drawing_options):
-        if total is None and hasattr(iterable, "__len__"):
-            total = len(iterable)
-        self.iterable, self.desc, self.total, self.unit = iterable, desc, total, unit
-        self.n = self.initial = initial
-        self.leave, self.disable, self.postfix = leave, disable, ""
-        self.start = self.last_line = time.monotonic()
-
-    def __iter__(self):
-        try:
-            for item in self.iterable:
-                yield item
-                self.update()
-        finally:
-            self.close()
-
-    def __len__(self):
-        return self.total
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
-    def update(self, n=1):
-        self.n += n
-        if time.monotonic() - self.last_line >= self.seconds_between_lines:
-            self._print_line()
-
-    def set_description(self, desc=None, refresh=True):
-        self.desc = desc or ""
-
-    def set_postfix(self, refresh=True, **values):
-        self.set_postfix_str(", ".join(
-            f"{key}={value:.4g}" if isinstance(value, numbers.Real) else f"{key}={value}"
-            for key, value in values.items()))
-
-    def set_postfix_str(self, text="", refresh=True):
-        self.postfix = text
-
-    def close(self):
-        if self.leave:
-            self._print_line()
-        self.disable = True
-
-    def _print_line(self):
-        if self.disable:
-            return
+    else:
         from tqdm import tqdm
-        self.last_line = time.monotonic()
-        print(tqdm.format_meter(
-            self.n, self.total, self.last_line - self.start, prefix=self.desc, unit=self.unit,
-            initial=self.initial, postfix=self.postfix or None, ncols=0),
-            file=sys.stderr, flush=True)
+        options.update(file=_LogLines(), ncols=0, position=0)
+    return tqdm(iterable, **options)
+
+
+class _LogLines:
+    """The file that tqdm draws on: of bars that it draws over one another, some become lines."""
+
+    def __init__(self):
+        self.bar, self.last_line = "", time.monotonic()
+
+    def write(self, text):
+        drawn = text.strip()
+        self.bar = drawn or self.bar
+        due = time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES
+        if text == "\n" or (drawn and due):     # it ends with a line feed, unless leave=False
+            self.last_line = time.monotonic()
+            print(self.bar, file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
 
 
 # ---------------------------------------------------------------- what a run was made with
@@ -499,14 +441,10 @@ def loss_lr_plot(trajectory, path, title_note=None, loss_label="Loss, MSE (mmHg�
         lr_axes.plot(np.arange(1, len(lr) + 1) * len(train) / max(len(lr), 1), lr, color="0.2")
     if np.any(lr > 0) and lr[lr > 0].max() > 10 * lr[lr > 0].min():
         lr_axes.set_yscale("log")
-    lr_axes.set_ylabel("Learning rate")
-    lr_axes.set_xlabel("Epoch")
+    lr_axes.set(xlabel="Epoch", ylabel="Learning rate")
     lr_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _tidy(loss_axes, lr_axes)
     figure.align_ylabels()
-    if title_note:
-        loss_axes.text(0.5, 1.05, title_note, transform=loss_axes.transAxes, **NOTE_STYLE)
-    save_figure(figure, path)
+    save_figure(_finish(figure, title_note), path)
 
 
 def histogram_plot(truth, prediction, path, scores, title_note=None, label="TPP"):
@@ -521,7 +459,6 @@ def histogram_figure(truth, prediction, scores, title_note=None, label="TPP"):
     R² of Pcrit belongs beside that of TPP, `p_crit_r2`; what is missing is not shown.
     title_note: shown in a red field on top, e.g. 'SIMULATED DATA'.
     """
-    from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator, NullLocator
     truth, prediction = (np.asarray(values, float).ravel() for values in (truth, prediction))
     # One wild value must not shrink the picture to a dot: the axes hold 99.8 % of the values and
@@ -539,14 +476,10 @@ def histogram_figure(truth, prediction, scores, title_note=None, label="TPP"):
 
     figure = new_figure(5.0, 4.4)
     axes = figure.subplots()
-    image = axes.pcolormesh(bins, bins, np.ma.masked_equal(counts.T, 0), cmap="viridis",
-                            norm=LogNorm(vmin=1, vmax=max(counts.max(), 2)), rasterized=True)
+    image = _density(axes, counts, bins, bins)
     axes.plot([low, high], [low, high], color="black", lw=1, ls="--", label="identity")
-    axes.set_xlim(low, high)
-    axes.set_ylim(low, high)
-    axes.set_aspect("equal")
-    axes.set_xlabel(f"True {label} (mmHg)")
-    axes.set_ylabel(f"Predicted {label} (mmHg)")
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal",
+             xlabel=f"True {label} (mmHg)", ylabel=f"Predicted {label} (mmHg)")
     axes.tick_params(labelsize=8)
     axes.legend(loc="lower right", frameon=False, fontsize=8)
     colour_bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.03, format="{x:,.0f}",
@@ -568,25 +501,26 @@ def histogram_figure(truth, prediction, scores, title_note=None, label="TPP"):
                   textcoords="offset points", xycoords="axes fraction", fontsize=7.5,
                   linespacing=1.4, bbox={"boxstyle": "round,pad=0.4", "facecolor": "white",
                                          "edgecolor": "0.6"})
-    if title_note:
-        axes.annotate(title_note, (0.5, 1), xytext=(0, 56), xycoords="axes fraction",
-                      textcoords="offset points", **NOTE_STYLE)
+    _note_on(axes, title_note, points_above=56)
     return figure
 
 
-def _note_on(axes, text):
+def _note_on(axes, text, points_above=9, x=0.5):
     """The red field on top of a figure, if there is a text for it."""
     if text:
-        axes.annotate(text, (0.5, 1), xytext=(0, 9), xycoords="axes fraction",
+        axes.annotate(text, (x, 1), xytext=(0, points_above), xycoords="axes fraction",
                       textcoords="offset points", **NOTE_STYLE)
 
 
-def _tidy(*all_axes):
-    for axes in all_axes:
+def _finish(figure, note, points_above=9, x=0.5):
+    """The figure with quiet axes and, on top of the first ones, the note."""
+    for axes in figure.axes:
         axes.grid(color="0.9", lw=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
+    _note_on(figure.axes[0], note, points_above, x)
+    return figure
 
 
 def _cloud(axes, x, y, few=3000):
@@ -594,11 +528,15 @@ def _cloud(axes, x, y, few=3000):
     if len(x) <= few:
         axes.plot(x, y, ".", color=TRAIN_COLOUR, ms=4, alpha=0.5, mew=0, rasterized=True)
         return
+    _density(axes, *np.histogram2d(x, y, bins=120, range=[
+        np.percentile(v, [0.05, 99.95]) + [-1e-3, 1e-3] for v in (x, y)]))
+
+
+def _density(axes, counts, x_edges, y_edges):
+    """Counts [x, y] as colours, on a logarithmic scale; where there is nothing, the background."""
     from matplotlib.colors import LogNorm
-    counts, *edges = np.histogram2d(x, y, bins=120, range=[np.percentile(v, [0.05, 99.95])
-                                                           + [-1e-3, 1e-3] for v in (x, y)])
-    axes.pcolormesh(*edges, np.ma.masked_equal(counts.T, 0), cmap="viridis", rasterized=True,
-                    norm=LogNorm(vmin=1, vmax=max(counts.max(), 2)))
+    return axes.pcolormesh(x_edges, y_edges, np.ma.masked_equal(counts.T, 0), cmap="viridis",
+                           norm=LogNorm(vmin=1, vmax=max(counts.max(), 2)), rasterized=True)
 
 
 def intervals_figure(rows, label, title_note=None, line=None, highlight=None):
@@ -615,11 +553,9 @@ def intervals_figure(rows, label, title_note=None, line=None, highlight=None):
     if line is not None:
         axes.axvline(line, color="0.4", lw=0.9, ls="--", zorder=0)
     axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-    axes.invert_yaxis()
     axes.set_xlabel(label)
-    _tidy(axes)
-    _note_on(axes, title_note)
-    return figure
+    axes.invert_yaxis()
+    return _finish(figure, title_note)
 
 
 def bland_altman_figure(truth, prediction, agreement, title_note=None):
@@ -636,12 +572,9 @@ def bland_altman_figure(truth, prediction, agreement, title_note=None):
         axes.annotate(f"{name} {one['value']:+.1f}", (1, one["value"]), xytext=(-2, 2), ha="right",
                       xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8)
     reach = max(np.percentile(np.abs(error), 99.9), 5) * 1.15
-    axes.set_ylim(-reach, reach)
-    axes.set_xlabel("Mean of true and predicted TPP (mmHg)")
-    axes.set_ylabel("Predicted - true (mmHg)")
-    _tidy(axes)
-    _note_on(axes, title_note)
-    return figure
+    axes.set(ylim=(-reach, reach), xlabel="Mean of true and predicted TPP (mmHg)",
+             ylabel="Predicted - true (mmHg)")
+    return _finish(figure, title_note)
 
 
 def detection_figure(event, score, found, reliability=None, title_note=None):
@@ -663,21 +596,18 @@ def detection_figure(event, score, found, reliability=None, title_note=None):
     auc = found["auc"]
     axes[0].set_title(f"ROC area {auc['value']:.2f} ({auc['low']:.2f} to {auc['high']:.2f})",
                       fontsize=9)
-    axes[0].set_xlabel("False alarms (1 - specificity)")
-    axes[0].set_ylabel(f"TPP < {found['threshold']:g} found (sensitivity)")
+    axes[0].set(xlabel="False alarms (1 - specificity)",
+                ylabel=f"TPP < {found['threshold']:g} found (sensitivity)")
     if reliability:
         for one in reliability["bins"]:
             axes[1].plot([one["predicted"]] * 2, [one["low"], one["high"]], color=TRAIN_COLOUR)
             axes[1].plot(one["predicted"], one["value"], "o", ms=5, color=TRAIN_COLOUR)
-        axes[1].set_xlabel(f"Predicted probability of TPP < {found['threshold']:g}")
-        axes[1].set_ylabel("Observed share")
+        axes[1].set(xlabel=f"Predicted probability of TPP < {found['threshold']:g}",
+                    ylabel="Observed share")
     for one in axes:
         one.plot([0, 1], [0, 1], color="0.5", lw=0.9, ls="--", zorder=0)
         one.set_aspect("equal")
-    _tidy(*axes)
-    if title_note:
-        figure.text(0.5, 0.93, title_note, **NOTE_STYLE)
-    return figure
+    return _finish(figure, title_note, points_above=24, x=1.15 if reliability else 0.5)
 
 
 def trend_figure(true_change, change, zone, title_note=None):
@@ -689,17 +619,13 @@ def trend_figure(true_change, change, zone, title_note=None):
         _cloud(axes, true_change, change)
         reach = 1.1 * max(np.percentile(np.abs(np.concatenate([true_change, change])), 99.8),
                           2 * zone)
-        axes.set_xlim(-reach, reach)
-        axes.set_ylim(-reach, reach)
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
     axes.add_patch(Rectangle((-zone, -zone), 2 * zone, 2 * zone, color="0.75", alpha=0.6))
     axes.axhline(0, color="black", lw=0.8)
     axes.axvline(0, color="black", lw=0.8)
-    axes.set_aspect("equal")
-    axes.set_xlabel("Change of true TPP (mmHg)")
-    axes.set_ylabel("Change of predicted TPP (mmHg)")
-    _tidy(axes)
-    _note_on(axes, title_note)
-    return figure
+    axes.set(aspect="equal", xlabel="Change of true TPP (mmHg)",
+             ylabel="Change of predicted TPP (mmHg)")
+    return _finish(figure, title_note)
 
 
 def waveforms_figure(waveforms, titles, fs, seconds=15, title_note=None):
@@ -713,7 +639,4 @@ def waveforms_figure(waveforms, titles, fs, seconds=15, title_note=None):
         axes.set_title(title, fontsize=8, loc="left", pad=2)
         axes.set_yticks([])
     all_axes[-1].set_xlabel("Time (s)")
-    _tidy(*all_axes)
-    if title_note:
-        figure.text(0.5, 0.93, title_note, **NOTE_STYLE)
-    return figure
+    return _finish(figure, title_note, points_above=16)

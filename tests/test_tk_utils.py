@@ -222,7 +222,7 @@ def test_progress_into_a_log_file_is_a_line_at_the_end_and_no_bar():
 
 def test_progress_into_a_log_file_speaks_now_and_then():
     ended = python("import time, tk_utils\n"
-                   "tk_utils.LineProgress.seconds_between_lines = 0.2\n"
+                   "tk_utils.SECONDS_BETWEEN_LINES = 0.2\n"
                    "with tk_utils.progress(total=30, leave=False) as bar:\n"
                    "    for _ in range(30): time.sleep(0.02); bar.update()\n")
     lines = ended.stderr.splitlines()
