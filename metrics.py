@@ -168,7 +168,10 @@ class PatientBootstrap:
 
     def medians(self, values):
         """The median of `values` [N] over the segments of each draw: [n_boot]."""
-        levels, draws = self.levels_in_draws(values, np.full(len(values), True))
+        # Levels are needed where draws have their medians: within ten standard errors and more.
+        near = np.clip(0.5 + np.array([-10, 10]) / np.sqrt(self.n_patients), 0, 1)
+        levels, draws = self.levels_in_draws(np.clip(values, *np.quantile(values, near)),
+                                             np.full(len(values), True))
         found = []
         for counts, in draws:
             upto = np.cumsum(counts, axis=1)
