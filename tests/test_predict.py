@@ -18,31 +18,35 @@ import predict
 import recordings
 import tk_utils
 from models import get_model_v3
-from training_header import NormalisedModel, load_model, save_checkpoint
+from training_header import NormalisedModel, load_checkpoint, load_model, save_checkpoint
 
 ROOT = os.path.dirname(os.path.abspath(predict.__file__))
 FS = 100
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 
 
-def make_checkpoint(path, keys=KEYS, calibrated=True):
+def make_checkpoint(path, keys=KEYS, calibrated=True, spread=False, **provenance):
     """A small network of random weights whose answers vary with PPG and vitals."""
     torch.manual_seed(3)
-    arguments = {"num_discrete": len(keys) - 2, "widths": (8, 8, 8)}
+    with_ppg = keys[0] == "ppg"
+    arguments = {"num_discrete": len(keys) - 1 - with_ppg, "widths": (8, 8, 8),
+                 **({} if with_ppg else {"in_channels": 0}),
+                 **({"num_outputs": 2} if spread else {})}
     network = get_model_v3(**arguments)
     with torch.no_grad():
         network.mlp[-1].weight *= 10
     usual = {"map": (76.0, 11.0), "dbp": (56.0, 10.0), "hr": (77.0, 17.0), "tpp": (38.0, 11.0),
              "p_crit": (40.0, 15.0), "sbp": (118.0, 19.0), "pp": (62.0, 18.0)}
-    normaliser = {key: {"mean": usual[key][0], "sd": usual[key][1], "unit": ""} for key in keys[1:]}
+    normaliser = {key: {"mean": usual[key][0], "sd": usual[key][1], "unit": ""}
+                  for key in keys[with_ppg:]}
     n = network.projection.in_features
     calibration = {
         "levels": [0.5, 0.9, 0.95], "half_widths": [3.0, 9.0, None], "n_patients": 12,
-        "n_segments": 50, "spread": False, "error_quantiles": [-1.0, 0.0, 1.0],
+        "n_segments": 50, "spread": spread, "error_quantiles": [-1.0, 0.0, 1.0],
         "novelty": {"mean": [0.0] * n, "precision": np.eye(n).tolist(), "level": 0.95,
                     "threshold": 4.0}}
     save_checkpoint(str(path), NormalisedModel(network, keys, normaliser), arguments,
-                    {"condition": "default"}, {"train": []}, {"origin": "recordings"},
+                    {"condition": "default"}, {"train": []}, {"origin": "recordings", **provenance},
                     calibration=calibration if calibrated else None)
     return str(path)
 
@@ -232,6 +236,71 @@ def test_a_network_of_pcrit_gives_tpp_and_needs_map(tmp_path):
     assert code == 0, err
 
 
+def test_pulse_pressure_comes_from_systolic_and_diastolic_of_one_source(tmp_path):
+    model = make_checkpoint(tmp_path / "p.pth", ["ppg", "pp", "tpp"])
+    path = write_csv(tmp_path / "r.csv", 61, columns=("PLETH",), numbers={"SBP": lambda t: 120.0})
+    (row,) = predicted(tmp_path, model, path, "--sbp", 125, "--dbp", 70)
+    assert (row["pp"], row["vitals_from"]) == ("55.00", "pp=option")
+    (tmp_path / "cuff.csv").write_text("time_s,sbp,dbp\n20,110,70\n")
+    (row,) = predicted(tmp_path, model, path, "--vitals", tmp_path / "cuff.csv")
+    assert (row["pp"], row["vitals_from"], row["vitals_age_s"]) == ("40.00", "pp=cuff", "10")
+    code, _, err = run(model, path, "--dbp", 70)        # the other is the monitor's
+    assert code == 2 and "gives PP, which" in err
+
+
+@pytest.mark.parametrize("label", ["tpp", "p_crit"])
+def test_the_intervals_of_a_network_with_its_own_spread_are_as_wide_as_it_says(tmp_path, label):
+    model = make_checkpoint(tmp_path / "s.pth", ["ppg", "map", label], spread=True)
+    path = write_csv(tmp_path / "r.csv", 185)
+    rows = predicted(tmp_path, model, path, "--figure", tmp_path / "f.png")
+    table = np.array([[float(row[key]) for key in ("tpp", "low_90", "high_90", "low_50", "high_50")]
+                      for row in rows])
+    np.testing.assert_allclose(table[:, 2] - table[:, 0], table[:, 0] - table[:, 1], atol=0.011)
+    np.testing.assert_allclose(table[:, 2] - table[:, 1], 3 * (table[:, 4] - table[:, 3]), atol=0.1)
+    assert np.ptp(table[:, 2] - table[:, 1]) > 0.05     # not the same for each minute
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    code, out, err = run(model, path, "--export", tmp_path / "s.onnx")
+    assert code == 0 and "on 64 segments" in out, err
+    session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"),
+                                           providers=["CPUExecutionProvider"])
+    options = predict.parse_arguments([model, str(path)])
+    predictor = predict.Predictor(load_checkpoint(model), options)
+    ppg, given, _ = predictor.read(predictor.open(str(path)), 0)
+    found = session.run(None, {"ppg": ppg[:, None], "map": given["map"].astype("f4")})
+    np.testing.assert_allclose(np.stack(found, 1), table[:, :3], atol=0.006)
+
+
+@pytest.mark.parametrize("asked", [["--out"], ["--watch", "--out"], ["--export"]])
+def test_a_network_without_the_ppg_is_refused_in_one_line(tmp_path, asked):
+    model = make_checkpoint(tmp_path / "v.pth", ["map", "hr", "tpp"], calibrated=False)
+    path = write_csv(tmp_path / "r.csv", 61)
+    code, _, err = run(model, path, *asked, tmp_path / "o")
+    assert code == 2 and err.strip().endswith("trained without the PPG; evaluate.py is for it")
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_label_beside_the_prediction_is_of_the_kind_that_the_network_learned(tmp_path,
+                                                                                checkpoint):
+    import labels
+    path = write_csv(tmp_path / "r.csv", 185)
+    abp = waves(np.arange(180 * FS) / FS)[0].reshape(3, -1)
+
+    def beside(*how):
+        model = make_checkpoint(tmp_path / "l.pth", **dict(zip(("label_method", "beats"), how)))
+        return [float(row["tpp_abp"]) for row in predicted(tmp_path, model, path)]
+
+    published = beside()
+    for how in (("published", "peak"), ("waveform_balance", "foot")):
+        expected = labels.label_segments(abp, FS, method=how[0], beats=how[1])["tpp"]
+        found = beside(*how)
+        np.testing.assert_allclose(found, expected, atol=1.0)
+        assert np.abs(np.subtract(found, published)).max() > 0.05
+    model = make_checkpoint(tmp_path / "l.pth", label_method="mine", beats="foot")
+    code, _, err = run(model, path)
+    assert code == 0 and "labels were made (mine, foot) is not known" in err
+
+
 def test_a_checkpoint_without_calibration_says_that_there_is_no_interval(tmp_path):
     path = write_csv(tmp_path / "r.csv", 61)
     model = make_checkpoint(tmp_path / "m.pth", calibrated=False)
@@ -293,7 +362,7 @@ def watching(checkpoint, target, out):
                 process.kill()
 
 
-def wait_for(condition, process, seconds=90):
+def wait_for(condition, process, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -344,19 +413,16 @@ def test_a_growing_wfdb_record_gives_the_rows_of_the_whole_one(tmp_path, checkpo
     path.write_text(f"g 2 {FS}\n" + lines)
     digital[:70 * FS].tofile(tmp_path / "g.dat")
     options = predict.parse_arguments([checkpoint, str(path), "--watch", "--out", str(out)])
-    from training_header import load_checkpoint
-    predictor = predict.Predictor(load_model(checkpoint), None, load_checkpoint(checkpoint),
-                                  options)
+    predictor = predict.Predictor(load_checkpoint(checkpoint), options)
     source = predictor.open(str(path), growing=True)
-    rows, ended = predictor.minutes(source, 0)
-    assert len(rows) == 1 and ended
+    one, ended = predictor.minutes(source, 0)
+    assert len(one["tpp"]) == 1 and ended and predictor.minutes(source, 1) == ({}, True)
     digital.tofile(tmp_path / "g.dat")
     more, ended = predictor.minutes(source, 1)
-    assert len(more) == 2 and ended
+    assert len(more["tpp"]) == 2 and ended
     path.write_text(f"g 2 {FS} {len(digital)}\n" + lines)
     whole, ended = predictor.minutes(predictor.open(str(path)), 0)
-    assert [row["tpp"] for row in whole] == pytest.approx([row["tpp"] for row in rows + more],
-                                                          abs=1e-3)
+    np.testing.assert_allclose(whole["tpp"], [*one["tpp"], *more["tpp"]], atol=1e-3)
 
 
 def test_a_folder_is_followed_file_by_file_and_names_stay_in_a_private_file(tmp_path, checkpoint):
