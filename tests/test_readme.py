@@ -21,6 +21,10 @@ SETTING_UP = r"python -m venv |pip install |\.venv/bin/pip install "      # not 
 SHORTER = [
     (r"(torchrun .*)--nnodes=2 .*?--rdzv-endpoint=\S+(.*)", r"\1--nproc_per_node=2\2"),
     (r".*train_resnet\.py.*(--plot-log|--dry-run).*", r"\g<0>"),
+    (r"(.*train_resnet\.py.*) --folds \d+( --seeds \d+)?(.*)",
+     r"\1 --folds 3\3 --fresh --epochs 1 --batch-size 8"),
+    (r"(.*train_resnet\.py.*) --seeds \d+(.*)",
+     r"\1 --seeds 2\2 --fresh --epochs 1 --batch-size 8"),
     (r".*train_resnet\.py.*", r"\g<0> --fresh --epochs 1 --batch-size 8"),
     (r".*simulate\.py --label-report --seed 2", r"\g<0> --patients 2"),
     (r".*simulate\.py --out.*", r"\g<0> --patients 20 --segments 2"),
@@ -32,6 +36,7 @@ SHORTER = [
     (r".*benchmarks/label\.py.*", r"\g<0> --segments 40 --repeats 1"),
     (r".*benchmarks/scale\.py.*", r"\g<0> --part wait --repeats 1"),
     (r".*--condition default_and_regular_rhythm", r"\g<0> --split all"),   # of few test patients
+    (r".*benchmarks/real\.py.*", r"\g<0> --patients 4"),
     (r".*benchmarks/evaluation\.py.*", r"\g<0> --repeats 2 --draws 20"),
     (r"(.*prepare\.py.*--workers )\d+(.*)", r"\g<1>2\2"),
 ]
