@@ -4,7 +4,7 @@
     python evaluate.py runs/M1.5.pth --report report.html   # everything, as one page
     python evaluate.py runs/M1.5.pth --data FILE…           # other data: all its unseen patients
     python evaluate.py runs/M1.5.pth --compare runs/no_ppg.pth --report report.html
-    python evaluate.py runs/M1.5_seed*.pth                  # several runs: each, mean ± SD, all
+    python evaluate.py runs/M1.5_seed?.pth                  # several runs: each, mean ± SD, all
 
 TPP = MAP - Pcrit and MAP is an input, so the error of TPP is the error of Pcrit, while R² of TPP is
 lifted by the spread of MAP: read R² of Pcrit, and the skill over the baselines.
@@ -14,12 +14,16 @@ import glob
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+import metrics
 import tk_utils
 from tk_utils import print_table, run_script, write_json
+
+datasets = tk_utils.lazy_module("datasets")             # they bring PyTorch, for which --help does
+header = tk_utils.lazy_module("training_header")        # not wait
 
 SPLITS = ("test", "tune", "train", "all")
 SCORED = ["map", "p_crit", "tpp"]           # fields without which there are no scores
@@ -76,21 +80,50 @@ def read_run(checkpoint_path):
         with open(path, encoding="utf-8") as file:
             return dict(json.load(file))
     except (ValueError, TypeError):
-        from training_header import DataError
-        raise DataError(f"{path}: not the record of a run; remove it and name the data with "
-                        "--data") from None
+        raise header.DataError(f"{path}: not the record of a run; remove it and name the data with "
+                               "--data") from None
 
 
 def find_files(names):
     """The files of names and globs, each of which must be there."""
-    from training_header import DataError
     found = [path for name in names for path in sorted(glob.glob(name)) or [name]]
-    missing = [path for path in found if not os.path.exists(path)]
-    if missing:
-        raise DataError(f"{missing[0]}: no such file (prepare.py makes one from recordings, "
-                        "simulate.py from virtual patients)")
+    for path in found:
+        if not os.path.exists(path):
+            raise header.DataError(f"{path}: no such file (prepare.py makes one from recordings, "
+                                   "simulate.py from virtual patients)")
     return found
 
+
+def beside(path):
+    """Where the project's salt lies: in the folder of its data."""
+    return os.path.join(os.path.dirname(path), "tpp_ppg.salt")
+
+
+def origin_of(data, name="origin"):
+    """The files' origins, joined: 'simulated', 'recordings', … ('unknown' in published files); or
+    another of their attributes."""
+    found = set()
+    for path in data:
+        with datasets.open_file(path) as file:
+            found.add(str(datasets.attribute(file, name, "unknown")))
+    return ", ".join(sorted(found))
+
+
+def vitals_of(keys):
+    """Those of a network's keys that are neither the PPG nor the label."""
+    return [key for key in keys[:-1] if key != "ppg"]
+
+
+def simulated_note(origin, trained_on):
+    """What console, figures and JSON must say when simulated data are in play, or None."""
+    if "simulated" in origin:
+        return "SIMULATED PATIENTS: says nothing about real ones"
+    if "simulated" in trained_on:
+        return "MODEL TRAINED ON SIMULATED PATIENTS"
+    return None
+
+
+# ---------------------------------------------------------------- what is scored
 
 def patient_parts(index, checkpoint, salt_file):
     """The part of the run in which each patient of an index was: [P] of 'train', …, or None.
@@ -98,28 +131,26 @@ def patient_parts(index, checkpoint, salt_file):
     By the checkpoint's salted hashes, so that it holds for any file. None and a loud line where
     there is no salt to compare by, or not the run's.
     """
-    from training_header import hash_patients, read_salt, salt_mark
-    salt = read_salt(salt_file) if os.path.exists(salt_file) else None
-    if salt is None or salt_mark(salt) != checkpoint["provenance"].get("salt"):
+    salt = header.read_salt(salt_file) if os.path.exists(salt_file) else None
+    if salt is None or header.salt_mark(salt) != checkpoint["provenance"].get("salt"):
         print(f"WARNING: {salt_file}: {'not the salt of this run' if salt else 'no such file'} "
               "(--salt-file), so whether these patients were trained on COULD NOT BE CHECKED",
               file=sys.stderr)
         return None
     known = {h: part for part, hashes in checkpoint["split"].items() for h in hashes}
-    hashes = hash_patients(index.patients.tolist(), salt)
+    hashes = header.hash_patients(index.patients.tolist(), salt)
     return np.array([known.get(h) for h in hashes], dtype=object)
 
 
 def choose_patients(parts, split, own_data):
     """Mask [P] of the patients to score, and a warning or None. parts: as `patient_parts` gives."""
-    from training_header import DataError
     seen = np.isin(parts, ["train", "tune", "ancestors"])
     if split in ("train", "tune"):
         return parts == split, f"these are {split} patients of this checkpoint: no test of it"
     if split == "test":
         if not (parts == "test").any():
-            raise DataError("none of the checkpoint's test patients is in these data; "
-                            "--split all takes every patient")
+            raise header.DataError("none of the checkpoint's test patients is in these data; "
+                                   "--split all takes every patient")
         return parts == "test", None
     warning = None
     if seen.any():
@@ -128,13 +159,52 @@ def choose_patients(parts, split, own_data):
     return np.ones(len(parts), bool), warning
 
 
-def fields_of(dataset, keys):
-    """{field: [N] float64} of a dataset's segments, those of `keys` that every encounter has."""
-    from datasets import ABSENT, DIFFERENCES
-    fields = dataset.index.fields
-    stored = {k for k, offsets in zip(fields, dataset.index.stored) if (offsets != ABSENT).all()}
-    there = [k for k in keys if k in stored or set(DIFFERENCES.get(k, "?")) <= stored]
-    return {k: dataset.column(k).numpy().astype(np.float64) for k in there}
+@dataclass
+class Chosen:
+    """The segments to score, and those that the run was trained and tuned on."""
+    files: list
+    scored: object              # their `DatasetIndex`
+    fitted: dict                # {'train': index, 'tune': index}, or {} where they are not here
+    held_out: bool              # whether the scored patients are meant to be others than these
+    split: str
+    condition: str
+    warning: str                # or None
+
+
+def choose_segments(checkpoint_path, checkpoint, data, split, condition, salt_file, keep_index):
+    """What to score, as `Chosen`. The arguments are those of `evaluate`."""
+    run = read_run(checkpoint_path)
+    if data is None and "data" not in run:
+        raise header.DataError(f"{checkpoint_path}: no record here of the data it was trained on; "
+                               "name them with --data")
+    files, trained_with = find_files(data or run["data"]), checkpoint["config"]["condition"]
+    own_data = data is None or list(map(os.path.realpath, files)) == run.get("data")
+    condition = condition or trained_with
+    salt_file = salt_file or run.get("salt_file") or beside(files[0])
+    make_index = header.kept_dataset_index if keep_index else header.create_dataset_index
+    index = make_index(condition=condition, path=files)
+    parts = patient_parts(index, checkpoint, salt_file)
+    if parts is None:
+        if own_data or split not in (None, "all"):
+            raise header.DataError(f"{salt_file}: without the run's salt nobody can tell its "
+                                   f"{split or 'test'} patients (--salt-file)")
+        split, chosen = "all", np.ones(index.n_patients, bool)
+        warning = "overlap with the training data NOT CHECKED"
+    else:
+        split = split or ("test" if own_data else "all")
+        chosen, warning = choose_patients(parts, split, own_data)
+    if not chosen.any():
+        raise header.DataError(f"no {split} patient of the checkpoint has a segment in these data")
+    scored = index.select(chosen[index.encounter_patient])
+    header.TPP_PPG_dataset(scored, "segment", SCORED)       # raises where one of them is absent
+    if not own_data and run.get("data") and all(map(os.path.exists, run["data"])):
+        index = header.create_dataset_index(condition=trained_with, path=run["data"])
+        parts = patient_parts(index, checkpoint, run["salt_file"])
+    fitted = {}
+    if parts is not None and np.isin(["train", "tune"], parts.tolist()).all():
+        fitted = {name: index.select((parts == name)[index.encounter_patient])
+                  for name in ("train", "tune")}
+    return Chosen(files, scored, fitted, split == "test" or not own_data, split, condition, warning)
 
 
 @dataclass
@@ -149,24 +219,28 @@ class Part:
         return len(self.patients)
 
 
-def read_part(index, keys, most=None):
-    """The `Part` of an index: what baselines, strata and scores need, PPG features included.
+def at_most(most, index, keys):
+    """A `TPP_PPG_dataset` of so many segments of an index, at random where there are more."""
+    return header.TPP_PPG_dataset(index, "segment", keys, min(100, 100 * most / len(index)))
 
-    most: take so many segments at random where there are more.
-    """
-    import metrics
-    from training_header import TPP_PPG_dataset
-    share = 100 if most is None or len(index) <= most else 100 * most / len(index)
-    dataset = TPP_PPG_dataset(index, "segment", keys, share)
-    segments = np.arange(len(index)) if dataset.items is None else dataset.items
-    wanted = dict.fromkeys((*FIELDS_OF_BASELINES, *FIELDS_OF_STRATA, *vitals_of(keys)))
-    fields = {key: values[segments] for key, values in fields_of(dataset, wanted).items()}
+
+def read_part(index, keys, most=np.inf):
+    """The `Part` of an index: what baselines, strata and scores need, PPG features included."""
+    dataset = at_most(most, index, keys)
+    index, fields = dataset.index, {}
+    for key in dict.fromkeys((*FIELDS_OF_BASELINES, *FIELDS_OF_STRATA, *vitals_of(keys))):
+        try:
+            index.sources(key)
+        except header.DataError:        # an encounter lacks it
+            continue
+        fields[key] = dataset.column(key).numpy().astype(np.float64)
+    segments = np.arange(len(index))
     pulse = [metrics.ppg_features(dataset.waveform("ppg", segments[a:a + 512]))
-             for a in tk_utils.progress(range(0, len(segments), 512), desc="PPG features",
+             for a in tk_utils.progress(range(0, len(index), 512), desc="PPG features",
                                         leave=False)]
     fields.update({name: np.concatenate([one[name] for one in pulse]) for name in pulse[0]})
-    encounters = index.per_segment(np.arange(len(index.encounters)))
-    return Part(dataset, fields, index.segment_patients()[segments], encounters[segments])
+    return Part(dataset, fields, index.segment_patients(),
+                index.per_segment(np.arange(len(index.encounters))))
 
 
 # ---------------------------------------------------------------- what the model says
@@ -176,12 +250,10 @@ def predict_tpp(model, part, how, novelty=None):
 
     In mmHg; how: arguments of `predict_dataset`; novelty: of the checkpoint's calibration.
     """
-    import metrics
-    from training_header import predict_with_spread, watch_features
     distance = []
-    with watch_features(model, lambda features: distance.append(
+    with header.watch_features(model, lambda features: distance.append(
             metrics.novelty(features, novelty)) if novelty else None):
-        found, spread = predict_with_spread(model, part.dataset, **how)
+        found, spread = header.predict_with_spread(model, part.dataset, **how)
     tpp = found.astype(np.float64)
     if model.keys[-1] == "p_crit":
         tpp = part.fields["map"] - tpp
@@ -194,7 +266,6 @@ def predict_with_swapped_ppg(model, part, how):
     (NumPy's order with a fixed seed: the same each time.) None where one patient has more than half
     of the segments.
     """
-    from training_header import TPP_PPG_dataset
     count, most = len(part), np.bincount(part.patients).max()
     if 2 * most > count:
         return None
@@ -203,12 +274,12 @@ def predict_with_swapped_ppg(model, part, how):
     donor = np.empty(count, np.int64)
     donor[order] = np.roll(order, most)     # by patient, moved on by the longest: always another
 
-    class SwappedPPG(TPP_PPG_dataset):
+    class SwappedPPG(header.TPP_PPG_dataset):
         def waveform(self, key, segments):
             return super().waveform(key, donor[segments])
 
     swapped = SwappedPPG(part.dataset.index, "segment", part.dataset.keys_to_load)
-    return predict_tpp(model, Part(swapped, part.fields, part.patients, part.series), how)[0]
+    return predict_tpp(model, replace(part, dataset=swapped), how)[0]
 
 
 def make_calibration(model, train, tune, batch_size=256, device=None, workers=0):
@@ -217,23 +288,13 @@ def make_calibration(model, train, tune, batch_size=256, device=None, workers=0)
     train, tune: `TPP_PPG_dataset`s. `metrics.fit_calibration` of the TPP's errors on the tune
     patients and, under 'novelty', `metrics.fit_novelty` of the inputs of the train patients.
     """
-    import metrics
-    from training_header import (
-        TPP_PPG_dataset,
-        choose_device,
-        predict_dataset,
-        predict_with_spread,
-        watch_features,
-    )
-    how = {"batch_size": batch_size, "device": choose_device(device), "workers": workers}
+    how = {"batch_size": batch_size, "device": device, "workers": workers}
     of_train, of_tune = [], []
-    with watch_features(model, of_tune.append):
-        found, spread = predict_with_spread(model, tune, **how)
+    with header.watch_features(model, of_tune.append):
+        found, spread = header.predict_with_spread(model, tune, **how)
     error = found - tune.column(model.keys[-1]).numpy()
-    share = min(100, 100 * MOST_WATCHED / len(train.index))
-    some = TPP_PPG_dataset(train.index, "segment", model.keys, share)
-    with watch_features(model, of_train.append):
-        predict_dataset(model, some, **how)
+    with header.watch_features(model, of_train.append):
+        header.predict_dataset(model, at_most(MOST_WATCHED, train.index, model.keys), **how)
     patients = tune.index.segment_patients()
     calibration = metrics.fit_calibration(-error if model.keys[-1] == "p_crit" else error,
                                           patients, spread)
@@ -245,7 +306,6 @@ def make_calibration(model, train, tune, batch_size=256, device=None, workers=0)
 
 def scores_with_intervals(truth, prediction, patients):
     """`metrics.scores` without the count, and their 95 % intervals over patients as `ci95`."""
-    import metrics
     found = metrics.scores(truth, prediction)
     found.pop("n")
     return dict(found, ci95=metrics.confidence_intervals(patients, truth, prediction))
@@ -253,55 +313,55 @@ def scores_with_intervals(truth, prediction, patients):
 
 def score_predictions(part, tpp, bootstrap):
     """Scores of predicted TPP [N] (mmHg), with 95 % intervals over patients, as in the JSON."""
-    import metrics
-    fields = part.fields
-    truth, p_crit = fields["tpp"], fields["map"] - tpp
+    fields, truth = part.fields, part.fields["tpp"]
+    both = {"tpp": (truth, tpp), "p_crit": (fields["p_crit"], fields["map"] - tpp)}
     found = {
         "n_patients": bootstrap.n_patients, "n_segments": len(part),
-        "tpp": scores_with_intervals(truth, tpp, bootstrap),
-        "p_crit": scores_with_intervals(fields["p_crit"], p_crit, bootstrap),
-        "per_patient": {
-            "tpp": metrics.patient_scores(bootstrap, truth, tpp),
-            "p_crit_r2": metrics.patient_scores(bootstrap, fields["p_crit"], p_crit)["r2"]},
-        "within_patient": {
-            "tpp": metrics.within_patient_correlation(bootstrap, truth, tpp),
-            "p_crit": metrics.within_patient_correlation(bootstrap, fields["p_crit"], p_crit)},
-        "trend": {
-            "tpp": metrics.trend_concordance(part.patients, truth, tpp, part.series),
-            "p_crit": metrics.trend_concordance(part.patients, fields["p_crit"], p_crit,
-                                                part.series)},
+        **{key: scores_with_intervals(*one, bootstrap) for key, one in both.items()},
+        "per_patient": {"tpp": metrics.patient_scores(bootstrap, truth, tpp),
+                        "p_crit_r2": metrics.patient_scores(bootstrap, *both["p_crit"])["r2"]},
+        "within_patient": {key: metrics.within_patient_correlation(bootstrap, *one)
+                           for key, one in both.items()},
+        "trend": {key: metrics.trend_concordance(part.patients, *one, part.series)
+                  for key, one in both.items()},
         "detection": metrics.detection(bootstrap, truth, tpp),
         "standards": metrics.standards(bootstrap, truth, tpp),
         "bland_altman": metrics.bland_altman(bootstrap, truth, tpp)}
     if "p_crit_true" in fields:
         true_tpp = fields["map"] - fields["p_crit_true"]
         label = metrics.scores(true_tpp, truth)
-        found["true"] = scores_with_intervals(true_tpp, tpp, bootstrap)
-        found["true"]["p_crit_r2"] = metrics.scores(fields["p_crit_true"], p_crit)["r2"]
-        found["true"]["label"] = {k: label[k] for k in ("rmse", "mae", "mead", "bias", "sd")}
+        found["true"] = dict(
+            scores_with_intervals(true_tpp, tpp, bootstrap),
+            p_crit_r2=metrics.scores(fields["p_crit_true"], fields["map"] - tpp)["r2"],
+            label={k: label[k] for k in ("rmse", "mae", "mead", "bias", "sd")})
     return found
 
 
 def score_beside(part, tpp, prediction, bootstrap):
     """Scores of another prediction of the same segments, and the model's skill over it."""
-    import metrics
-    fields = part.fields
-    found = scores_with_intervals(fields["tpp"], prediction, bootstrap)
-    p_crit = fields["map"] - prediction
-    found["p_crit_r2"] = metrics.scores(fields["p_crit"], p_crit)["r2"]
-    found["auc"] = metrics.roc_area(fields["tpp"] < metrics.LOW_TPP, -prediction)
-    found["skill"] = metrics.skill(fields["tpp"], tpp, prediction, bootstrap)
-    found["skill_per_patient"] = metrics.skill(fields["tpp"], tpp, prediction, bootstrap,
-                                               by_patient=True)
+    fields, truth = part.fields, part.fields["tpp"]
+    found = dict(
+        scores_with_intervals(truth, prediction, bootstrap),
+        p_crit_r2=metrics.scores(fields["p_crit"], fields["map"] - prediction)["r2"],
+        auc=metrics.roc_area(truth < metrics.LOW_TPP, -prediction),
+        skill=metrics.skill(truth, tpp, prediction, bootstrap),
+        skill_per_patient=metrics.skill(truth, tpp, prediction, bootstrap, by_patient=True))
     if "p_crit_true" in fields:
         true_tpp = fields["map"] - fields["p_crit_true"]
         found["true_rmse"] = metrics.scores(true_tpp, prediction)["rmse"]
     return found
 
 
+def skills(baselines, best):
+    """The model's skill over a baseline, and over the one that turns out best, as in the JSON."""
+    here = min(baselines, key=lambda name: baselines[name]["rmse"])
+    return {"skill": dict(baselines[best]["skill"], over=best),
+            "skill_per_patient": dict(baselines[best]["skill_per_patient"], over=best),
+            "skill_in_hindsight": dict(baselines[here]["skill"], over=here)}
+
+
 def fit_baselines(part, train, tune, vitals):
     """Baselines fitted on the train patients: ({name: Baseline}, name of the best on tune)."""
-    import metrics
     left_out = metrics.left_out_baselines(vitals, train.fields, tune.fields, part.fields)
     for name, reason in left_out.items():
         print(f"baseline {name} left out: {reason}")
@@ -311,7 +371,6 @@ def fit_baselines(part, train, tune, vitals):
 
 def intervals_of(tpp, spread, calibration):
     """{level: (low [N], high [N]), or why there is none} of the prediction intervals."""
-    import metrics
     found = {}
     for level in calibration["levels"]:
         try:
@@ -323,7 +382,6 @@ def intervals_of(tpp, spread, calibration):
 
 def coverages(truth, intervals, bootstrap):
     """Coverage and mean half width of `intervals_of`, by level, as in the JSON."""
-    import metrics
     found = {}
     for level, one in intervals.items():
         if isinstance(one, str):
@@ -336,7 +394,6 @@ def coverages(truth, intervals, bootstrap):
 
 def how_sure(part, tpp, spread, intervals, calibration, distance, bootstrap):
     """Coverage and width of the prediction intervals, probability of low TPP, unusual inputs."""
-    import metrics
     truth = part.fields["tpp"]
     low = metrics.low_probability(tpp, calibration, spread=spread)
     found = {"n_tune_patients": calibration["n_patients"], "own_spread": spread is not None,
@@ -345,11 +402,10 @@ def how_sure(part, tpp, spread, intervals, calibration, distance, bootstrap):
     threshold = calibration.get("novelty", {}).get("threshold")
     if distance is not None and threshold is not None:
         new = distance > threshold
-        found["novelty"] = {"expected": 1 - calibration["novelty"]["level"], "rate": float(
-            new.mean()), "rmse_new": None, "rmse_usual": None}
-        for name, mask in (("rmse_new", new), ("rmse_usual", ~new)):
-            if mask.any():
-                found["novelty"][name] = metrics.rmse(part.patients[mask], (tpp - truth)[mask])
+        found["novelty"] = {
+            "expected": 1 - calibration["novelty"]["level"], "rate": float(new.mean()),
+            **{name: metrics.rmse(part.patients[mask], (tpp - truth)[mask]) if mask.any() else None
+               for name, mask in (("rmse_new", new), ("rmse_usual", ~new))}}
     return found
 
 
@@ -369,7 +425,6 @@ def strata(part, tpp, spread, interval, distance):
 
     interval: (low [N], high [N]), or anything else where there is none.
     """
-    import metrics
     fields = dict(part.fields, distance=distance, spread=spread)
     fields["quality"] = fields.get("ppg_quality", fields["pulse_quality"])
     fields["irregularity"] = fields.get("beat_irregularity", fields["pulse_irregularity"])
@@ -410,35 +465,31 @@ def spread_over_patients(patients, error):
 
 # ---------------------------------------------------------------- honesty
 
-def second_hashes(dataset):
+def second_hashes(index):
     """[S, 60] uint64: a hash of each second of PPG, bit for bit, 0 where the second is flat.
 
     At most MOST_HASHED segments, at random. Windows that overlap by whole seconds share hashes.
     """
-    count = len(dataset.index)
-    segments = np.arange(count)
-    if count > MOST_HASHED:
-        segments = np.sort(np.random.default_rng(0).choice(count, MOST_HASHED, replace=False))
+    dataset = at_most(MOST_HASHED, index, ["ppg"])
     factors = np.random.default_rng(1).integers(1, 2 ** 63, 60).astype(np.uint64) * 2 + 1
-    hashes = np.empty((len(segments), 60), np.uint64)
-    for a in range(0, len(segments), 512):
-        ppg = np.ascontiguousarray(dataset.waveform("ppg", segments[a:a + 512]), np.float32)
-        bits = ppg.view(np.uint32).reshape(len(ppg), 60, -1)
+    hashes = np.empty((len(dataset), 60), np.uint64)
+    for a in range(0, len(hashes), 512):
+        ppg = dataset.waveform("ppg", np.arange(a, min(a + 512, len(hashes))))
+        bits = np.ascontiguousarray(ppg).view(np.uint32).reshape(len(ppg), 60, -1)
         flat = (bits == bits[..., :1]).all(axis=2)
         hashes[a:a + 512] = np.where(flat, 0, (bits * factors).sum(axis=2))
     return hashes
 
 
-def shared_seconds(part, others):
-    """{name: segments of the part that share a second of PPG with another part's segments}."""
-    ours = second_hashes(part.dataset)
-    return {name: int((np.isin(ours, second_hashes(other.dataset)) & (ours != 0)).any(1).sum())
+def shared_seconds(index, others):
+    """{name: segments of an index that share a second of PPG with those of another}."""
+    ours = second_hashes(index)
+    return {name: int((np.isin(ours, second_hashes(other)) & (ours != 0)).any(1).sum())
             for name, other in others.items()}
 
 
 def check_honesty(part, tpp, checkpoint, baseline, bootstrap):
     """Checks that need no further reading: what they found, and loud lines on what is wrong."""
-    import metrics
     train, tune, test, older = (set(checkpoint["split"].get(name, ()))
                                 for name in ("train", "tune", "test", "ancestors"))
     both = len((train & tune) | (test & (train | tune | older)))
@@ -469,93 +520,57 @@ def evaluate(checkpoint_path, data=None, split=None, condition=None, salt_file=N
     strata, all segments of good signal); compare: checkpoints to list beside. Raises DataError and
     CheckpointError as one line.
     """
-    import metrics
-    from training_header import (
-        DataError,
-        TPP_PPG_dataset,
-        choose_device,
-        create_dataset_index,
-        kept_dataset_index,
-        load_checkpoint,
-        load_model,
-    )
-    device = choose_device(device)
-    how = {"batch_size": batch_size, "device": device, "workers": workers}
-    checkpoint = load_checkpoint(checkpoint_path)
-    model = load_model(checkpoint, device)
-    run = read_run(checkpoint_path)
-    if data is None and "data" not in run:
-        raise DataError(f"{checkpoint_path}: no record here of the data it was trained on; "
-                        "name them with --data")
-    own_data = data is None or list(map(os.path.realpath, find_files(data))) == run.get("data")
-    data = find_files(data or run["data"])
-    condition = condition or checkpoint["config"]["condition"]
-    salt_file = salt_file or run.get("salt_file") or beside(data[0])
-
-    make_index = kept_dataset_index if keep_index else create_dataset_index
-    index = make_index(condition=condition, path=data)
-    parts = patient_parts(index, checkpoint, salt_file)
-    if parts is None:
-        if own_data or split not in (None, "all"):
-            raise DataError(f"{salt_file}: without the run's salt nobody can tell its "
-                            f"{split or 'test'} patients (--salt-file)")
-        split, chosen = "all", np.ones(index.n_patients, bool)
-        warning = "overlap with the training data NOT CHECKED"
-    else:
-        split = split or ("test" if own_data else "all")
-        chosen, warning = choose_patients(parts, split, own_data)
-    if not chosen.any():
-        raise DataError(f"no {split} patient of the checkpoint has a segment in these data")
-    keys = checkpoint["keys"]
-    scored = index.select(chosen[index.encounter_patient])
-    TPP_PPG_dataset(scored, "segment", SCORED)              # raises where one of them is absent
-    train, tune = read_training_parts(checkpoint, run, own_data, index, parts, keys)
+    how = {"batch_size": batch_size, "device": header.choose_device(device), "workers": workers}
+    checkpoint = header.load_checkpoint(checkpoint_path)
+    model, keys = header.load_model(checkpoint, how["device"]), checkpoint["keys"]
+    chosen = choose_segments(checkpoint_path, checkpoint, data, split, condition, salt_file,
+                             keep_index)
+    train = tune = None
+    if chosen.fitted:
+        train = read_part(chosen.fitted["train"], keys, MOST_FITTED)
+        tune = read_part(chosen.fitted["tune"], keys)
     calibration = checkpoint.get("calibration")
-    if not calibration and train is not None:
+    if not calibration and train:
         calibration = make_calibration(model, train.dataset, tune.dataset, **how)
 
-    part = read_part(scored, keys)
+    part = read_part(chosen.scored, keys)
     bootstrap = metrics.PatientBootstrap(part.patients)
     tpp, spread, distance = predict_tpp(model, part, how, (calibration or {}).get("novelty"))
-    origins = origin_of(data)
-    results = {"checkpoint": os.path.basename(checkpoint_path), "split": split,
-               "condition": condition, "origin": origins, "warning": warning, "keys": keys,
-               "simulated": "simulated" in origins,
-               "note": simulated_note(origins, checkpoint["provenance"]["origin"]),
-               **score_predictions(part, tpp, bootstrap), "baselines": {}, "skill": None,
-               "uncertainty": None}
-    fitted, best, baseline, others, intervals = {}, None, None, {}, {}
-    if train is not None:
+    truth, origin = part.fields["tpp"], origin_of(chosen.files)
+
+    def beside_it(predictions):
+        return {name: score_beside(part, tpp, one, bootstrap) for name, one in predictions.items()}
+
+    fitted, best, others, intervals = {}, None, {}, {}
+    if train:
         fitted, best = fit_baselines(part, train, tune, vitals_of(keys))
         others = {name: one.predict(part.fields) for name, one in fitted.items()}
-        beside_it = {name: score_beside(part, tpp, prediction, bootstrap)
-                     for name, prediction in others.items()}
-        here = min(others, key=lambda name: beside_it[name]["rmse"])
-        results["baselines"], baseline = beside_it, others[best]
-        results["skill"] = dict(beside_it[best]["skill"], over=best)
-        results["skill_per_patient"] = dict(beside_it[best]["skill_per_patient"], over=best)
-        results["skill_in_hindsight"] = dict(beside_it[here]["skill"], over=here)
     else:
         print("baselines left out: the train patients' data are not here")
+    compared = predict_beside(checkpoint_path, checkpoint, compare, part, how)
+    results = {"checkpoint": os.path.basename(checkpoint_path), "split": chosen.split,
+               "condition": chosen.condition, "origin": origin, "warning": chosen.warning,
+               "keys": keys, "simulated": "simulated" in origin,
+               "note": simulated_note(origin, checkpoint["provenance"]["origin"]),
+               **score_predictions(part, tpp, bootstrap), "baselines": beside_it(others),
+               "skill": None, "compared": beside_it(compared), "uncertainty": None}
+    if best:
+        results.update(skills(results["baselines"], best))
     if calibration:
         intervals = intervals_of(tpp, spread, calibration)
         results["uncertainty"] = how_sure(part, tpp, spread, intervals, calibration, distance,
                                           bootstrap)
-    compared = {name: predict_with(path, part, checkpoint, how)
-                for name, path in runs_beside(checkpoint_path, checkpoint, compare).items()}
-    results["compared"] = {name: score_beside(part, tpp, prediction, bootstrap)
-                           for name, prediction in compared.items()}
-    results["checks"], problems = check_honesty(part, tpp, checkpoint, baseline, bootstrap)
+    results["checks"], problems = check_honesty(part, tpp, checkpoint, others.get(best), bootstrap)
     results["problems"] = problems
-    if train is not None and (split == "test" or not own_data):
-        shared = shared_seconds(part, {"train": train, "tune": tune})
+    if chosen.fitted and chosen.held_out:
+        shared = shared_seconds(chosen.scored, chosen.fitted)
         results["checks"]["shared_seconds"] = shared
         problems += [f"{number} of {len(part)} segments share seconds of PPG with {name} "
                      "segments: these scores are leaked"
                      for name, number in shared.items() if number]
-    arrays = {"truth": part.fields["tpp"], "prediction": tpp, "part": part, "intervals": intervals,
-              "patients": scored.patients[part.patients], "baselines": others, "best": baseline,
-              "compared": compared}
+    arrays = {"truth": truth, "prediction": tpp, "part": part, "intervals": intervals,
+              "patients": chosen.scored.patients[part.patients], "baselines": others,
+              "best": others.get(best), "compared": compared}
     if full:
         swapped = predict_with_swapped_ppg(model, part, how) if model.with_ppg else None
         if swapped is not None:
@@ -563,69 +578,50 @@ def evaluate(checkpoint_path, data=None, split=None, condition=None, salt_file=N
             if np.abs(tpp - swapped).max() < LEAST_CHANGE:
                 problems.append("IGNORES THE PPG: with another patient's PPG it says the same")
         results["strata"] = strata(part, tpp, spread, intervals.get(0.9), distance)
-        results["patients"] = spread_over_patients(part.patients, tpp - part.fields["tpp"])
-        results["good_signal"] = score_good_signal(model, data, scored, how, fitted.get(best))
+        results["patients"] = spread_over_patients(part.patients, tpp - truth)
+        results["good_signal"] = score_good_signal(model, chosen, how, fitted.get(best))
         arrays["worst"] = worst_segments(part, tpp)
-    for line in [warning, *problems]:
-        if line:
-            print(f"WARNING: {line}", file=sys.stderr)
+    for line in loud_lines(results):
+        print(f"WARNING: {line}", file=sys.stderr)
     return results, arrays
 
 
-def runs_beside(checkpoint_path, checkpoint, compare):
-    """{name in tables: path} of the runs to list beside one: those named, and of --ablate."""
-    from training_header import CheckpointError, load_checkpoint
-    found = {os.path.basename(path): path for path in compare}
+def predict_beside(checkpoint_path, checkpoint, compare, part, how):
+    """{name in tables: TPP [N]} of a part's segments by other runs of the same split: those named,
+    and those of --ablate."""
+    start, found = os.path.splitext(checkpoint_path)[0], {}
+    listed = {path: os.path.basename(path) for path in compare}
     for ending, name in ABLATIONS.items():
-        path = "{}{}.pth".format(os.path.splitext(checkpoint_path)[0], ending)
+        listed.setdefault(f"{start}{ending}.pth", name)
+    for path, name in listed.items():
         try:
-            if load_checkpoint(path)["split"] == checkpoint["split"] and path not in compare:
-                found[name] = path
-        except CheckpointError:
-            continue        # none was asked for, or it is not finished
+            other = header.load_checkpoint(path)
+            if other["split"] != checkpoint["split"]:
+                raise header.DataError(f"{path}: trained on other patients; only runs of the same "
+                                       "data and --split-seed can be compared")
+        except (header.CheckpointError, header.DataError):
+            if path in compare:
+                raise
+            continue        # of --ablate there is none, or it is not finished
+        dataset = header.TPP_PPG_dataset(part.dataset.index, "segment", other["keys"])
+        found[name] = predict_tpp(header.load_model(other, how["device"]),
+                                  replace(part, dataset=dataset), how)[0]
     return found
 
 
-def predict_with(path, part, checkpoint, how):
-    """TPP [N] of a part's segments by another checkpoint of the same split."""
-    from training_header import DataError, TPP_PPG_dataset, load_checkpoint, load_model
-    other = load_checkpoint(path)
-    if other["split"] != checkpoint["split"]:
-        raise DataError(f"{path}: trained on other patients; only runs of the same data and "
-                        "--split-seed can be compared")
-    dataset = TPP_PPG_dataset(part.dataset.index, "segment", other["keys"])
-    theirs = Part(dataset, part.fields, part.patients, part.series)
-    return predict_tpp(load_model(other, how["device"]), theirs, how)[0]
-
-
-def read_training_parts(checkpoint, run, own_data, index, parts, keys):
-    """The train and tune `Part` of the run, or (None, None) where its data are not here."""
-    from training_header import create_dataset_index
-    if not own_data and run.get("data") and all(map(os.path.exists, run["data"])):
-        index = create_dataset_index(condition=checkpoint["config"]["condition"], path=run["data"])
-        parts = patient_parts(index, checkpoint, run["salt_file"])
-    if parts is None or not np.isin(["train", "tune"], parts.tolist()).all():
-        return None, None
-    of_encounters = parts[index.encounter_patient]
-    return (read_part(index.select(of_encounters == "train"), keys, MOST_FITTED),
-            read_part(index.select(of_encounters == "tune"), keys))
-
-
-def score_good_signal(model, data, scored, how, baseline):
+def score_good_signal(model, chosen, how, baseline):
     """The same patients' segments of good signal, whatever the label's quality (gate 'any').
 
     The default gate's conditions on r² and Pcrit need the arterial line, and they cut the range of
     what is to be predicted. baseline: the `Baseline` to compare with, or None.
     """
-    import metrics
-    from training_header import create_dataset_index
-    index = create_dataset_index(condition="any", path=data)
-    index = index.select(np.isin(index.patients, scored.patients)[index.encounter_patient])
+    index = header.create_dataset_index(condition="any", path=chosen.files)
+    index = index.select(np.isin(index.patients, chosen.scored.patients)[index.encounter_patient])
     part = read_part(index, model.keys)
     bootstrap = metrics.PatientBootstrap(part.patients)
     tpp = predict_tpp(model, part, how)[0]
     found = {"n_segments": len(part), "n_patients": bootstrap.n_patients,
-             "share_kept_by_gate": len(scored) / len(part),
+             "share_kept_by_gate": len(chosen.scored) / len(part),
              "tpp": scores_with_intervals(part.fields["tpp"], tpp, bootstrap),
              "p_crit_r2": metrics.scores(part.fields["p_crit"], part.fields["map"] - tpp)["r2"]}
     if baseline is not None:
@@ -647,39 +643,8 @@ def worst_segments(part, tpp, count=10):
     return [(int(row), text(row)) for row in rows]
 
 
-def beside(path):
-    """Where the project's salt lies: in the folder of its data."""
-    return os.path.join(os.path.dirname(path), "tpp_ppg.salt")
-
-
-def origin_of(data, name="origin"):
-    """The files' origins, joined: 'simulated', 'recordings', … ('unknown' in published files); or
-    another of their attributes."""
-    from datasets import attribute, open_file
-    found = set()
-    for path in data:
-        with open_file(path) as file:
-            found.add(str(attribute(file, name, "unknown")))
-    return ", ".join(sorted(found))
-
-
-def vitals_of(keys):
-    """Those of a network's keys that are neither the PPG nor the label."""
-    return [key for key in keys[:-1] if key != "ppg"]
-
-
-def simulated_note(origin, trained_on):
-    """What console, figures and JSON must say when simulated data are in play, or None."""
-    if "simulated" in origin:
-        return "SIMULATED PATIENTS: says nothing about real ones"
-    if "simulated" in trained_on:
-        return "MODEL TRAINED ON SIMULATED PATIENTS"
-    return None
-
-
 def print_results(results):
     """The table a person reads first."""
-    import metrics
     if results["note"]:
         print(f"*** {results['note']} ***")
     for problem in results["problems"]:
@@ -689,11 +654,7 @@ def print_results(results):
           f"patients ({results['origin']}); 95 % intervals over patients"
           + (f" (too narrow below {metrics.FEW_PATIENTS} patients, none below "
              f"{metrics.LEAST_PATIENTS})" if few else ""))
-    rows = [["model", *model_row(results["tpp"], results["p_crit"]["r2"]), None]]
-    for name, scores in rows_beside(results):
-        rows.append([name, *model_row(scores, scores["p_crit_r2"]), shown(scores["skill"])])
-    print_table(rows, ["TPP, mmHg", "RMSE", "95 %", "MAE", "MeAD", "bias", "SD", "R2",
-                       "R2 of Pcrit", "model's skill over it"])
+    print_table(*score_table(results))
     if results["skill"]:
         skill = results["skill"]
         print(f"skill over {skill['over']} (best on the tune patients): {shown(skill, 3)}"
@@ -704,36 +665,60 @@ def print_results(results):
             print(f"skill over {hindsight['over']} (best of them here): {shown(hindsight, 3)}"
                   + ("" if hindsight["low"] > 0 else " - NOT above 0"))
     if "true" in results:
-        true = results["true"]
-        print(f"against the simulator's true TPP: RMSE {shown(of_ci95(true, 'rmse'))}, bias "
-              f"{true['bias']:+.2f}; the label itself is off by RMSE {true['label']['rmse']:.2f}, "
-              f"bias {true['label']['bias']:+.2f}")
-    sure = (results["uncertainty"] or {}).get("levels", {}).get("90 %", {})
+        print(against_true(results["true"]))
+    sure = interval_90(results)
     if "segments" in sure:
         print(f"90 % prediction interval: ± {sure['half_width']:.1f} mmHg, holds "
               f"{percent(sure['segments'])} of the segments here")
     if "novelty" in (results["uncertainty"] or {}):
-        found = results["uncertainty"]["novelty"]
-        print(f"inputs unlike those of training: {percent(found['rate'])} of the segments "
-              f"({percent(found['expected'])} by design)")
+        print(unlike_training(results["uncertainty"]["novelty"]))
     detection = results["detection"]
     print(f"TPP < {detection['threshold']:g} mmHg: sensitivity "
           f"{percent(detection['sensitivity'])}, specificity {percent(detection['specificity'])}, "
           f"ROC area {shown(detection['auc'])}")
 
 
-def model_row(scores, p_crit_r2):
-    low, high = scores["ci95"]["rmse"]
-    return [scores["rmse"], f"{low:.2f} to {high:.2f}" if np.isfinite(low) else "-", scores["mae"],
-            scores["mead"], scores["bias"], scores["sd"], scores["r2"], p_crit_r2]
+def loud_lines(results):
+    """What is wrong with the scores, or the patients, or both."""
+    return [line for line in (results["warning"], *results["problems"]) if line]
 
 
-def rows_beside(results):
-    """(name, scores) of all that is listed beside the model: baselines, other runs, swapped PPG."""
+def all_scores(results):
+    """(name, scores) of the network and of all that is listed beside it: baselines, other runs, the
+    PPG swapped."""
+    yield "network", dict(results["tpp"], p_crit_r2=results["p_crit"]["r2"], skill=None,
+                          auc=results["detection"]["auc"]["value"])
     yield from results["baselines"].items()
     yield from results["compared"].items()
     if "swapped_ppg" in results:
-        yield "model, PPG of another patient", results["swapped_ppg"]
+        yield "network, PPG of another patient", results["swapped_ppg"]
+
+
+def score_table(results, name_of=str):
+    """(rows, headers) of `all_scores`."""
+    rows = [[name_of(name), shown(of_ci95(one, "rmse")),
+             *(one[key] for key in ("mae", "mead", "bias", "sd", "r2", "p_crit_r2", "auc")),
+             one["skill"] and shown(one["skill"])] for name, one in all_scores(results)]
+    return rows, ["TPP, mmHg", "RMSE (95 %)", "MAE", "MeAD", "bias", "SD", "R²", "R² of Pcrit",
+                  "ROC area, low", "network's skill over it"]
+
+
+def against_true(true):
+    return (f"Against the simulator's true TPP: RMSE {shown(of_ci95(true, 'rmse'))} mmHg, bias "
+            f"{true['bias']:+.2f}; the label itself is off by RMSE {true['label']['rmse']:.2f}, "
+            f"bias {true['label']['bias']:+.2f}.")
+
+
+def unlike_training(novelty):
+    return (f"Inputs unlike those of training: {percent(novelty['rate'])} of the minutes here "
+            f"({percent(novelty['expected'])} by design). RMSE {shown(novelty['rmse_new'])} mmHg "
+            f"on these, {shown(novelty['rmse_usual'])} on the others.")
+
+
+def rmse_of_patients(found):
+    return "Each patient's own RMSE: " + ", ".join(
+        f"{share} of patients below {value:.1f}"
+        for share, value in found["rmse_quantiles"].items()) + " mmHg"
 
 
 def shown(estimate, digits=2, unit=""):
@@ -759,8 +744,9 @@ def of_ci95(scores, name):
     return {"value": scores[name], "low": low, "high": high}
 
 
-def draw_histogram(results, arrays, path):
-    tk_utils.save_figure(histogram_of(results, arrays), path)
+def interval_90(results):
+    """What is known of the 90 % prediction interval, or {}."""
+    return (results["uncertainty"] or {}).get("levels", {}).get("90 %", {})
 
 
 def histogram_of(results, arrays):
@@ -768,11 +754,14 @@ def histogram_of(results, arrays):
     return tk_utils.histogram_figure(arrays["truth"], arrays["prediction"], box, results["note"])
 
 
+def draw_histogram(results, arrays, path):
+    tk_utils.save_figure(histogram_of(results, arrays), path)
+
+
 # ---------------------------------------------------------------- the report
 
 def headline(results):
     """The sentences that a clinician reads first: how far off, for whom, how sure, against what."""
-    import metrics
     found, per_patient = results["tpp"], results["per_patient"]["tpp"]
     lines = [f"Off by {shown(of_ci95(found, 'rmse'), 1)} mmHg (RMSE, 95 % interval); half of the "
              f"estimates by less than {found['mead']:.1f}. Each patient weighing the same: "
@@ -785,7 +774,7 @@ def headline(results):
     lines.append(whom + ("." if results["n_patients"] >= metrics.FEW_PATIENTS else
                          f": too few; intervals are too narrow below {metrics.FEW_PATIENTS} "
                          "patients."))
-    sure = (results["uncertainty"] or {}).get("levels", {}).get("90 %", {})
+    sure = interval_90(results)
     if "segments" in sure:
         lines.append(f"Nine in ten estimates are meant to lie within ± {sure['half_width']:.0f} "
                      f"mmHg of the label; here {percent(sure['segments'])} did.")
@@ -825,11 +814,9 @@ def named(name):
 
 def make_figures(results, arrays):
     """{file name: (matplotlib Figure, what it shows)} of the report."""
-    import metrics
     truth, tpp, note = arrays["truth"], arrays["prediction"], results["note"]
     part, detection = arrays["part"], results["detection"]
-    rows = [("network", *of_ci95(results["tpp"], "rmse").values())]
-    rows += [(name, *of_ci95(scores, "rmse").values()) for name, scores in rows_beside(results)]
+    rows = [(name, *of_ci95(one, "rmse").values()) for name, one in all_scores(results)]
     of_strata = [(f"{one['of']} {one['range']}", *(one["rmse"][k] for k in ("value", "low",
                                                                             "high")))
                  for one in results["strata"]]
@@ -866,8 +853,7 @@ def make_figures(results, arrays):
 
 def write_report(results, arrays, path, checkpoint_path):
     """The page, its figures as PNG and PDF in figures_resnet/; of test patients the model card."""
-    from training_header import load_checkpoint
-    checkpoint = load_checkpoint(checkpoint_path)
+    checkpoint = header.load_checkpoint(checkpoint_path)
     figures = make_figures(results, arrays)
     for name, (figure, _) in figures.items():
         for suffix in ("png", "pdf"):
@@ -893,9 +879,8 @@ def report_body(results, checkpoint, figures):
 
     if results["note"]:
         yield text(results["note"], kind="note")
-    for line in [results["warning"], *results["problems"]]:
-        if line:
-            yield text(line, kind="note")
+    for line in loud_lines(results):
+        yield text(line, kind="note")
     for line in headline(results):
         yield text(line, kind="lead")
     yield text("Research only. TPP = MAP - Pcrit, both from the arterial line, is the label and "
@@ -903,12 +888,7 @@ def report_body(results, checkpoint, figures):
 
     yield text("Against what", "h2")
     yield figure("baselines")
-    rows = [["network", *in_table(results["tpp"], results["p_crit"]["r2"],
-                                  results["detection"]["auc"]["value"]), None]]
-    rows += [[named(name), *in_table(one, one["p_crit_r2"], one["auc"]), shown(one["skill"])]
-             for name, one in rows_beside(results)]
-    yield table(rows, ["", "RMSE, mmHg", "MAE", "bias", "SD", "R²", "R² of Pcrit", "ROC area, low",
-                       "network's skill over it"])
+    yield table(*score_table(results, named))
     yield text("Baselines are fitted on the same train patients and need no PPG unless they say "
                "so. MAP is an input and part of TPP: the error of TPP is that of Pcrit, and R² of "
                "TPP flatters. Skill = 1 - MSE / MSE of the other.", kind="small")
@@ -919,12 +899,9 @@ def report_body(results, checkpoint, figures):
     yield text("How far off", "h2")
     yield figure("histogram_plot")
     yield figure("bland_altman")
-    yield table(list(error_rows(results)), ["", "value (95 %)"])
+    yield table(error_rows(results), ["", "value (95 %)"])
     if "true" in results:
-        true = results["true"]
-        yield text(f"Against the simulator's true TPP the network is off by "
-                   f"{shown(of_ci95(true, 'rmse'))} mmHg (RMSE), the label itself by "
-                   f"{true['label']['rmse']:.2f} (bias {true['label']['bias']:+.2f}).")
+        yield text(against_true(results["true"]))
     good = results["good_signal"]
     yield text(f"The gate keeps {percent(good['share_kept_by_gate'])} of these patients' minutes "
                f"of good signal; its conditions on the label need the arterial line. On all "
@@ -933,12 +910,12 @@ def report_body(results, checkpoint, figures):
                + (f", skill over {named(good['baseline']['name'])} "
                   f"{shown(good['baseline']['skill'])}" if "baseline" in good else "") + ".")
     yield text("Borrowed standards", "h3")
-    yield table(list(standard_rows(results["standards"])), ["", "found", "asked", ""])
+    yield table(standard_rows(results["standards"]), ["", "found", "asked", ""])
     yield text("Made for blood pressure monitors; no standard exists for TPP.", kind="small")
 
     yield text("Does it follow changes?", "h2")
     yield figure("trend")
-    yield table(list(trend_rows(results)), ["", "value (95 %)"])
+    yield table(trend_rows(results), ["", "value (95 %)"])
 
     yield text(f"Finding TPP below {results['detection']['threshold']:g} mmHg", "h2")
     yield figure("detection")
@@ -953,72 +930,68 @@ def report_body(results, checkpoint, figures):
     yield text("Where it is good and where not", "h2")
     yield figure("strata")
     yield table([[one["of"], one["range"], one["n_segments"], one["n_patients"],
-                  shown(one["rmse"]), one["bias"], one["coverage_90"] and
-                  percent(one["coverage_90"])] for one in results["strata"]],
+                  shown(one["rmse"]), one["bias"],
+                  None if one["coverage_90"] is None else percent(one["coverage_90"])]
+                 for one in results["strata"]],
                 ["", "range", "minutes", "patients", "RMSE, mmHg (95 %)", "bias",
                  "in the 90 % interval"])
-    spread = results["patients"]
-    yield text("Each patient's own RMSE: " + ", ".join(
-        f"{share} of patients below {value:.1f}" for share, value in
-        spread["rmse_quantiles"].items()) + " mmHg.")
+    yield text(rmse_of_patients(results["patients"]) + ".")
     yield text("The ten worst", "h3")
     yield figure("worst")
 
     yield text("Checks", "h2")
-    yield table(list(check_rows(results)), ["", "found"])
+    yield table(check_rows(results), ["", "found"])
     yield text("Made with", "h2")
-    yield table(list(provenance_rows(results, checkpoint)), ["", ""])
-
-
-def in_table(scores, p_crit_r2, auc):
-    return [shown(of_ci95(scores, "rmse")), scores["mae"], scores["bias"], scores["sd"],
-            scores["r2"], p_crit_r2, auc]
+    yield table(provenance_rows(results, checkpoint), ["", ""])
 
 
 def error_rows(results):
-    found, agreement = results["tpp"], results["bland_altman"]
-    for key, name in (("rmse", "RMSE, mmHg"), ("mae", "mean absolute error, mmHg"),
-                      ("mead", "median absolute error, mmHg"), ("bias", "bias, mmHg"),
-                      ("sd", "SD of the errors, mmHg"), ("r2", "R² of TPP")):
-        yield name, shown(of_ci95(found, key))
-    yield "R² of Pcrit", shown(of_ci95(results["p_crit"], "r2"))
-    for key, name in (("rmse", "RMSE"), ("mae", "mean absolute error"), ("r2", "R² of TPP")):
-        yield f"{name}, each patient weighing the same", shown(results["per_patient"]["tpp"][key])
-    yield "R² of Pcrit, each patient weighing the same", shown(results["per_patient"]["p_crit_r2"])
-    yield "lower limit of agreement, mmHg", shown(agreement["lower"])
-    yield "upper limit of agreement, mmHg", shown(agreement["upper"])
-    yield "SD between patients, within, mmHg", (f"{agreement['sd_between']:.2f}, "
-                                                f"{agreement['sd_within']:.2f}")
+    found, own, agreement = results["tpp"], results["per_patient"], results["bland_altman"]
+    same = "each patient weighing the same"
+    return [
+        *([name, shown(of_ci95(found, key))] for key, name in (
+            ("rmse", "RMSE, mmHg"), ("mae", "mean absolute error, mmHg"),
+            ("mead", "median absolute error, mmHg"), ("bias", "bias, mmHg"),
+            ("sd", "SD of the errors, mmHg"), ("r2", "R² of TPP"))),
+        ["R² of Pcrit", shown(of_ci95(results["p_crit"], "r2"))],
+        *([f"{name}, {same}", shown(own["tpp"][key])] for key, name in (
+            ("rmse", "RMSE"), ("mae", "mean absolute error"), ("r2", "R² of TPP"))),
+        [f"R² of Pcrit, {same}", shown(own["p_crit_r2"])],
+        ["lower limit of agreement, mmHg", shown(agreement["lower"])],
+        ["upper limit of agreement, mmHg", shown(agreement["upper"])],
+        ["SD between patients, within, mmHg",
+         f"{agreement['sd_between']:.2f}, {agreement['sd_within']:.2f}"]]
 
 
 def standard_rows(found):
-    def passed(one):
+    aami, means, share, bhs, ieee = (found[name] for name in (
+        "aami_1", "aami_2", "aami_esh_iso", "bhs", "ieee_1708"))
+
+    def met(one):
         return "met" if one["passed"] else "not met"
 
-    one = found["aami_1"]
-    yield ("AAMI/ISO 81060-2-style, criterion 1", f"{one['mean']:+.1f} ± {one['sd']:.1f} mmHg",
-           "mean within 5, SD up to 8", passed(one))
-    one = found["aami_2"]
-    yield ("criterion 2, SD of patients' means", f"{one['sd']:.1f} mmHg",
-           f"up to {one['limit']:.2f}", passed(one))
-    one = found["aami_esh_iso"]
-    yield "errors within 10 mmHg", f"{percent(one['within_10'])}", "85 % or more", passed(one)
-    one = found["bhs"]
-    yield ("BHS-style grade, within 5, 10, 15 mmHg",
-           ", ".join(percent(one[f"within_{bound}"]) for bound in (5, 10, 15)),
-           "A: 60, 85, 95 %", one["grade"])
-    one = found["ieee_1708"]
-    yield ("IEEE 1708-style grade, mean absolute difference", f"{one['mad']:.1f} mmHg",
-           "A: up to 5", one["grade"])
+    return [
+        ["AAMI/ISO 81060-2-style, criterion 1", f"{aami['mean']:+.1f} ± {aami['sd']:.1f} mmHg",
+         "mean within 5, SD up to 8", met(aami)],
+        ["criterion 2, SD of patients' means", f"{means['sd']:.1f} mmHg",
+         f"up to {means['limit']:.2f}", met(means)],
+        ["errors within 10 mmHg", percent(share["within_10"]), "85 % or more", met(share)],
+        ["BHS-style grade, within 5, 10, 15 mmHg",
+         ", ".join(percent(bhs[f"within_{bound}"]) for bound in (5, 10, 15)),
+         "A: 60, 85, 95 %", bhs["grade"]],
+        ["IEEE 1708-style grade, mean absolute difference", f"{ieee['mad']:.1f} mmHg",
+         "A: up to 5", ieee["grade"]]]
 
 
 def trend_rows(results):
+    rows = []
     for key, name in (("tpp", "TPP"), ("p_crit", "Pcrit")):
-        trend = results["trend"][key]
-        yield (f"changes of {name} the right way round ({trend['n']:,} of {trend['n_changes']:,} "
-               f"outside ± {trend['zone']:g} mmHg)", percent(trend) if trend["n"] else "none")
-    for key, name in (("tpp", "TPP"), ("p_crit", "Pcrit")):
-        yield f"correlation within patients, {name}", shown(results["within_patient"][key])
+        trend, within = results["trend"][key], results["within_patient"][key]
+        rows += [[f"changes of {name} the right way round ({trend['n']:,} of "
+                  f"{trend['n_changes']:,} outside ± {trend['zone']:g} mmHg)",
+                  percent(trend) if trend["n"] else "none"],
+                 [f"correlation within patients, {name}", shown(within)]]
+    return rows
 
 
 def uncertainty_pieces(found):
@@ -1039,40 +1012,36 @@ def uncertainty_pieces(found):
     yield tk_utils.html_text(f"Calibrated on {found['n_tune_patients']} tune patients (conformal): "
                              "right on average over patients, not for each one.", kind="small")
     if "novelty" in found:
-        one = found["novelty"]
-        yield tk_utils.html_text(
-            f"Inputs unlike those of training: {percent(one['rate'])} of the minutes here "
-            f"({percent(one['expected'])} by design). RMSE {shown(one['rmse_new'])} mmHg on these, "
-            f"{shown(one['rmse_usual'])} on the others.")
+        yield tk_utils.html_text(unlike_training(found["novelty"]))
 
 
 def check_rows(results):
     found = results["checks"]
-    yield "patients in two parts of the split", found["patients_in_two_parts"]
-    for name, number in found.get("shared_seconds", {}).items():
-        yield f"minutes that share a second of PPG with {name} minutes", number
-    if "overlapping_windows" in found:
-        yield "minutes that overlap the one before", found["overlapping_windows"]
-    yield "the output is constant", "YES" if found["constant_output"] else "no"
     ignored = any(line.startswith("IGNORES") for line in results["problems"])
-    yield ("the output is the same with another patient's PPG",
-           "YES" if ignored else "no" if "swapped_ppg" in results else "not known")
-    if "skill_with_shuffled_labels" in found:
-        yield ("skill with shuffled labels (must not be above 0)",
-               shown(found["skill_with_shuffled_labels"]))
+    rows = [["patients in two parts of the split", found["patients_in_two_parts"]],
+            *([f"minutes that share a second of PPG with {name} minutes", number]
+              for name, number in found.get("shared_seconds", {}).items()),
+            ["minutes that overlap the one before", found.get("overlapping_windows")],
+            ["the output is constant", "YES" if found["constant_output"] else "no"],
+            ["the output is the same with another patient's PPG",
+             "YES" if ignored else "no" if "swapped_ppg" in results else "not known"],
+            ["skill with shuffled labels (must not be above 0)",
+             shown(found.get("skill_with_shuffled_labels"))]]
+    return [row for row in rows if row[1] is not None]
 
 
 def provenance_rows(results, checkpoint):
     provenance, config = checkpoint["provenance"], checkpoint["config"]
-    yield "checkpoint", results["checkpoint"]
-    yield "inputs and label", ", ".join(results["keys"])
-    yield "trained on", (f"{provenance['origin']}, {provenance['n_segments']:,} segments of "
-                         f"{provenance['n_patients']:,} patients (train, tune and test)")
-    yield "scored on", f"{results['origin']}, {results['split']} patients"
-    yield "quality gate", results["condition"]
-    yield "settings", ", ".join(f"{k} {v}" for k, v in config.items() if k not in ("keys",))
-    yield "versions", ", ".join(f"{k} {v}" for k, v in provenance["versions"].items())
-    yield "code", str(provenance["git_revision"])
+    return [
+        ["checkpoint", results["checkpoint"]],
+        ["inputs and label", ", ".join(results["keys"])],
+        ["trained on", f"{provenance['origin']}, {provenance['n_segments']:,} segments of "
+                       f"{provenance['n_patients']:,} patients (train, tune and test)"],
+        ["scored on", f"{results['origin']}, {results['split']} patients"],
+        ["quality gate", results["condition"]],
+        ["settings", ", ".join(f"{k} {v}" for k, v in config.items() if k != "keys")],
+        ["versions", ", ".join(f"{k} {v}" for k, v in provenance["versions"].items())],
+        ["code", str(provenance["git_revision"])]]
 
 
 # Items of TRIPOD+AI (doi 10.1136/bmj-2023-078378) that only a person can write, or complete.
@@ -1089,6 +1058,7 @@ FOR_A_PERSON = (
 def model_card(results, checkpoint):
     """The model card in Markdown: the TRIPOD+AI items that a program can fill, and the others."""
     provenance, config = checkpoint["provenance"], checkpoint["config"]
+    n_weights = sum(weights.numel() for weights in checkpoint["model"].values())
     keys, counts = results["keys"], {k: len(v) for k, v in checkpoint["split"].items()}
     inputs = ", ".join(["PPG waveform"] * (keys[0] == "ppg") + vitals_of(keys))
     sure, detection = results["uncertainty"] or {}, results["detection"]
@@ -1114,11 +1084,11 @@ def model_card(results, checkpoint):
          f"{provenance['seeds']['split_seed']}"),
         ("12b handling of predictors", "each PPG segment normalised by its own mean and SD, vitals "
          "by the train patients'"),
-        ("12c model", f"MyFirstResNet, {count_weights(checkpoint):,} weights; "
+        ("12c model", f"MyFirstResNet, {n_weights:,} weights; "
          + ", ".join(f"{k} {config[k]}" for k in ("epochs", "batch_size", "lr", "weight_decay",
                                                   "l1", "spread", "seed") if k in config)
          + "; the epoch with the least loss on the tune patients is kept"),
-        ("12d clusters", "patients: intervals, weights and calibration take them as the units; "
+        ("12d clusters", "patients: split, intervals and calibration take them as the units; "
          "centres are not in the data"),
         ("12e measures", "RMSE, MAE, MeAD, R², bias, SD; R² of Pcrit; skill over baselines; "
          "detection of low TPP; coverage; 95 % intervals from a bootstrap over patients"),
@@ -1144,16 +1114,14 @@ def model_card(results, checkpoint):
         ("23a performance", " ".join(headline(results)) + " " + "; ".join(
             f"{one['of']} {one['range']}: RMSE {one['rmse']['value']:.1f}"
             for one in results["strata"])),
-        ("23b heterogeneity", "each patient's own RMSE: " + ", ".join(
-            f"{share} of patients below {value:.1f}"
-            for share, value in results["patients"]["rmse_quantiles"].items()) + " mmHg"),
+        ("23b heterogeneity", rmse_of_patients(results["patients"])),
         ("26 limitations", limitations(results)),
         ("27a poor input", "predict.py refuses minutes of poor signal and marks inputs unlike "
          "those of training")]
     lines = [f"# Model card: {os.path.splitext(results['checkpoint'])[0]}", ""]
     if results["note"]:
         lines += [f"**{results['note']}**", ""]
-    lines += [f"**{line}**\n" for line in [results["warning"], *results["problems"]] if line]
+    lines += [f"**{line}**\n" for line in loud_lines(results)]
     lines += ["Research only: no clinical claim, no medical device.", "",
               "| TRIPOD+AI item | |", "|---|---|"]
     lines += ["| {} | {} |".format(name, text.replace("|", "\\|")) for name, text in items]
@@ -1161,12 +1129,7 @@ def model_card(results, checkpoint):
     return "\n".join(lines) + "\n"
 
 
-def count_weights(checkpoint):
-    return sum(weights.numel() for weights in checkpoint["model"].values())
-
-
 def limitations(results):
-    import metrics
     found = ["the label needs assumptions on the arterial tree and may be biased by several mmHg",
              f"the gate, which needs the arterial line, keeps "
              f"{percent(results['good_signal']['share_kept_by_gate'])} of the minutes of good "
@@ -1188,7 +1151,6 @@ def compare_runs(paths, **how):
     Prints a line for each, their mean and SD, and the table of all predictions taken together.
     how: arguments of `evaluate`.
     """
-    import metrics
     found = [evaluate(path, **how) for path in paths]
     runs = [results for results, _ in found]
     rows = [[one["checkpoint"], one["n_patients"], one["tpp"]["rmse"], one["tpp"]["mae"],
@@ -1206,19 +1168,16 @@ def compare_runs(paths, **how):
 def together(runs, arrays):
     """(results, arrays) of several runs' predictions as one set, in which a patient is one patient
     in whichever run: folds become all patients, seeds repeats of the same ones."""
-    import metrics
 
-    def joined(name):
+    def joined(of_runs):
         """{key: [all segments]} of what every run has."""
-        keys = [key for key in arrays[0][name] if all(key in one[name] for one in arrays)]
-        return {key: np.concatenate([one[name][key] for one in arrays]) for key in keys}
+        keys = [key for key in of_runs[0] if all(key in one for one in of_runs)]
+        return {key: np.concatenate([one[key] for one in of_runs]) for key in keys}
 
     patients = np.unique(np.concatenate([one["patients"] for one in arrays]),
                          return_inverse=True)[1]
     bootstrap = metrics.PatientBootstrap(patients)
-    fields = [one["part"].fields for one in arrays]
-    fields = {key: np.concatenate([one[key] for one in fields])
-              for key in (*SCORED, "p_crit_true") if all(key in one for one in fields)}
+    fields = joined([one["part"].fields for one in arrays])
     begins = np.cumsum([0] + [len(one["part"].dataset.index.encounters) for one in arrays])
     series = [one["part"].series + begin for one, begin in zip(arrays, begins)]
     part = Part(None, fields, patients, np.concatenate(series))
@@ -1229,15 +1188,11 @@ def together(runs, arrays):
                **score_predictions(part, tpp, bootstrap)}
     for name in ("baselines", "compared"):
         results[name] = {key: score_beside(part, tpp, prediction, bootstrap)
-                         for key, prediction in joined(name).items()}
+                         for key, prediction in joined([one[name] for one in arrays]).items()}
     if all(one["best"] is not None for one in arrays):
         best = np.concatenate([one["best"] for one in arrays])
-        over = score_beside(part, tpp, best, bootstrap)
-        results["baselines"]["each run's best"] = over
-        here = min(results["baselines"], key=lambda name: results["baselines"][name]["rmse"])
-        for name in ("skill", "skill_per_patient"):
-            results[name] = dict(over[name], over="each run's best")
-        results["skill_in_hindsight"] = dict(results["baselines"][here]["skill"], over=here)
+        results["baselines"]["each run's best"] = score_beside(part, tpp, best, bootstrap)
+        results.update(skills(results["baselines"], "each run's best"))
     levels = [level for level in arrays[0]["intervals"]
               if all(isinstance(one["intervals"].get(level), tuple) for one in arrays)]
     if levels:

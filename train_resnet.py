@@ -18,6 +18,7 @@ in the same weights. Exit codes: 0 done, 2 an error in one line, 3 interrupted a
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import os
 import sys
 import threading
@@ -26,6 +27,8 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
+import metrics
+import tk_utils
 from evaluate import (
     SCORED,
     beside,
@@ -39,18 +42,10 @@ from evaluate import (
     simulated_note,
     vitals_of,
 )
-from tk_utils import (
-    atomic_file,
-    git_revision,
-    histogram_figure,
-    locked,
-    loss_lr_plot,
-    print_table,
-    remove_leftovers,
-    run_script,
-    versions,
-    write_json,
-)
+from tk_utils import print_table, run_script, write_json
+
+# It brings PyTorch, for which --help does not wait.
+header = tk_utils.lazy_module("training_header")
 
 # The published M1.5 recipe: Adam with StepLR; the defaults for `--data`.
 M1_5 = {"epochs": 10, "batch_size": 256, "lr": 1e-3, "lr_step": 3, "lr_gamma": 0.2,
@@ -65,133 +60,129 @@ KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 LABELS = ("tpp", "p_crit")
 NO_VITALS = {"abp", "tpp", "p_crit", "p_crit_true"}      # waveforms, and the answer itself
 
-
 INTERRUPTED = 3         # exit code: stopped by SIGINT or SIGTERM, state saved
 FIGURES = ("figures_resnet/loss_lr_plot.png", "figures_resnet/histogram_plot.png")
 ENDINGS = (".pth", "_resume.pth", "_trajectory.pth", "_log.csv", "_metrics.json", "_run.json")
 TIMED_STEPS = 5         # of --dry-run, after one that warms up
 
 
-def resume_path(options):
-    return f"runs/{options.name}_resume.pth"
-
-
-def recipe_default(name):
-    """For --help: the recipe's value, and that for the default data where it is another."""
-    other = f" ({SIMULATED_RECIPE[name]} on the default data)" if name in SIMULATED_RECIPE else ""
-    return f"default {M1_5[name]}{other}"
+def files_of(options):
+    """{ending: file} of a run."""
+    return {ending: f"runs/{options.name}{ending}" for ending in ENDINGS}
 
 
 def parse_args(arguments=None):
+    def default(name):
+        """The recipe's value, and that for the default data where it is another."""
+        other = SIMULATED_RECIPE.get(name)
+        return f"default {M1_5[name]}" + (f" ({other} on the default data)" if other else "")
+
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
         epilog="exit codes: 0 done; 2 an error, in one line; 3 interrupted and saved")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", metavar="FILE",
-                       help="HDF5 files of the layout, or globs; default: simulate "
-                            f"{SIMULATED['patients']} patients into {SIMULATED_FILE} once")
-    group.add_argument("--keys", nargs="+", default=KEYS, metavar="FIELD",
-                       help="ppg (may be absent), vitals, label (tpp or p_crit); default "
-                            f"{' '.join(KEYS)}")
-    group.add_argument("--condition", default="default", metavar="GATE",
-                       help="quality gate (docs/labels.md); default 'default'")
-    group.add_argument("--split-seed", type=int, default=0, metavar="N",
-                       help="which patients are train, tune, test; default 0")
-    group.add_argument("--salt-file", metavar="FILE",
-                       help="salt of the patients' hashes; default: tpp_ppg.salt beside the data")
-    group.add_argument("--keep-index", action="store_true",
-                       help="keep the index beside the data (<file>.index.npz) and use it again "
-                            "while the data do not change")
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, metavar="N",
-                       help=f"passes over the train segments; {recipe_default('epochs')}")
-    group.add_argument("--batch-size", type=int, metavar="N",
-                       help="segments in one step of each process; "
-                            f"{recipe_default('batch_size')}")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N",
-                       help="batches in one step; default 1")
-    group.add_argument("--lr", type=float, metavar="RATE",
-                       help=f"Adam's learning rate; {recipe_default('lr')}")
-    group.add_argument("--lr-step", type=int, metavar="EPOCHS",
-                       help=f"epochs between reductions of the rate; {recipe_default('lr_step')}")
-    group.add_argument("--lr-gamma", type=float, metavar="FACTOR",
-                       help=f"factor of each reduction; {recipe_default('lr_gamma')}")
-    group.add_argument("--weight-decay", type=float, metavar="X",
-                       help=f"Adam's L2 weight decay; {recipe_default('weight_decay')}")
-    group.add_argument("--l1", type=float, metavar="X",
-                       help=f"L1 penalty on weights; {recipe_default('l1')}")
-    group.add_argument("--init", choices=("steady", "pytorch"), default="steady",
-                       help="initial kernels (models.init_steady); default steady")
-    group.add_argument("--init-from", metavar="CHECKPOINT",
-                       help="fine-tune these weights, with their normalising, on the data")
-    group.add_argument("--seed", type=int, default=0, metavar="N",
-                       help="of initial weights and order; default 0")
-    group.add_argument("--early-stopping", type=int, default=-1, metavar="EPOCHS",
-                       help="stop after so many epochs without improvement; default: never")
-    group.add_argument("--spread", action="store_true",
-                       help="the network also predicts its own spread (Gaussian likelihood)")
-    group.add_argument("--amp", choices=("bf16", "fp16"), help="autocast to a shorter float")
-    group.add_argument("--weight-labels", action="store_true",
-                       help="weigh each train segment by the standard error of its Pcrit")
-    group = parser.add_argument_group("repeating")
-    group.add_argument("--seeds", type=int, metavar="K",
-                       help="train K runs, <name>_seed<n>, of the seeds from --seed on")
-    group.add_argument("--folds", type=int, metavar="K",
-                       help="cross-validate over patients: K runs, <name>_fold<n>; each patient is "
-                            "tested once, the patients of each file are dealt evenly")
-    group.add_argument("--ablate", action="store_true",
-                       help="first train <name>_no_ppg and <name>_no_vitals, listed beside the run")
-    group = parser.add_argument_group("running")
-    group.add_argument("--name", default="M1.5", help="of the files in runs/; default M1.5")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, …; default: CUDA where present")
-    group.add_argument("--workers", type=int, metavar="N",
-                       help="loader processes; default: 0 on CPU, 4 on CUDA")
-    group.add_argument("--compile", action="store_true", dest="compiled",
-                       help="torch.compile the network (needs a C++ compiler; measure it first: "
-                            "benchmarks/train_step.py)")
-    group.add_argument("--checkpoint-minutes", type=float, default=10, metavar="MINUTES",
-                       help="save the state so often, beside after each epoch; default 10")
-    group.add_argument("--fresh", action="store_true",
-                       help="begin anew where a run of this name is unfinished or finished")
-    group = parser.add_argument_group("following")
-    group.add_argument("--tensorboard", action="store_true",
-                       help="also write losses, rate, tune scores, speed and figures of each epoch "
-                            "to runs/<name>_tensorboard (needs the package tensorboard)")
-    group.add_argument("--dry-run", action="store_true",
-                       help="say what would be read, trained and written, time a few steps, stop")
-    group.add_argument("--plot-log", action="store_true",
-                       help="draw the figures again from the files of the run --name, finished or "
-                            "not; train nothing")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", metavar="FILE",
+        help="HDF5 files of the layout, or globs; default: simulate "
+             f"{SIMULATED['patients']} patients into {SIMULATED_FILE} once")
+    add("--keys", nargs="+", default=KEYS, metavar="FIELD",
+        help="ppg (may be absent), vitals, label (tpp or p_crit); default " + " ".join(KEYS))
+    add("--condition", default="default", metavar="GATE",
+        help="quality gate (docs/labels.md); default 'default'")
+    add("--split-seed", type=int, default=0, metavar="N",
+        help="which patients are train, tune, test; default 0")
+    add("--salt-file", metavar="FILE",
+        help="salt of the patients' hashes; default: tpp_ppg.salt beside the data")
+    add("--keep-index", action="store_true",
+        help="keep the index beside the data (<file>.index.npz) and use it again while the data do "
+             "not change")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, metavar="N",
+        help=f"passes over the train segments; {default('epochs')}")
+    add("--batch-size", type=int, metavar="N",
+        help=f"segments in one step of each process; {default('batch_size')}")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches in one step; default 1")
+    add("--lr", type=float, metavar="RATE", help=f"Adam's learning rate; {default('lr')}")
+    add("--lr-step", type=int, metavar="EPOCHS",
+        help=f"epochs between reductions of the rate; {default('lr_step')}")
+    add("--lr-gamma", type=float, metavar="FACTOR",
+        help=f"factor of each reduction; {default('lr_gamma')}")
+    add("--weight-decay", type=float, metavar="X",
+        help=f"Adam's L2 weight decay; {default('weight_decay')}")
+    add("--l1", type=float, metavar="X", help=f"L1 penalty on weights; {default('l1')}")
+    add("--init", choices=("steady", "pytorch"), default="steady",
+        help="initial kernels (models.init_steady); default steady")
+    add("--init-from", metavar="CHECKPOINT",
+        help="fine-tune these weights, with their normalising, on the data")
+    add("--seed", type=int, default=0, metavar="N", help="of initial weights and order; default 0")
+    add("--early-stopping", type=int, default=-1, metavar="EPOCHS",
+        help="stop after so many epochs without improvement; default: never")
+    add("--spread", action="store_true",
+        help="the network also predicts its own spread (Gaussian likelihood)")
+    add("--amp", choices=("bf16", "fp16"), help="autocast to a shorter float")
+    add("--weight-labels", action="store_true",
+        help="weigh each train segment by the standard error of its Pcrit")
+    add = parser.add_argument_group("repeating").add_argument
+    add("--seeds", type=int, metavar="K",
+        help="train K runs, <name>_seed<n>, of the seeds from --seed on")
+    add("--folds", type=int, metavar="K",
+        help="cross-validate over patients: K runs, <name>_fold<n>; each patient is tested once, "
+             "the patients of each file are dealt evenly")
+    add("--ablate", action="store_true",
+        help="first train <name>_no_ppg and <name>_no_vitals, listed beside the run")
+    add = parser.add_argument_group("running").add_argument
+    add("--name", default="M1.5", help="of the files in runs/; default M1.5")
+    add("--device", help="cpu, cuda, cuda:1, …; default: CUDA where present")
+    add("--workers", type=int, metavar="N", help="loader processes; default: 0 on CPU, 4 on CUDA")
+    add("--compile", action="store_true", dest="compiled",
+        help="torch.compile the network (needs a C++ compiler; measure it first: "
+             "benchmarks/train_step.py)")
+    add("--checkpoint-minutes", type=float, default=10, metavar="MINUTES",
+        help="save the state so often, beside after each epoch; default 10")
+    add("--fresh", action="store_true",
+        help="begin anew where a run of this name is unfinished or finished")
+    add = parser.add_argument_group("following").add_argument
+    add("--tensorboard", action="store_true",
+        help="also write losses, rate, tune scores, speed and figures of each epoch to "
+             "runs/<name>_tensorboard (needs the package tensorboard)")
+    add("--dry-run", action="store_true",
+        help="say what would be read, trained and written, time a few steps, stop")
+    add("--plot-log", action="store_true",
+        help="draw the figures again from the files of the run --name, finished or not; train "
+             "nothing")
     options = parser.parse_args(arguments)
-    recipe = dict(M1_5) if options.data else dict(M1_5, **SIMULATED_RECIPE)
-    for name, value in recipe.items():
+    options.fold = None
+    for name, value in {**M1_5, **({} if options.data else SIMULATED_RECIPE)}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    check_options(options, parser.error)
+    return options
+
+
+def check_options(options, refuse):
+    """Calls `refuse` with a line on options that make no sense."""
     for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("lr_step", 1),
                         ("lr_gamma", 0), ("weight_decay", 0), ("l1", 0), ("seed", 0),
                         ("workers", 0), ("seeds", 2), ("folds", 3)):
         value = getattr(options, name)
         if value is not None and not value >= least:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+            refuse(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     if not options.lr > 0:
-        parser.error(f"--lr {options.lr}: expected more than 0")
+        refuse(f"--lr {options.lr}: expected more than 0")
     vitals, label = vitals_of(options.keys), options.keys[-1]
     if (len(options.keys) < 2 or label not in LABELS or "ppg" in options.keys[1:]
             or set(vitals) & NO_VITALS):
-        parser.error(f"--keys {' '.join(options.keys)}: expected ppg, then vitals, then "
-                     f"{' or '.join(LABELS)}; never the label or a waveform among the vitals")
+        refuse(f"--keys {' '.join(options.keys)}: expected ppg, then vitals, then "
+               f"{' or '.join(LABELS)}; never the label or a waveform among the vitals")
     if options.ablate and (options.keys[0] != "ppg" or not vitals):
-        parser.error("--ablate: expected --keys with ppg and vitals, to leave out either")
+        refuse("--ablate: expected --keys with ppg and vitals, to leave out either")
     if options.ablate and options.init_from:
-        parser.error("--ablate does not go with --init-from: its runs begin anew")
+        refuse("--ablate does not go with --init-from: its runs begin anew")
     if not options.name or os.path.basename(options.name) != options.name:
-        parser.error(f"--name {options.name!r}: expected a name, not a path")
+        refuse(f"--name {options.name!r}: expected a name, not a path")
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        parser.error("--tensorboard needs a package: pip install tensorboard")
+        refuse("--tensorboard needs a package: pip install tensorboard")
     if options.dry_run and "RANK" in os.environ:
-        parser.error("--dry-run: one process is enough, without torchrun")
-    options.fold = None
-    return options
+        refuse("--dry-run: one process is enough, without torchrun")
 
 
 def repeats(options):
@@ -243,7 +234,6 @@ def summarise(checkpoints, options):
 
 def run(options):
     """Trains and scores one network; the exit code."""
-    from training_header import Interrupted, NonFiniteLoss, TrainingError
     started = time.time()
     rank = join_processes(options.device)
     with only_run(options) if rank == 0 else nullcontext():
@@ -256,16 +246,16 @@ def run(options):
             description = describe(options, index, parts, datasets, origin, salt_file, parent)
         if finished_before(options, description, rank):
             return 0
-        model, loaders, device = build(options, datasets, parent)
+        model, loaders = build(options, datasets, parent)
         try:
-            model, trajectory = train(options, model, loaders, device, description)
-        except Interrupted as interruption:
+            model, trajectory = train(options, model, loaders, description)
+        except header.Interrupted as interruption:
             if rank == 0:
                 print(interruption, file=sys.stderr)
             return INTERRUPTED
-        except NonFiniteLoss as problem:
-            raise TrainingError(f"{problem}. {what_was_in(loaders[0], problem, salt_file)}") \
-                from None
+        except header.NonFiniteLoss as problem:
+            raise header.TrainingError(
+                f"{problem}. {what_was_in(loaders[0], problem, salt_file)}") from None
         if rank == 0:
             description["provenance"]["wall_seconds"] = round(time.time() - started, 1)
             save_and_report(options, model, trajectory, description, datasets, data, salt_file)
@@ -275,13 +265,13 @@ def run(options):
 @contextmanager
 def only_run(options):
     """Holds the lock of this run's name, and removes what a killed one left half-written."""
-    files = [f"runs/{options.name}{end}" for end in ENDINGS]
-    with locked(f"runs/.{options.name}.lock", f"runs/{options.name}: another process is training "
-                "under this name; --name OTHER trains beside it"):
-        for path in files:
-            remove_leftovers(path)
+    taken = (f"runs/{options.name}: another process is training under this name; --name OTHER "
+             "trains beside it")
+    with tk_utils.locked(f"runs/.{options.name}.lock", taken):
+        for path in files_of(options).values():
+            tk_utils.remove_leftovers(path)
         for path in FIGURES:            # all runs write these
-            remove_leftovers(path, older_than_s=600)
+            tk_utils.remove_leftovers(path, older_than_s=600)
         yield
 
 
@@ -326,7 +316,7 @@ def find_data(options, rank):
                    if getattr(options, k) == v]
         print(f"no --data: training on SIMULATED patients. {', '.join(changes)}"
               " (the default data set is small: M1.5's batches would make too few steps)")
-        remove_leftovers(path, older_than_s=60)
+        tk_utils.remove_leftovers(path, older_than_s=60)
         if not os.path.exists(path):
             from simulate import simulate_file
             simulate_file(path, workers=os.cpu_count() or 1, **SIMULATED)
@@ -336,18 +326,13 @@ def find_data(options, rank):
 
 def open_data(options, data, rank):
     """Index, its parts, train and tune `TPP_PPG_dataset`s, and where the data came from."""
-    from training_header import (
-        TPP_PPG_dataset,
-        create_dataset_index,
-        kept_dataset_index,
-        split_index,
-    )
     origin = origin_of(data)
-    make_index = kept_dataset_index if options.keep_index else create_dataset_index
+    make_index = (header.kept_dataset_index if options.keep_index else
+                  header.create_dataset_index)
     index = make_index(condition=options.condition, path=data)
-    parts = split_index(index, options.split_seed, fold=options.fold, folds=options.folds)
+    parts = header.split_index(index, options.split_seed, fold=options.fold, folds=options.folds)
     # A field that only scoring needs, or only a test patient lacks, is missed before training.
-    TPP_PPG_dataset(index, "segment", options.keys + SCORED)
+    header.TPP_PPG_dataset(index, "segment", options.keys + SCORED)
     if rank == 0:
         if simulated_note(origin, origin):
             print(f"*** {simulated_note(origin, origin)} ***")
@@ -355,49 +340,40 @@ def open_data(options, data, rank):
             print(f"{name}: {len(part):,} segments of {part.n_patients:,} patients")
         if index.n_patients < 100:
             print("fewer than 100 patients: who is in which part changes when patients are added")
-    train_keys = options.keys + []
-    if options.weight_labels:
-        train_keys.insert(-1, "p_crit_se")
-    datasets = {name: TPP_PPG_dataset(parts[name], "segment", keys, seed=options.seed)
-                for name, keys in (("train", train_keys), ("tune", options.keys))}
+    *inputs, label = options.keys
+    of_train = [*inputs, "p_crit_se", label] if options.weight_labels else options.keys
+    datasets = {name: header.TPP_PPG_dataset(parts[name], "segment", keys, seed=options.seed)
+                for name, keys in (("train", of_train), ("tune", options.keys))}
     return index, parts, datasets, origin
 
 
 def open_parent(options, parts, salt_file, rank):
     """The checkpoint of --init-from, or None; none of its patients may be tuned or tested on."""
-    from training_header import (
-        DataError,
-        hash_patients,
-        load_checkpoint,
-        load_model,
-        read_salt,
-        salt_mark,
-    )
     if rank == 0:
-        salt = read_salt(salt_file)     # where it cannot be made, say so before training
+        salt = header.read_salt(salt_file)      # where it cannot be made, say so before training
     if options.init_from is None:
         return None
-    parent = load_checkpoint(options.init_from)
-    load_model(parent)
+    parent = header.load_checkpoint(options.init_from)
     if parent["keys"] != options.keys:
-        raise DataError(f"{options.init_from}: trained on {' '.join(parent['keys'])}, not on "
-                        f"{' '.join(options.keys)} (--keys)")
+        raise header.DataError(f"{options.init_from}: trained on {' '.join(parent['keys'])}, not "
+                               f"on {' '.join(options.keys)} (--keys)")
     if (parent["model_args"].get("num_outputs", 1) == 2) != options.spread:
-        raise DataError(f"{options.init_from}: predicts {'no' if options.spread else 'its'} spread "
-                        f"({'without' if options.spread else 'with'} --spread it goes on)")
+        its, with_it = ("no", "without") if options.spread else ("its", "with")
+        raise header.DataError(f"{options.init_from}: predicts {its} spread ({with_it} --spread it "
+                               "goes on)")
     if rank > 0:
         return parent
-    if parent["provenance"].get("salt") != salt_mark(salt):
+    if parent["provenance"].get("salt") != header.salt_mark(salt):
         print(f"WARNING: {options.init_from}: made with another salt (--salt-file), so whether "
               "tune and test patients were trained on COULD NOT BE CHECKED", file=sys.stderr)
         return parent
     seen = seen_by(parent)
     held_out = parts["tune"].patients.tolist() + parts["test"].patients.tolist()
-    n_seen = len(seen.intersection(hash_patients(held_out, salt)))
+    n_seen = len(seen.intersection(header.hash_patients(held_out, salt)))
     if n_seen:
-        raise DataError(f"{options.init_from}: {n_seen} of the {len(held_out)} tune and test "
-                        "patients were trained or tuned on by it; the --split-seed of that run "
-                        "keeps them apart")
+        raise header.DataError(f"{options.init_from}: {n_seen} of the {len(held_out)} tune and "
+                               "test patients were trained or tuned on by it; the --split-seed of "
+                               "that run keeps them apart")
     return parent
 
 
@@ -412,52 +388,50 @@ def finished_before(options, description, rank):
 
     Raises DataError where the name belongs to a run of other options, finished or not.
     """
-    from training_header import DataError, load_checkpoint, load_tensors
     answer = [False]
-    if rank == 0:
-        done, unfinished = f"runs/{options.name}.pth", resume_path(options)
-        if options.fresh and os.path.exists(unfinished):
+    done, unfinished = (files_of(options)[ending] for ending in (".pth", "_resume.pth"))
+    if rank == 0 and options.fresh:
+        if os.path.exists(unfinished):
             os.remove(unfinished)
-        elif not options.fresh and os.path.exists(unfinished):
-            saved = load_tensors(unfinished)
-            refuse_other_options(unfinished, saved.get("experiment"), description)
-            print(f"going on from {unfinished}, epoch {saved['run']['epoch'] + 1}, batch "
-                  f"{saved['run']['batches'] + 1}", flush=True)
-        elif not options.fresh and os.path.exists(done):
-            saved = load_checkpoint(done)
-            refuse_other_options(done, saved, description)
-            if not saved["metrics"]:
-                raise DataError(f"{done}: finished, but without scores (python evaluate.py {done})")
-            print_results(saved["metrics"])
-            print(f"{done}: this run is finished; --fresh trains it anew, --name OTHER beside it")
-            answer = [True]
+    elif rank == 0 and os.path.exists(unfinished):
+        saved = header.load_tensors(unfinished)
+        refuse_other_options(unfinished, saved.get("experiment"), description)
+        print(f"going on from {unfinished}, epoch {saved['run']['epoch'] + 1}, batch "
+              f"{saved['run']['batches'] + 1}", flush=True)
+    elif rank == 0 and os.path.exists(done):
+        saved = header.load_checkpoint(done)
+        refuse_other_options(done, saved, description)
+        if not saved["metrics"]:
+            raise header.DataError(f"{done}: finished, but without scores (python evaluate.py "
+                                   f"{done})")
+        print_results(saved["metrics"])
+        print(f"{done}: this run is finished; --fresh trains it anew, --name OTHER beside it")
+        answer = [True]
     return share(answer)[0]
 
 
 def refuse_other_options(path, saved, now):
     """Raises DataError unless a saved run had the options and data of this one."""
-    from training_header import DataError
-    saved_config = dict((saved or {}).get("config", {}))
-    changed = [f"--{name.replace('_', '-')} {saved_config.get(name)} (now {value})"
-               for name, value in now["config"].items() if saved_config.get(name) != value]
-    for what in ("data_fingerprint", "parent"):
-        if (saved or {}).get("provenance", {}).get(what) != now["provenance"].get(what):
-            changed.append({"data_fingerprint": "other data", "parent": "--init-from"}[what])
-    if changed:
-        raise DataError(f"{path}: a run with other options: {', '.join(changed)}. --fresh replaces "
-                        "it, --name OTHER trains beside it")
+    saved = {"config": {}, "provenance": {}, **(saved or {})}
+    other = [f"--{name.replace('_', '-')} {saved['config'].get(name)} (now {value})"
+             for name, value in now["config"].items() if saved["config"].get(name) != value]
+    other += [words for what, words in (("data_fingerprint", "other data"),
+                                        ("parent", "--init-from"))
+              if saved["provenance"].get(what) != now["provenance"].get(what)]
+    if other:
+        raise header.DataError(f"{path}: a run with other options: {', '.join(other)}. --fresh "
+                               "replaces it, --name OTHER trains beside it")
 
 
 def what_was_in(loader, problem, salt_file):
     """The patients (hashed) and the ranges of the fields of a batch, in a sentence."""
-    from training_header import hash_patients, read_salt
     dataset, order, items = loader.dataset, loader.sampler, []
     for number in problem.batches:
         order.set_epoch(problem.epoch, number)
         items.append(next(iter(order)))
     segments = dataset.segments(np.concatenate(items))
     patients = dataset.index.patients[np.unique(dataset.index.segment_patients()[segments])]
-    hashes = hash_patients(patients.tolist(), read_salt(salt_file))
+    hashes = header.hash_patients(patients.tolist(), header.read_salt(salt_file))
     ranges = []
     for key, values in zip(dataset.keys_to_load, dataset.read(segments)):
         bad = int((~values.isfinite()).sum())
@@ -476,45 +450,53 @@ def model_args(options):
 
 
 def build(options, datasets, parent):
-    """The normalised network (fresh, or the parent's), the loaders, the device."""
-    from training_header import (
-        NormalisedModel,
-        choose_device,
-        distributed,
-        fit_normaliser,
-        get_model_v3,
-        init_steady,
-        load_model,
-        make_loader,
-        reset_all_seeds,
-    )
-    device = choose_device(options.device)
-    reset_all_seeds(options.seed)
+    """The normalised network, fresh or the parent's, and the train and tune loaders."""
+    header.reset_all_seeds(options.seed)
     if parent:
-        model = load_model(parent)
+        model = header.load_model(parent)
     else:
-        network = get_model_v3(**model_args(options))
+        network = header.get_model_v3(**model_args(options))
         if options.init == "steady":
-            init_steady(network)
-        model = NormalisedModel(network, options.keys,
-                                fit_normaliser(datasets["train"],
-                                               vitals_of(options.keys) + options.keys[-1:]))
-    rank, world = distributed()
-    workers = (4 if device.type == "cuda" else 0) if options.workers is None else options.workers
-    loaders = [make_loader(datasets[name], options.batch_size * world, shuffle=name == "train",
-                           seed=options.seed, workers=workers, pin_memory=device.type == "cuda",
-                           rank=rank, world=world) for name in ("train", "tune")]
-    return model, loaders, device
+            header.init_steady(network)
+        normalised = vitals_of(options.keys) + options.keys[-1:]
+        model = header.NormalisedModel(network, options.keys,
+                                       header.fit_normaliser(datasets["train"], normalised))
+    rank, world = header.distributed()
+    on_cuda = header.choose_device(options.device).type == "cuda"
+    workers = (4 if on_cuda else 0) if options.workers is None else options.workers
+    return model, [
+        header.make_loader(datasets[name], options.batch_size * world, shuffle=name == "train",
+                           seed=options.seed, workers=workers, pin_memory=on_cuda, rank=rank,
+                           world=world) for name in ("train", "tune")]
 
 
-def train(options, model, loaders, device, description):
-    from training_header import StepLR, distributed, training_loop
+def recipe_of(options, dataset):
+    """The arguments of `training_loop` that shape the weights. dataset: of the train part."""
+    weigh = None
+    if options.weight_labels:
+        se = dataset.column("p_crit_se")
+        usual = se.median() ** 2        # beside it: no label weighs more than twice the usual one
+        mean = (1 / (usual + se ** 2)).mean()
+
+        def weigh(se):
+            return 1 / (usual.to(se.device) + se ** 2) / mean.to(se.device)
+
+    return {"lr": options.lr, "weight_decay": options.weight_decay, "l1_reg": options.l1,
+            "scheduler_and_args": [header.StepLR, {"step_size": options.lr_step,
+                                                   "gamma": options.lr_gamma}],
+            "gradient_accumulation": options.accumulate, "weigh": weigh, "amp": options.amp,
+            "criterion": "nll" if options.spread else "mse", "compiled": options.compiled,
+            "early_stopping": options.early_stopping, "device": options.device}
+
+
+def train(options, model, loaders, description):
+    """(the model with its best weights, trajectories); a line and a row of the log each epoch."""
     add_to_board = None
-    if options.tensorboard and distributed()[0] == 0:
-        add_to_board = tensorboard(options, model, loaders, device, description)
+    if options.tensorboard and header.distributed()[0] == 0:
+        add_to_board = tensorboard(options, model, loaders, description["provenance"]["origin"])
 
     def on_epoch(log):
-        with atomic_file(f"runs/{options.name}_log.csv") as file:
+        with tk_utils.atomic_file(files_of(options)["_log.csv"]) as file:
             file.write(",".join(log[0]) + "\n")
             file.writelines(",".join(f"{v:.6g}" for v in row.values()) + "\n" for row in log)
         row = log[-1]
@@ -527,38 +509,17 @@ def train(options, model, loaders, device, description):
         print(f"epoch {row['epoch']}/{options.epochs}: {losses} (best: epoch {row['best_epoch']}), "
               f"{row['seconds'] / 60:.1f} min, {left / 60:.1f} min left", flush=True)
 
-    weigh = None
-    if options.weight_labels:
-        se = loaders[0].dataset.column("p_crit_se")
-        usual = se.median() ** 2        # beside it: no label weighs more than twice the usual one
-        mean = (1 / (usual + se ** 2)).mean()
-
-        def weigh(se):
-            return 1 / (usual.to(se.device) + se ** 2) / mean.to(se.device)
-
-    return training_loop(
-        model, *loaders, total_epochs=options.epochs, lr=options.lr,
-        weight_decay=options.weight_decay, l1_reg=options.l1, early_stopping=options.early_stopping,
-        scheduler_and_args=[StepLR, {"step_size": options.lr_step, "gamma": options.lr_gamma}],
-        gradient_accumulation=options.accumulate, criterion="nll" if options.spread else "mse",
-        device=device, amp=options.amp,
-        compiled=options.compiled, on_epoch=on_epoch, weigh=weigh,
-        resume_path=resume_path(options), experiment=description,
+    return header.training_loop(
+        model, *loaders, options.epochs, **recipe_of(options, loaders[0].dataset),
+        on_epoch=on_epoch, resume_path=files_of(options)["_resume.pth"], experiment=description,
         checkpoint_minutes=options.checkpoint_minutes)
 
 
-def tensorboard(options, model, loaders, device, description):
+def tensorboard(options, model, loaders, origin):
     """A function that adds the newest epoch of the log to runs/<name>_tensorboard."""
-    import torch
     from torch.utils.tensorboard import SummaryWriter
-
-    from metrics import scores
-    from training_header import make_loader
-    label = options.keys[-1]
-    tune = loaders[1].dataset
-    loader = make_loader(tune, options.batch_size)      # all tune segments, also under torchrun
-    truth, p_crit = tune.column(label).numpy(), tune.column("p_crit").numpy()
-    note = simulated_note(*2 * [description["provenance"]["origin"]])
+    tune = loaders[1].dataset       # all of it, also under torchrun
+    truth, p_crit = (tune.column(key).numpy() for key in (options.keys[-1], "p_crit"))
     writer = None
 
     def add(log):
@@ -566,11 +527,9 @@ def tensorboard(options, model, loaders, device, description):
         row, epoch = log[-1], log[-1]["epoch"]
         if writer is None:      # a run that goes on replaces what came after its saved state
             writer = SummaryWriter(f"runs/{options.name}_tensorboard", purge_step=epoch)
-        with torch.no_grad():
-            predicted = torch.cat([model(*(one.to(device) for one in batch[:-1]))[:, 0].cpu()
-                                   for batch in loader]).numpy()
-        found = dict(scores(truth, predicted), n_patients=tune.index.n_patients,
-                     p_crit_r2=scores(p_crit, p_crit + predicted - truth)["r2"])
+        predicted = header.predict_dataset(model, tune, options.batch_size, options.device)
+        found = dict(metrics.scores(truth, predicted), n_patients=tune.index.n_patients,
+                     p_crit_r2=metrics.scores(p_crit, p_crit + predicted - truth)["r2"])
         seconds = row["seconds"] - (log[-2]["seconds"] if epoch > 1 else 0)
         values = {"loss/train": row["train_loss"], "loss/tune": row["tune_loss"],
                   "learning rate": row["lr"],
@@ -579,7 +538,8 @@ def tensorboard(options, model, loaders, device, description):
                      for key in ("rmse", "mae", "mead", "bias", "sd", "r2", "p_crit_r2")}}
         for name, value in values.items():
             writer.add_scalar(name, value, epoch)
-        writer.add_figure("tune", histogram_figure(truth, predicted, found, note, label), epoch)
+        writer.add_figure("tune", tk_utils.histogram_figure(
+            truth, predicted, found, simulated_note(origin, origin), options.keys[-1]), epoch)
         writer.flush()
 
     return add
@@ -587,11 +547,10 @@ def tensorboard(options, model, loaders, device, description):
 
 def describe(options, index, parts, datasets, origin, salt_file, parent):
     """What the checkpoint says of the run: options, hashed split, provenance; no paths or names."""
-    from training_header import distributed, hash_patients, read_salt, salt_mark
     left_out = ("data", "salt_file", "name", "device", "workers", "keep_index", "init_from",
                 "fresh", "checkpoint_minutes", "tensorboard", "dry_run", "plot_log", "seeds",
                 "ablate")
-    salt = read_salt(salt_file)
+    salt = header.read_salt(salt_file)
     fingerprint, parent_print, ancestors = hashlib.sha256(), None, {}
     if parent:
         parent_print = hashlib.sha256()
@@ -604,72 +563,68 @@ def describe(options, index, parts, datasets, origin, salt_file, parent):
     return {
         "model_args": parent["model_args"] if parent else model_args(options),
         "config": dict({k: v for k, v in vars(options).items() if k not in left_out},
-                       processes=distributed()[1]),
-        "split": {**ancestors, **{name: hash_patients(part.patients.tolist(), salt)
+                       processes=header.distributed()[1]),
+        "split": {**ancestors, **{name: header.hash_patients(part.patients.tolist(), salt)
                                   for name, part in parts.items()}},
         "provenance": {
             "origin": origin, "label_method": origin_of(index.paths, "label_method"),
             "beats": origin_of(index.paths, "beats"), "data_fingerprint": fingerprint.hexdigest(),
-            "parent": parent_print, "salt": salt_mark(salt), "n_patients": index.n_patients,
+            "parent": parent_print, "salt": header.salt_mark(salt), "n_patients": index.n_patients,
             "n_segments": len(index),
-            "versions": versions(), "git_revision": git_revision(),
+            "versions": tk_utils.versions(), "git_revision": tk_utils.git_revision(),
             "seeds": {"seed": options.seed, "split_seed": options.split_seed}}}
 
 
 def save_and_report(options, model, trajectory, description, datasets, data, salt_file):
     """Writes the checkpoint, scores it on the test patients as `evaluate.py` does, and draws."""
-    import torch
-
-    from training_header import save_checkpoint, save_tensors
-    path = f"runs/{options.name}.pth"
-    write_json(f"runs/{options.name}_run.json", {
+    from torch import from_numpy
+    files = files_of(options)
+    path = files[".pth"]
+    write_json(files["_run.json"], {
         "_": "PRIVATE: paths of this machine; do not share",
         "data": [os.path.realpath(p) for p in data], "salt_file": os.path.realpath(salt_file)})
-    save_tensors(f"runs/{options.name}_trajectory.pth",
-                 {k: torch.from_numpy(values) for k, values in trajectory.items()})
+    header.save_tensors(files["_trajectory.pth"],
+                        {name: from_numpy(values) for name, values in trajectory.items()})
     calibration = make_calibration(model, datasets["train"], datasets["tune"],
                                    device=options.device)
-    save_checkpoint(path, model, **description, calibration=calibration)
+    header.save_checkpoint(path, model, **description, calibration=calibration)
     results, arrays = evaluate(path, device=options.device, keep_index=options.keep_index)
-    save_checkpoint(path, model, **description, calibration=calibration, metrics=results)
-    write_json(f"runs/{options.name}_metrics.json", results)
-    loss_lr_plot(trajectory, FIGURES[0], results["note"])
+    header.save_checkpoint(path, model, **description, calibration=calibration, metrics=results)
+    write_json(files["_metrics.json"], results)
+    tk_utils.loss_lr_plot(trajectory, FIGURES[0], results["note"])
     draw_histogram(results, arrays, FIGURES[1])
     print_results(results)
-    os.remove(resume_path(options))     # last: until here the same command would go on
+    os.remove(files["_resume.pth"])     # last: until here the same command would go on
     print(f"wrote {path}, its trajectory, log and metrics beside it, and figures_resnet/*.png")
 
 
 def plot_log(options):
     """Draws the figures again from the files of a run: of one under way or broken off, the losses;
     of a finished one, also the histogram, for which it is scored again."""
-    from training_header import load_checkpoint, load_tensors
-    start = f"runs/{options.name}"
-    if os.path.exists(f"{start}_log.csv"):
-        log = np.atleast_1d(np.genfromtxt(f"{start}_log.csv", delimiter=",", names=True))
+    files = files_of(options)
+    if os.path.exists(files["_log.csv"]):
+        log = np.atleast_1d(np.genfromtxt(files["_log.csv"], delimiter=",", names=True))
         trajectory = {"epoch_train_loss": log["train_loss"], "epoch_val_loss": log["tune_loss"],
                       "lr": log["lr"]}
-    elif os.path.exists(f"{start}_trajectory.pth"):
-        trajectory = load_tensors(f"{start}_trajectory.pth")
+    elif os.path.exists(files["_trajectory.pth"]):
+        trajectory = header.load_tensors(files["_trajectory.pth"])
     else:
-        raise FileNotFoundError(f"{start}_log.csv: no such run has finished an epoch "
+        raise FileNotFoundError(f"{files['_log.csv']}: no such run has finished an epoch "
                                 f"(python train_resnet.py --name {options.name} trains it)")
-    unfinished = os.path.exists(resume_path(options))
-    saved = (load_tensors(resume_path(options))["experiment"] if unfinished
-             else load_checkpoint(f"{start}.pth"))
+    unfinished = os.path.exists(files["_resume.pth"])
+    saved = (header.load_tensors(files["_resume.pth"])["experiment"] if unfinished
+             else header.load_checkpoint(files[".pth"]))
     origin = saved["provenance"]["origin"]
-    loss_lr_plot(trajectory, FIGURES[0], simulated_note(origin, origin))
+    tk_utils.loss_lr_plot(trajectory, FIGURES[0], simulated_note(origin, origin))
     print(f"drawn: {FIGURES[0]}")
     if not unfinished:
-        draw_histogram(*evaluate(f"{start}.pth", device=options.device), FIGURES[1])
+        draw_histogram(*evaluate(files[".pth"], device=options.device), FIGURES[1])
         print(f"drawn: {FIGURES[1]}")
 
 
 def dry_run(runs):
-    """Says what this command would read, train and write, and how long it may take; writes nothing.
-    """
+    """What this command would read, train and write, and how long it may take; writes nothing."""
     options = runs[-1]
-    from training_header import load_checkpoint
     data = find_files(options.data) if options.data else [SIMULATED_FILE]
     if not os.path.exists(data[0]):
         settings = " ".join(f"--{name} {value}" for name, value in SIMULATED.items())
@@ -679,65 +634,59 @@ def dry_run(runs):
               f"be said when they are there: python simulate.py --out {data[0]} {settings}")
         return
     options.keep_index = False
-    index, parts, datasets, origin = open_data(options, data, 0)
+    _, parts, datasets, _ = open_data(options, data, 0)
     salt_file, parent = options.salt_file or beside(data[0]), None
     if options.init_from:       # without a salt its patients cannot be compared, nor one be made
         parent = (open_parent(options, parts, salt_file, 0) if os.path.exists(salt_file)
-                  else load_checkpoint(options.init_from))
-    model, loaders, device = build(options, datasets, parent)
-    step_s, look_s = time_steps(options, model, loaders, device)
-    minutes = options.epochs * (step_s * len(loaders[0]) + look_s * len(loaders[1])) / 60
+                  else header.load_checkpoint(options.init_from))
+    model, loaders = build(options, datasets, parent)
+    timed = [TimedLoader(one) for one in loaders]
+    header.training_loop(model, *timed, 1, **recipe_of(options, datasets["train"]))
+    minutes = options.epochs * sum(one.batch_s * len(one.loader) for one in timed) / 60
     weights_mb = sum(p.numel() for p in model.parameters()) * 4 / 1e6
     print()
     print_table([[path, f"{os.path.getsize(path) / 1e6:,.1f}"] for path in data],
                 ["would read", "MB"])
-    print(f"\nwould train {weights_mb / 4:.2f} M weights on {device}: {options.epochs} epochs of "
-          f"{len(loaders[0]):,} steps of {options.batch_size}, {1000 * step_s:.0f} ms each "
-          f"({TIMED_STEPS} steps timed), so about {minutes:.1f} min, and the evaluation"
+    print(f"\nwould train {weights_mb / 4:.2f} M weights on "
+          f"{header.choose_device(options.device)}: {options.epochs} epochs of "
+          f"{len(loaders[0]):,} steps of {options.batch_size}, {1000 * timed[0].batch_s:.0f} ms "
+          f"each ({TIMED_STEPS} steps timed), so about {minutes:.1f} min, and the evaluation"
           + (f"; {len(runs)} runs, this one and:" if len(runs) > 1 else "") + "\n"
           + "".join(f"  {one.name}\n" for one in runs[:-1]))
     # while it runs: weights, two moments of Adam, and the best weights
     sizes = {".pth": weights_mb, "_resume.pth": 4 * weights_mb}
-    files = [f"runs/{options.name}{end}" for end in ENDINGS]
-    print_table([[path, f"{sizes[end]:.1f}" if end in sizes else "small",
-                  "is there" if os.path.exists(path) else ""]
-                 for path, end in zip(files + list(FIGURES), ENDINGS + FIGURES)],
+    files = {**files_of(options), **dict(zip(FIGURES, FIGURES))}
+    print_table([[path, f"{sizes[ending]:.1f}" if ending in sizes else "small",
+                  "is there" if os.path.exists(path) else ""] for ending, path in files.items()],
                 ["would write", "MB", "now"])
-    if os.path.exists(files[0]) or os.path.exists(files[1]):
+    if os.path.exists(files[".pth"]) or os.path.exists(files["_resume.pth"]):
         print(f"\n{options.name} has been trained or begun: the same options go on or show its "
               "scores, others are refused; --fresh trains anew, --name OTHER beside it")
 
 
-def time_steps(options, model, loaders, device):
-    """Seconds of a training step and of a tune batch, their reading included (medians)."""
-    import torch
+class TimedLoader:
+    """The first batches of a loader; batch_s: seconds from one to the next, work and reading."""
 
-    from training_header import keep_freed_memory
-    if device.type == "cpu":
-        keep_freed_memory()
-    model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp)
-    medians = []
-    for loader, train in zip(loaders, (True, False)):
-        seconds, before = [], time.monotonic()
-        for number, batch in enumerate(loader):
-            inputs, label = batch[:len(options.keys) - 1], batch[-1].to(device)
-            with torch.set_grad_enabled(train):
-                with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                    out = model(*(one.to(device) for one in inputs))
-                loss = ((out[:, 0].float() - label) ** 2).mean()
-            if train:
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            loss.item()                             # CUDA has to be done before the clock is read
-            seconds.append(time.monotonic() - before)
-            before = time.monotonic()
-            if number == TIMED_STEPS:
-                break
-        medians.append(float(np.median(seconds[1:] or seconds)))
-    return medians
+    def __init__(self, loader):
+        self.loader, self.sampler = loader, loader.sampler
+
+    def __len__(self):
+        return min(len(self.loader), TIMED_STEPS + 1)
+
+    def __iter__(self):
+        asked = []
+        for batch in itertools.islice(self.loader, len(self)):
+            asked.append(self.now())
+            yield batch
+        asked.append(self.now())
+        seconds = np.diff(asked)
+        self.batch_s = float(np.median(seconds[1:] if len(seconds) > 1 else seconds))
+
+    def now(self):
+        from torch import cuda
+        if cuda.is_initialized():
+            cuda.synchronize()          # it has to be done before the clock is read
+        return time.monotonic()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -61,19 +62,15 @@ from tk_utils import atomic_file, atomic_path, progress, reset_all_seeds, write_
 
 __all__ = [      # noqa: F822 - DEVICE comes from __getattr__
     "DEFAULT_CONDITION", "DEVICE", "FS", "PARTS", "SEGMENT_SAMPLES", "SEGMENT_SECONDS",
-    "CheckpointError", "ConvBlock", "CosineAnnealingLR", "DataError", "DatasetIndex", "Interrupted",
-    "MyFirstResNet", "NonFiniteLoss", "NormalisedModel", "ReduceLROnPlateau", "ResBlockV1",
-    "ResBlockV2", "ResBlockV3", "StepLR", "TPP_PPG_dataset", "TrainingError", "atomic_file",
-    "atomic_path",
-    "choose_device", "compile_or_not", "create_dataset_index", "fit_normaliser", "get_gate",
-    "get_model_v3",
-    "hash_patients", "init_steady", "kept_dataset_index", "load_checkpoint",
-    "load_dataset_index", "load_model", "make_loader", "predict_dataset",
-    "predict_with_spread", "progress", "read_salt",
-    "receptive_field", "reset_all_seeds", "salt_mark", "save_checkpoint", "split_index",
-    "save_tensors", "split_patients", "training_loop", "watch_features",
-    "write_json",
-]
+    "CheckpointError", "ConvBlock", "CosineAnnealingLR", "DataError", "DatasetIndex",
+    "Interrupted", "MyFirstResNet", "NonFiniteLoss", "NormalisedModel", "ReduceLROnPlateau",
+    "ResBlockV1", "ResBlockV2", "ResBlockV3", "StepLR", "TPP_PPG_dataset", "TrainingError",
+    "atomic_file", "atomic_path", "choose_device", "compile_or_not", "create_dataset_index",
+    "fit_normaliser", "get_gate", "get_model_v3", "hash_patients", "init_steady",
+    "kept_dataset_index", "load_checkpoint", "load_dataset_index", "load_model", "make_loader",
+    "predict_dataset", "predict_with_spread", "progress", "read_salt", "receptive_field",
+    "reset_all_seeds", "salt_mark", "save_checkpoint", "save_tensors", "split_index",
+    "split_patients", "training_loop", "watch_features", "write_json"]
 
 
 class CheckpointError(ValueError):
@@ -87,7 +84,8 @@ class TrainingError(ValueError):
 # ------------------------------------------------------------------------------------------- device
 
 def choose_device(name=None):
-    """The `torch.device` of a name such as 'cpu' or 'cuda:1'; None: CUDA where there is one."""
+    """The `torch.device` of a name such as 'cpu' or 'cuda:1' (or of itself); None: CUDA where there
+    is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -518,28 +516,6 @@ def set_rng_state(state):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def backward_group(loss_of, group, device, scaler, no_sync):
-    """Gradients of the mean loss over the batches of a group, as if they were one batch.
-
-    loss_of(batch): its summed loss, and the one to minimise. Returns each batch's loss (on the
-    device: reading it would make the host wait) and rows.
-    """
-    _, world = distributed()
-    count = sum(len(batch[-1]) for batch in group)
-    if world > 1:
-        count = reduce_sum(torch.tensor(float(count), device=device))
-    sums = []
-    for i, batch in enumerate(group):
-        batch = [t.to(device, non_blocking=True) for t in batch]
-        wait = world > 1 and i < len(group) - 1         # processes exchange gradients once a step
-        with no_sync() if wait else nullcontext():
-            loss, weighted = loss_of(batch)
-            share = weighted * world / count            # processes' gradients are averaged
-            (scaler.scale(share) if scaler else share).backward()
-        sums.append(loss.detach())
-    return sums, [len(batch[-1]) for batch in group]
-
-
 def likelihood_loss(estimate, spread, label, weight=None):
     """Gaussian negative log likelihood of labels [B] (without its constant), and their weights.
 
@@ -559,15 +535,279 @@ def mean_losses(sums, rows, device):
     return float(totals[0] / totals[1]), (torch.stack(sums).cpu() / torch.tensor(rows)).tolist()
 
 
-def run_epoch(loss_of, loader, device):
-    """Mean loss over a loader's segments, and each batch's, without gradients."""
-    sums, rows = [], []
-    with torch.no_grad():
-        for batch in loader:
-            batch = [t.to(device, non_blocking=True) for t in batch]
-            sums.append(loss_of(batch)[0])
-            rows.append(len(batch[-1]))
-    return mean_losses(sums, rows, device)
+def begin_epoch(loader, epoch, first_batch=0):
+    """Tells a loader, if it wants to know, which epoch comes; ours begins it at any batch."""
+    if hasattr(loader.sampler, "first_batch"):
+        loader.sampler.set_epoch(epoch, first_batch)
+    elif hasattr(loader.sampler, "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+
+
+LOSSES = {"mse": nn.functional.mse_loss, "l1": nn.functional.l1_loss}
+AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingRun:
+    """A call of `training_loop`: `how` holds its arguments, everything else how far it is."""
+
+    SAVED = ("epoch", "batches", "done", "best_loss", "best_epoch", "best_weights", "seconds",
+             "log", "trajectories")
+
+    def __init__(self, how):
+        if how.criterion not in (*LOSSES, "nll"):
+            raise TrainingError(f"criterion {how.criterion!r}: expected 'mse', 'l1' or 'nll'")
+        if how.amp not in AUTOCAST:
+            raise TrainingError(f"amp {how.amp!r}: expected 'bf16' or 'fp16'")
+        if how.batch_cosine and (how.scheduler_and_args or [None])[0] is not CosineAnnealingLR:
+            raise TrainingError("batch_cosine needs scheduler_and_args=[CosineAnnealingLR, {…}]")
+        if len(how.train_loader) == 0 or len(how.val_loader) == 0:
+            raise TrainingError("the train or the tune loader is empty")
+        if how.total_epochs < 1:
+            raise TrainingError(f"total_epochs {how.total_epochs}: expected at least 1")
+        self.how = how
+        self.rank, self.world = distributed()
+        self.set_up_model()
+        self.set_up_optimizer()
+        self.epoch, self.batches = 0, 0     # epochs that are done, batches of the one under way
+        self.sums, self.rows = [], []       # the summed loss and the segments of each of these
+        self.bad_batch = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.done = False                   # stopped early
+        self.best_loss, self.best_epoch, self.best_weights = math.inf, 0, None
+        self.log = []                       # a dictionary for each epoch
+        self.trajectories = {name: [] for name in (
+            "batch_train_loss", "epoch_train_loss", "batch_val_loss", "epoch_val_loss", "lr")}
+        self.resumable = hasattr(how.train_loader.sampler, "first_batch")       # inside an epoch
+        self.started = self.saved_at = time.monotonic()
+        self.load()
+
+    def set_up_model(self):
+        self.model, self.device = self.how.model, choose_device(self.how.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        else:
+            torch.set_float32_matmul_precision("high")      # TF32
+            torch.backends.cudnn.allow_tf32 = True
+        self.forward, self.no_sync = self.model.to(self.device), nullcontext
+        if self.world > 1:
+            self.forward = nn.parallel.DistributedDataParallel(self.model)
+            self.no_sync = self.forward.no_sync
+            # weight gradients come channels-last: a copy of a few MB a step, not worth a line each
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
+        if self.how.compiled:
+            self.forward = compile_or_not(self.forward)
+
+    def set_up_optimizer(self):
+        how, on_cuda = self.how, self.device.type == "cuda"
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        # one kernel for all parameters, where PyTorch has it: everywhere on CUDA, from 2.4 on CPU
+        fused = how.optimizer_type is None and (on_cuda or torch_version() >= (2, 4))
+        self.optimizer = (how.optimizer_type or torch.optim.Adam)(
+            self.weights, lr=how.lr, weight_decay=how.weight_decay,
+            **({"fused": True} if fused else {}))
+        self.scheduler = self.warmup = None
+        if how.scheduler_and_args:
+            self.scheduler = how.scheduler_and_args[0](self.optimizer, **how.scheduler_and_args[1])
+        if how.warmup_epochs:
+            self.warmup = LinearLR(self.optimizer, 0.1, 1.0, how.warmup_epochs)
+        # without fp16 it passes on what it gets (before PyTorch 2.3 it stands elsewhere)
+        scaler = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler
+        self.scaler = scaler(enabled=how.amp == "fp16" and on_cuda)
+
+    def parts(self):
+        """{name: what has a state of its own}."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler,
+                 "warmup": self.warmup, "scaler": self.scaler if self.scaler.is_enabled() else None}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def seconds_so_far(self):
+        return time.monotonic() - self.started
+
+    def save(self):
+        if self.how.resume_path is None:
+            return
+        own = {"rng": rng_state(), "sums": torch.stack(self.sums).cpu() if self.sums else None,
+               "rows": self.rows}
+        ranks = [own] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(ranks, own)
+        self.seconds, self.saved_at = self.seconds_so_far(), time.monotonic()
+        if self.rank == 0:
+            save_tensors(self.how.resume_path, {
+                "run": {name: getattr(self, name) for name in self.SAVED}, "ranks": ranks,
+                "parts": {name: part.state_dict() for name, part in self.parts().items()},
+                "experiment": self.how.experiment})
+
+    def load(self):
+        """Goes on from the saved state, if there is one."""
+        path, saved = self.how.resume_path, [None]
+        if self.rank == 0 and path is not None and os.path.exists(path):
+            saved = [load_tensors(path)]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(saved)
+        saved = saved[0]
+        if saved is None:
+            return
+        try:
+            vars(self).update({name: saved["run"][name] for name in self.SAVED})
+            own = saved["ranks"][self.rank]
+            self.sums = [] if own["sums"] is None else list(own["sums"].to(self.device))
+            self.rows = own["rows"]
+            for name, part in self.parts().items():
+                part.load_state_dict(saved["parts"][name])
+            set_rng_state(own["rng"])
+            self.started -= self.seconds
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise TrainingError(f"{path}: not the state of this run "
+                                f"({' '.join(str(error).split())[:200]})") from None
+
+    def goes_on(self):
+        return self.epoch < self.how.total_epochs and not self.done
+
+    def agreed(self, *flags):
+        """Each flag, or that of any other process: so that all of them do the same."""
+        flags = torch.tensor([float(one) for one in flags], device=self.device)
+        return (reduce_sum(flags) > 0).tolist()
+
+    def interrupted(self, where, saved=True):
+        return Interrupted(f"interrupted {where}; " + (
+            "nothing was saved" if self.how.resume_path is None else
+            "saved: the same command goes on from here" if saved else
+            "the same command goes on from the start of the epoch"))
+
+    def loss(self, network, batch, weigh=None):
+        """The summed loss of a batch, and the same with weights, which is what is minimised."""
+        *inputs, label = (t.to(self.device, non_blocking=True) for t in batch)
+        weight = weigh(inputs.pop()) if weigh else None
+        short = AUTOCAST[self.how.amp]
+        with torch.autocast(self.device.type, short) if short else nullcontext():
+            out = network(*inputs).to(label.dtype)
+        if self.how.criterion == "nll":
+            each, weight = likelihood_loss(*out.unbind(1), label, weight)
+        else:
+            each = LOSSES[self.how.criterion](out[:, 0], label, reduction="none")
+        total = each.sum()
+        return total, total if weight is None else (each * weight).sum()
+
+    def step(self, group):
+        """One step of the optimiser, for the mean loss over a group of batches as if they were one.
+
+        The losses stay on the device: reading them would make the host wait.
+        """
+        how, count = self.how, sum(len(batch[-1]) for batch in group)
+        if self.world > 1:
+            count = reduce_sum(torch.tensor(float(count), device=self.device))
+        for number, batch in enumerate(group, 1):
+            # processes exchange gradients once a step, and average them
+            with self.no_sync() if number < len(group) else nullcontext():
+                total, weighted = self.loss(self.forward, batch, how.weigh)
+                self.scaler.scale(weighted * self.world / count).backward()
+            self.sums.append(total.detach())
+            self.rows.append(len(batch[-1]))
+        self.batches += len(group)
+        bad = ~torch.isfinite(sum(self.sums[-len(group):]))
+        self.bad_batch = torch.where((self.bad_batch < 0) & bad, self.batches - 1, self.bad_batch)
+        self.scaler.unscale_(self.optimizer)
+        if how.gradient_clipping is not None:
+            nn.utils.clip_grad_norm_(self.weights, how.gradient_clipping)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if how.l1_reg:
+            shrink_weights(self.weights, self.optimizer.param_groups[0]["lr"] * how.l1_reg)
+        if how.batch_cosine and self.epoch >= how.warmup_epochs:
+            for _ in group:
+                self.scheduler.step()
+
+    def check_finite(self):
+        """Raises NonFiniteLoss, in all processes, where the loss of a step was not finite."""
+        worst = self.bad_batch.clone()
+        if self.world > 1:
+            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        last = int(worst)
+        if last >= 0:
+            first = last - last % self.how.gradient_accumulation
+            raise NonFiniteLoss(f"the training loss is not finite at epoch {self.epoch + 1}, "
+                                f"batch {last + 1}; a lower --lr or clipping may help",
+                                self.epoch, list(range(first, last + 1)))
+
+    def train_epoch(self, signals):
+        """Trains for what is left of an epoch; its mean loss.
+
+        Between steps it saves when that is due; after a signal, saves and raises Interrupted.
+        """
+        how, n_batches = self.how, len(self.how.train_loader)
+        group, steps, shown = [], 0, None
+        read_every = 1 if self.device.type == "cpu" else 50     # reading a loss makes the host wait
+        begin_epoch(how.train_loader, self.epoch, self.batches)
+        self.model.train()
+        with progress(how.train_loader, desc=f"epoch {self.epoch + 1}/{how.total_epochs}",
+                      total=n_batches, initial=self.batches, disable=self.rank > 0) as bar:
+            for number, batch in enumerate(bar, self.batches + 1):
+                group.append(batch)
+                if len(group) < how.gradient_accumulation and number < n_batches:
+                    continue
+                self.step(group)
+                group, steps = [], steps + 1
+                if steps % read_every and number < n_batches:
+                    continue
+                self.check_finite()
+                loss = float(self.sums[-1]) / max(1, self.rows[-1])
+                shown = loss if shown is None else (how.pbar_momentum * shown
+                                                    + (1 - how.pbar_momentum) * loss)
+                bar.set_postfix_str(f"loss {shown:.4g}", refresh=False)
+                if number == n_batches:         # the end of the epoch saves and stops
+                    continue
+                due = time.monotonic() - self.saved_at > 60 * how.checkpoint_minutes
+                due, stop = self.agreed(due, len(signals))
+                if self.resumable and (due or stop):
+                    self.save()
+                if stop:
+                    raise self.interrupted(f"at epoch {self.epoch + 1}, batch {number} of "
+                                           f"{n_batches}", self.resumable)
+        loss, batches = mean_losses(self.sums, self.rows, self.device)
+        self.trajectories["batch_train_loss"] += batches
+        self.sums, self.rows, self.batches = [], [], 0
+        return loss
+
+    def tune_epoch(self):
+        """Mean loss over the tune segments, and over `repeat_val` passes."""
+        losses = []
+        self.model.eval()
+        for repeat in range(self.how.repeat_val):
+            begin_epoch(self.how.val_loader, self.epoch + self.how.total_epochs * repeat)
+            sums, rows = [], []
+            with torch.no_grad():
+                for batch in self.how.val_loader:
+                    sums.append(self.loss(self.model, batch)[0])
+                    rows.append(len(batch[-1]))
+            mean, batches = mean_losses(sums, rows, self.device)
+            losses.append(mean)
+            self.trajectories["batch_val_loss"] += batches
+        loss = float(np.mean(losses))
+        if not math.isfinite(loss):
+            raise TrainingError(f"the tune loss is {loss} after epoch {self.epoch + 1}")
+        return loss
+
+    def end_epoch(self, train_loss, tune_loss):
+        """Notes an epoch's losses, and the weights if they are the best; sets the next rate."""
+        how, rate = self.how, self.optimizer.param_groups[0]["lr"]
+        for name, value in (("epoch_train_loss", train_loss), ("epoch_val_loss", tune_loss),
+                            ("lr", rate)):
+            self.trajectories[name].append(value)
+        if tune_loss < self.best_loss:
+            self.best_loss, self.best_epoch = tune_loss, self.epoch
+            self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        if self.epoch < how.warmup_epochs:
+            self.warmup.step()
+        elif isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(tune_loss)
+        elif self.scheduler is not None and not how.batch_cosine:
+            self.scheduler.step()
+        self.done = 0 < how.early_stopping <= self.epoch - self.best_epoch
+        self.epoch += 1
+        self.log.append({"epoch": self.epoch, "train_loss": train_loss, "tune_loss": tune_loss,
+                         "lr": rate, "best_epoch": self.best_epoch + 1,
+                         "seconds": round(self.seconds_so_far(), 2)})
 
 
 def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_decay=0, l1_reg=0,
@@ -600,221 +840,25 @@ def training_loop(model, train_loader, val_loader, total_epochs, lr, weight_deca
     Under torchrun each process passes its own share of the segments; gradients and losses are those
     of all. Raises NonFiniteLoss, and TrainingError for what cannot be trained.
     """
-    losses = {"mse": nn.MSELoss(reduction="none"), "l1": nn.L1Loss(reduction="none")}
-    if criterion not in (*losses, "nll"):
-        raise TrainingError(f"criterion {criterion!r}: expected 'mse', 'l1' or 'nll'")
-    if batch_cosine and (not scheduler_and_args or scheduler_and_args[0] is not CosineAnnealingLR):
-        raise TrainingError("batch_cosine needs scheduler_and_args=[CosineAnnealingLR, {…}]")
-    if len(train_loader) == 0 or len(val_loader) == 0:
-        raise TrainingError("the train or the tune loader is empty")
-    if total_epochs < 1:
-        raise TrainingError(f"total_epochs {total_epochs}: expected at least 1")
-    device = device if isinstance(device, torch.device) else choose_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    else:
-        torch.set_float32_matmul_precision("high")      # TF32
-        torch.backends.cudnn.allow_tf32 = True
-    rank, world = distributed()
-    model.to(device)
-    forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    # weight gradients come channels-last: a copy of a few MB a step, not worth a line on each rank
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    no_sync = forward.no_sync if world > 1 else nullcontext
-    if compiled:
-        forward = compile_or_not(forward)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # one kernel for all parameters, where PyTorch has it: everywhere on CUDA, from 2.4 on CPU
-    fused = optimizer_type is None and (device.type == "cuda" or torch_version() >= (2, 4))
-    optimizer = (optimizer_type or torch.optim.Adam)(
-        parameters, lr=lr, weight_decay=weight_decay, **({"fused": True} if fused else {}))
-    scheduler = None
-    if scheduler_and_args:
-        scheduler = scheduler_and_args[0](optimizer, **scheduler_and_args[1])
-    warmup = LinearLR(optimizer, 0.1, 1.0, warmup_epochs) if warmup_epochs else None
-    dtypes = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if amp not in dtypes:
-        raise TrainingError(f"amp {amp!r}: expected 'bf16' or 'fp16'")
-    scaler = torch.cuda.amp.GradScaler() if amp == "fp16" and device.type == "cuda" else None
-
-    def loss_of(network, batch, weigh=None):
-        """The summed loss of a batch, and the same with weights, which is what is minimised."""
-        *inputs, label = batch
-        weight = weigh(inputs.pop()) if weigh else None
-        with torch.autocast(device.type, dtypes[amp]) if amp else nullcontext():
-            out = network(*inputs).to(label.dtype)
-        if criterion == "nll":
-            each, weight = likelihood_loss(*out.unbind(1), label, weight)
-        else:
-            each = losses[criterion](out[:, 0], label)
-        total = each.sum()
-        return total, total if weight is None else (each * weight).sum()
-
-    # All that the next step depends on, beside the states of `parts` and the random generators.
-    run = {"epoch": 0, "batches": 0, "sums": [], "rows": [], "best_loss": math.inf, "best_epoch": 0,
-           "best_weights": None, "log": [], "seconds": 0.0, "done": False,
-           "trajectories": {name: [] for name in ("batch_train_loss", "epoch_train_loss",
-                                                  "batch_val_loss", "epoch_val_loss", "lr")}}
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "warmup": warmup,
-             "scaler": scaler}
-    parts = {name: part for name, part in parts.items() if part is not None}
-    bad_batch = torch.full((), -1, dtype=torch.int64, device=device)
-    saved_at = started = time.monotonic()
-
-    def check_finite():
-        worst = bad_batch.clone()
-        if world > 1:
-            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
-        last = int(worst)
-        if last >= 0:
-            first = last - last % gradient_accumulation
-            raise NonFiniteLoss(f"the training loss is not finite at epoch {run['epoch'] + 1}, "
-                                f"batch {last + 1}; a lower --lr or clipping may help",
-                                run["epoch"], list(range(first, last + 1)))
-
-    def save():
-        nonlocal saved_at, started
-        if resume_path is None:
-            return
-        sums = torch.stack(run["sums"]).cpu() if run["sums"] else None
-        own = {"rng": rng_state(), "sums": sums, "rows": run["rows"]}
-        ranks = [own] * world
-        if world > 1:
-            torch.distributed.all_gather_object(ranks, own)
-        now = time.monotonic()
-        run["seconds"], started, saved_at = run["seconds"] + now - started, now, now
-        if rank == 0:
-            shared = {name: value for name, value in run.items() if name not in own}
-            save_tensors(resume_path, {
-                "run": shared, "ranks": ranks, "experiment": experiment,
-                "parts": {name: part.state_dict() for name, part in parts.items()}})
-
-    saved = [None]
-    if rank == 0 and resume_path is not None and os.path.exists(resume_path):
-        saved = [load_tensors(resume_path)]
-    if world > 1:
-        torch.distributed.broadcast_object_list(saved)
-    saved = saved[0]
-    if saved is not None:
-        try:
-            own = saved["ranks"][rank]
-            sums = [] if own["sums"] is None else list(own["sums"].to(device))
-            run.update(saved["run"], sums=sums, rows=own["rows"])
-            for name, part in parts.items():
-                part.load_state_dict(saved["parts"][name])
-            set_rng_state(own["rng"])
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise TrainingError(f"{resume_path}: not the state of this run "
-                                f"({' '.join(str(error).split())[:200]})") from None
-    resumable = hasattr(train_loader.sampler, "first_batch")    # inside an epoch
-    trajectories = run["trajectories"]
-    read_every = 1 if device.type == "cpu" else 50          # reading a loss makes the host wait
+    run = TrainingRun(SimpleNamespace(**locals()))
     with plain_errors(), stop_signals() as signals:
-        while run["epoch"] < total_epochs and not run["done"]:
-            epoch, shown, group, steps = run["epoch"], None, [], 0
-            if resumable:
-                train_loader.sampler.set_epoch(epoch, run["batches"])
-            elif hasattr(train_loader.sampler, "set_epoch"):
-                train_loader.sampler.set_epoch(epoch)
-            if hasattr(val_loader.sampler, "set_epoch"):
-                val_loader.sampler.set_epoch(epoch)
-            model.train()
-            n_batches = len(train_loader)
-            bar = progress(train_loader, desc=f"epoch {epoch + 1}/{total_epochs}", total=n_batches,
-                           initial=run["batches"], disable=rank > 0)
-            for number, batch in enumerate(bar, run["batches"] + 1):
-                group.append(batch)
-                if len(group) < gradient_accumulation and number < n_batches:
-                    continue
-                sums, rows = backward_group(lambda one: loss_of(forward, one, weigh), group, device,
-                                            scaler, no_sync)
-                run["sums"] += sums
-                run["rows"] += rows
-                bad_batch = torch.where((bad_batch < 0) & ~torch.isfinite(sum(sums)), number - 1,
-                                        bad_batch)
-                if scaler:
-                    scaler.unscale_(optimizer)
-                if gradient_clipping is not None:
-                    nn.utils.clip_grad_norm_(parameters, gradient_clipping)
-                scaler.step(optimizer) if scaler else optimizer.step()
-                if scaler:
-                    scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                if l1_reg:
-                    shrink_weights(parameters, optimizer.param_groups[0]["lr"] * l1_reg)
-                if batch_cosine and epoch >= warmup_epochs:
-                    for _ in group:
-                        scheduler.step()
-                group, steps, run["batches"] = [], steps + 1, number
-                if steps % read_every and number < n_batches:
-                    continue
-                check_finite()
-                loss_now = float(run["sums"][-1]) / max(1, run["rows"][-1])
-                shown = loss_now if shown is None else (pbar_momentum * shown
-                                                        + (1 - pbar_momentum) * loss_now)
-                bar.set_postfix_str(f"loss {shown:.4g}", refresh=False)
-                due = time.monotonic() - saved_at > 60 * checkpoint_minutes
-                asked = torch.tensor([float(due), float(len(signals))], device=device)
-                due, stop = (reduce_sum(asked) > 0).tolist()    # all processes agree
-                if resumable and (due or stop) and number < n_batches:
-                    save()
-                if stop and number < n_batches:
-                    bar.close()
-                    where = f"epoch {epoch + 1}, batch {number} of {n_batches}"
-                    raise Interrupted(
-                        f"interrupted at {where}; " + (
-                            "nothing was saved" if resume_path is None else
-                            "saved: the same command goes on from here" if resumable else
-                            "the same command goes on from the start of the epoch"))
-            train_loss, batches = mean_losses(run["sums"], run["rows"], device)
-            trajectories["batch_train_loss"] += batches
-            run.update(sums=[], rows=[], batches=0, epoch=epoch + 1)
-
-            model.eval()
-            val_losses = []
-            for repeat in range(repeat_val):
-                if repeat and hasattr(val_loader.sampler, "set_epoch"):
-                    val_loader.sampler.set_epoch(epoch + total_epochs * repeat)
-                mean, batches = run_epoch(lambda one: loss_of(model, one), val_loader, device)
-                val_losses.append(mean)
-                trajectories["batch_val_loss"] += batches
-            val_loss = float(np.mean(val_losses))
-            if not math.isfinite(val_loss):
-                raise TrainingError(f"the tune loss is {val_loss} after epoch {epoch + 1}")
-            trajectories["epoch_train_loss"].append(train_loss)
-            trajectories["epoch_val_loss"].append(val_loss)
-            trajectories["lr"].append(optimizer.param_groups[0]["lr"])
-            if val_loss < run["best_loss"]:
-                run["best_loss"], run["best_epoch"] = val_loss, epoch
-                run["best_weights"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            if epoch < warmup_epochs:
-                warmup.step()
-            elif isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(val_loss)
-            elif scheduler is not None and not batch_cosine:
-                scheduler.step()
-            run["done"] = 0 < early_stopping <= epoch - run["best_epoch"]
-            seconds = run["seconds"] + time.monotonic() - started
-            run["log"].append({"epoch": epoch + 1, "train_loss": train_loss, "tune_loss": val_loss,
-                               "lr": trajectories["lr"][-1], "best_epoch": run["best_epoch"] + 1,
-                               "seconds": round(seconds, 2)})
-            save()
-            if rank == 0:
+        while run.goes_on():
+            train_loss = run.train_epoch(signals)
+            run.end_epoch(train_loss, run.tune_epoch())
+            run.save()
+            if run.rank == 0:
                 if checkpoints_name is not None:
-                    save_tensors(f"{checkpoints_name}_{epoch + 1}.pth", model.state_dict())
+                    save_tensors(f"{checkpoints_name}_{run.epoch}.pth", model.state_dict())
                 if on_epoch is not None:
-                    on_epoch(run["log"])
+                    on_epoch(run.log)
                 if verbose:
-                    print(f"epoch {epoch + 1}/{total_epochs}: train loss {train_loss:.4g}, tune "
-                          f"loss {val_loss:.4g}, best {run['best_loss']:.4g} (epoch "
-                          f"{run['best_epoch'] + 1})", flush=True)
-            stop = reduce_sum(torch.tensor(float(len(signals)), device=device)) > 0
-            if stop and run["epoch"] < total_epochs and not run["done"]:
-                raise Interrupted(f"interrupted after epoch {epoch + 1}; " + (
-                    "nothing was saved" if resume_path is None
-                    else "saved: the same command goes on from here"))
-    model.load_state_dict(run["best_weights"])
-    return model.cpu(), {name: np.array(values) for name, values in trajectories.items()}
+                    print(f"epoch {run.epoch}/{total_epochs}: train loss {train_loss:.4g}, tune "
+                          f"loss {run.log[-1]['tune_loss']:.4g}, best {run.best_loss:.4g} (epoch "
+                          f"{run.best_epoch + 1})", flush=True)
+            if run.agreed(len(signals))[0] and run.goes_on():
+                raise run.interrupted(f"after epoch {run.epoch}")
+    model.load_state_dict(run.best_weights)
+    return model.cpu(), {name: np.array(values) for name, values in run.trajectories.items()}
 
 
 @contextmanager
@@ -839,14 +883,14 @@ def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0):
 
     Raises DataError where an answer is not finite.
     """
-    device = device or choose_device()
+    device = choose_device(device)
     if device.type == "cpu":
         keep_freed_memory()
     model.to(device).eval()
     loader = make_loader(dataset, batch_size, workers=workers, pin_memory=device.type == "cuda")
     out = []
     with torch.no_grad():
-        for batch in progress(loader, desc="predicting"):
+        for batch in progress(loader, desc="predicting", leave=False):
             inputs = [t.to(device, non_blocking=True) for t in batch[:len(model.keys) - 1]]
             out.append(model(*inputs))
     estimates, *spread = torch.cat(out).cpu().numpy().T

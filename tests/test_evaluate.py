@@ -329,7 +329,7 @@ def test_overlapping_windows_of_an_encounter_are_counted():
 
 
 def write_ppg(path, **patients):
-    """A file of the published kind, one encounter a patient, PPG as given."""
+    """{patient: index} of a file of the published kind, one encounter a patient, PPG as given."""
     with h5py.File(path, "w") as file:
         for name, ppg in patients.items():
             group = file.create_group(f"{name}/1")
@@ -337,9 +337,8 @@ def write_ppg(path, **patients):
             for key, value in (("map", 80), ("p_crit", 40), ("tpp", 40), ("r2", 0.9), ("pp", 50)):
                 group[key] = np.full(len(ppg), value, "f4")
     index = create_dataset_index(path=str(path))
-    return {name: types.SimpleNamespace(dataset=TPP_PPG_dataset(
-        index.select((index.patients == name)[index.encounter_patient]), "segment",
-        ["ppg", "tpp"])) for name in patients}
+    return {name: index.select((index.patients == name)[index.encounter_patient])
+            for name in patients}
 
 
 def test_segments_shared_between_parts_are_found_also_where_windows_overlap(tmp_path):

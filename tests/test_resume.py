@@ -178,7 +178,7 @@ def test_two_runs_cannot_write_one_name(folder):
 def test_a_finished_run_is_never_overwritten(finished):
     before = (finished / "runs/M1.5.pth").read_bytes()
     same = train(finished, check=0)
-    assert "this run is finished" in same.stdout and "R2 of Pcrit" in same.stdout
+    assert "this run is finished" in same.stdout and "R² of Pcrit" in same.stdout
     other = train(finished, "--seed", "3", check=2)
     assert "--seed 0 (now 3)" in other.stderr
     assert "--fresh" in other.stderr and "--name" in other.stderr
