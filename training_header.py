@@ -346,19 +346,25 @@ def load_checkpoint(path):
 
 
 def check_network(saved):
-    """Raises what PyTorch raises where weights, settings and keys do not make a network for our
-    segments. No memory is taken for it: settings alone could ask for any amount."""
+    """Raises what PyTorch raises, or ValueError, where weights, settings and keys do not make a
+    network for our segments. No memory is taken for it: settings alone could ask for any amount."""
     for key, value in saved["model_args"].items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
-        if len(numbers) > 100 or any(isinstance(n, bool) or not 0 <= n < 1e6 for n in numbers):
+        kind, least = ((int, float), 0) if key == "dropout" else (
+            int, key not in ("num_discrete", "in_channels"))
+        if len(numbers) > 100 or any(isinstance(n, bool) or not isinstance(n, kind)
+                                     or not least <= n < 1e6 for n in numbers):
             raise ValueError(f"{key}: expected numbers up to a million")
     with torch.device("meta"):
         network = get_model_v3(**saved["model_args"])
-        ppg = [torch.zeros(1, 1, SEGMENT_SAMPLES)] if saved["keys"][0] == "ppg" else []
-        out = network(*ppg, *torch.zeros(network.num_discrete, 1))
-    with_spread = saved.get("calibration", {}).get("spread", out.shape[1] == 2)
-    if out.shape[1] > 2 or with_spread != (out.shape[1] == 2):
-        raise ValueError(f"{out.shape[1]} outputs: expected an estimate, or it and its spread")
+    if network.in_channels != (saved["keys"][0] == "ppg"):
+        raise ValueError(f"{network.in_channels} channels for the keys {saved['keys']}")
+    if network.min_samples > SEGMENT_SAMPLES:
+        raise ValueError(f"needs {network.min_samples} samples, a segment has {SEGMENT_SAMPLES}")
+    outputs = network.mlp[-1].out_features
+    with_spread = saved.get("calibration", {}).get("spread", outputs == 2)
+    if outputs > 2 or with_spread != (outputs == 2):
+        raise ValueError(f"{outputs} outputs: expected an estimate, or it and its spread")
     expected = {key: tuple(weights.shape) for key, weights in network.state_dict().items()}
     if expected != {key: tuple(weights.shape) for key, weights in saved["model"].items()}:
         raise ValueError("weights of other names or shapes than the settings say")

@@ -636,7 +636,11 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_never_run(tmp_path, mo
 
 @pytest.mark.parametrize("changes", [
     {"model_args": dict(SMALL, widths=(4, 4, 16))}, {"model_args": dict(SMALL, num_discrete=2)},
-    {"model_args": dict(SMALL, colour="red")}, {"model_args": {}}])
+    {"model_args": dict(SMALL, colour="red")}, {"model_args": {}},
+    {"model_args": dict(SMALL, strides=0)}, {"model_args": dict(SMALL, strides=(100, 100))},
+    {"model_args": dict(SMALL, strides=2.0)}, {"model_args": dict(SMALL, in_channels=2)},
+    {"calibration": {"levels": [0.9], "half_widths": [5.0], "error_quantiles": [0, 1],
+                     "spread": True, "novelty": {"mean": [0.0], "precision": [[1.0]]}}}])
 def test_weights_that_do_not_fit_their_settings_are_refused_in_one_line(tmp_path, changes):
     save_some(tmp_path / "m.pth", **changes)
     with pytest.raises(CheckpointError, match=r"m\.pth: the saved weights .* do not fit") as caught:
