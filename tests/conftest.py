@@ -14,6 +14,13 @@ sys.path.insert(0, ROOT)
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 
 
+def pytest_configure(config):
+    """Files in their order (newer xdist begins with those of most tests): faults/, the longest,
+    first, and no process is left alone with it at the end."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.fixture(scope="session")
 def recordings():
     """The folder of real recordings, which are not part of the repository."""

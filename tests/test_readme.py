@@ -48,7 +48,8 @@ def read(name):
 
 
 def commands_of(page):
-    blocks = "\n".join(re.findall(r"^```(?:sh|bash)?\n(.*?)^```", read(page), re.S | re.M))
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", read(page), re.S | re.M)
+    blocks = "\n".join(text for language, text in fenced if language in ("", "sh", "bash"))
     return [line.split("  #")[0].strip() for line in blocks.splitlines()
             if re.match(r"(\.venv/bin/)?(python|pip|torchrun)\b", line)]
 
