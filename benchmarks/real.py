@@ -136,7 +136,8 @@ def every_setting(candidate, fields, patients, fit, left):
         scaler = StandardScaler().fit(table[fit], sample_weight=weight)
         ready = [np.nan_to_num(scaler.transform(table[rows])) for rows in (fit, left)]
         if "features" in names:
-            shorten = PCA(COMPONENTS, whiten=True, random_state=0).fit(ready[0])
+            n_components = min(COMPONENTS, len(fit))
+            shorten = PCA(n_components, whiten=True, random_state=0).fit(ready[0])
             ready = [shorten.transform(one) for one in ready]
         return ready
 
