@@ -1,7 +1,7 @@
 """The data: HDF5 layout, quality gate, index, patient split, `TPP_PPG_dataset` and its loaders.
 
     from datasets import create_dataset_index, split_index, TPP_PPG_dataset, make_loader
-    index = create_dataset_index(path="data/simulated.h5")      # the default quality gate
+    index = create_dataset_index(path="data/icu.h5")            # the default quality gate
     parts = split_index(index, split_seed=0)                    # train, tune, test by patient
     train = TPP_PPG_dataset(parts["train"], "segment", ["ppg", "map", "dbp", "hr", "tpp"])
     for ppg, map_, dbp, hr, tpp in make_loader(train, 256, shuffle=True): ...
@@ -15,6 +15,7 @@ Reading is the hot path. Where PPG rows lie in the file as plain float32 (contig
 chunk), a whole batch is one gather from a memory map of the file; all else goes through h5py.
 """
 import argparse
+import difflib
 import hashlib
 import os
 import re
@@ -471,8 +472,10 @@ class DatasetIndex:
             if not any(absent.get(one, np.True_).any() for one in fields):
                 return fields
         missing = absent.get(key, np.ones(len(self.encounters), bool))
+        alike = difflib.get_close_matches(key, self.fields, 1)
         raise DataError(f"{self.paths[self.encounter_file[missing.argmax()]]}: no field {key!r} "
-                        f"in {missing.sum()} of {len(missing)} encounters")
+                        f"in {missing.sum()} of {len(missing)} encounters"
+                        + (f" (did you mean {alike[0]!r}?)" if alike and missing.all() else ""))
 
     def place(self, encounter, row=None):
         """For messages: where in its file encounter e (or a row of it) is, without names."""

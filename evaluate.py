@@ -3,13 +3,12 @@
     python evaluate.py runs/M1.5.pth                        # the run's own data, its test patients
     python evaluate.py runs/M1.5.pth --report report.html   # everything, as one page
     python evaluate.py runs/M1.5.pth --data FILE…           # other data: all its unseen patients
-    python evaluate.py runs/M1.5.pth --compare runs/no_ppg.pth --report report.html
+    python evaluate.py runs/M1.5.pth --compare runs/other.pth --report report.html
     python evaluate.py runs/M1.5_seed?.pth                  # several runs: each, mean ± SD, all
 
 TPP = MAP - Pcrit and MAP is an input, so the error of TPP is the error of Pcrit, while R² of TPP is
 lifted by the spread of MAP: read R² of Pcrit, and the skill over the baselines.
 """
-import argparse
 import glob
 import json
 import os
@@ -38,7 +37,7 @@ ABLATIONS = {"_no_ppg": "network without the PPG", "_no_vitals": "network withou
 
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    parser = tk_utils.ScriptParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoints", nargs="+", metavar="checkpoint",
                         help="runs/<name>.pth, as train_resnet.py writes it; several (seeds, "
                              "folds): each, mean ± SD, and all together")
@@ -658,12 +657,12 @@ def print_results(results):
     if results["skill"]:
         skill = results["skill"]
         print(f"skill over {skill['over']} (best on the tune patients): {shown(skill, 3)}"
-              + ("" if skill["low"] > 0 else " - NOT above 0")
-              + f"; each patient weighing the same {shown(results['skill_per_patient'], 3)}")
+              + above_zero(skill) + "; each patient weighing the same "
+              + shown(results["skill_per_patient"], 3))
         hindsight = results["skill_in_hindsight"]
         if hindsight["over"] != skill["over"]:
             print(f"skill over {hindsight['over']} (best of them here): {shown(hindsight, 3)}"
-                  + ("" if hindsight["low"] > 0 else " - NOT above 0"))
+                  + above_zero(hindsight))
     if "true" in results:
         print(against_true(results["true"]))
     sure = interval_90(results)
@@ -719,6 +718,13 @@ def rmse_of_patients(found):
     return "Each patient's own RMSE: " + ", ".join(
         f"{share} of patients below {value:.1f}"
         for share, value in found["rmse_quantiles"].items()) + " mmHg"
+
+
+def above_zero(skill):
+    """What is to be said of a skill's interval that does not lie above 0."""
+    if np.isnan(skill["low"]):
+        return f" - no interval ({metrics.LEAST_PATIENTS} patients needed), so not shown above 0"
+    return "" if skill["low"] > 0 else " - NOT above 0"
 
 
 def shown(estimate, digits=2, unit=""):

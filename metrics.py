@@ -6,7 +6,7 @@
 All pressures in mmHg; error = prediction - truth. The unit that repeats is the patient, not the
 60-s segment: every interval comes from a bootstrap over patients, every cross-validation leaves out
 whole patients, and prediction intervals take patients, not segments, to be exchangeable. A score
-with its 95 % interval is a dict {'value', 'low', 'high'}.
+with its 95 % interval is a dict {'value', 'low', 'high'} (`confidence_intervals`: the bounds).
 """
 from collections.abc import Callable
 from dataclasses import dataclass

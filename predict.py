@@ -48,8 +48,8 @@ class PredictError(ValueError):
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tk_utils.ScriptParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="runs/<name>.pth, as train_resnet.py writes it")
     add("recording", nargs="?", metavar="RECORDING",
@@ -66,7 +66,8 @@ def parse_arguments(arguments=None):
     add("--max-age", type=float, default=30, metavar="MIN",
         help="how long a reading holds, minutes (default: 30)")
     add = parser.add_argument_group("the recording").add_argument
-    add("--abp-channel", metavar="NAME", help="default: by its usual names")
+    add("--abp-channel", metavar="NAME",
+        help="default: by its usual names; none: as if there were no arterial line")
     add("--ppg-channel", metavar="NAME", help="default: by its usual names")
     add("--csv-rate", type=float, metavar="HZ",
         help="a table's rows are evenly spaced at this rate; its time column is not used")
@@ -82,7 +83,7 @@ def parse_arguments(arguments=None):
         "RECORDING's minutes, or simulated ones")
     options = parser.parse_args(arguments)
     if not options.recording and not options.export:
-        parser.error("RECORDING is required (or --export FILE)")
+        parser.error(f"expected CHECKPOINT RECORDING (or --export FILE), got {options.checkpoint}")
     for name in (*VITALS, "csv_rate", "fs", "max_age", "poll"):
         value, most = getattr(options, name), HIGHEST if name in VITALS else 1e6
         if value is not None and not 0 < value < most:
@@ -213,6 +214,8 @@ class Predictor:
         def choose(names):
             for kind in (*WAVEFORMS, *NUMBERS):
                 asked = {"abp": o.abp_channel, "ppg": o.ppg_channel}.get(kind)
+                if kind == "abp" and (asked or "").lower() == "none":
+                    continue
                 name = recordings.choose_channel(names, kind, asked)
                 if name is None and (kind == "ppg" or asked):
                     raise RecordingError(path, f"no {kind.upper()} channel " + (
@@ -223,6 +226,9 @@ class Predictor:
             return list(channels.values())
 
         hdf5 = {"abp": o.abp, "ppg": o.ppg, "fs": o.fs}
+        if any(hdf5.values()) and recordings.reader_of(path)[0] != "h5py":
+            raise RecordingError(path, "--abp, --ppg and --fs are for HDF5 alone",
+                                 "--abp-channel and --ppg-channel name the channels of others")
         windows = recordings.Windows(path, choose, o.csv_rate, hdf5, growing)
         windows.read(0, 1)          # which chooses
         return Source(windows, channels, {})
@@ -474,7 +480,8 @@ def tell(table, needed):
     if both.any():
         score = metrics.scores(table["tpp_abp"][both], tpp[both])
         print(f"against the arterial line's label in {both.sum():,} minutes that pass the gate: "
-              f"RMSE {score['rmse']:.1f}, bias {score['bias']:+.1f} mmHg")
+              f"RMSE {score['rmse']:.1f}, bias {score['bias']:+.1f} mmHg (fair only if the "
+              "checkpoint was not trained on this patient)")
 
 
 def draw(table, predictor, path):
@@ -496,7 +503,8 @@ def draw(table, predictor, path):
     top.plot(edges, table["tpp"].repeat(2), color=tk_utils.TRAIN_COLOUR, lw=1, label="TPP")
     label = np.where(table["abp_in_gate"] == "yes", table["tpp_abp"], np.nan)
     if np.isfinite(label).any():
-        top.plot(hours, label, ".", color="black", ms=3, label="label from the arterial line")
+        top.plot(hours, label, ".", color="black", ms=3,
+                 label="label from the arterial line,\nwhere the gate passes")
     new = hours[table["unlike_training"] == "yes"]
     if len(new):
         top.plot(new, np.full(len(new), 0.02), "|", color="#b3261e", ms=5,
@@ -516,6 +524,9 @@ def draw(table, predictor, path):
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("hours from the recording's start")
     axes[-1].set_xlim(hours[0] - half, hours[-1] + half)
+    if hours[-1] < 2:
+        axes[-1].set_xlabel("minutes from the recording's start")
+        axes[-1].xaxis.set_major_formatter(lambda x, _: f"{60 * x:.3g}")
     if predictor.simulated:
         top.set_title("MODEL TRAINED ON SIMULATED PATIENTS", **tk_utils.NOTE_STYLE)
     tk_utils.save_figure(figure, path)

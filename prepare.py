@@ -70,8 +70,8 @@ SHAPING = ("label_method", "beats", "align", "abp_channel", "ppg_channel", "csv_
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, epilog=EXIT_CODES,
+    parser = tk_utils.ScriptParser(
+        description=__doc__, epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT",

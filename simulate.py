@@ -13,7 +13,6 @@ number, so the file does not depend on the number of workers.
 
 These are not real patients: a network that is good on them has learnt this model's physics.
 """
-import argparse
 import concurrent.futures
 import csv
 import math
@@ -624,7 +623,7 @@ def write_report(out_dir, name, headers, rows):
 # --------------------------------------------------------------------------------- command line
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser = tk_utils.ScriptParser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("patients").add_argument
     add("--out", metavar="FILE", help="HDF5 file to write")
     add("--patients", type=int, metavar="N",

@@ -4,6 +4,7 @@
 
 Importing it does no work: matplotlib, torch and tqdm are imported by the functions that use them.
 """
+import argparse
 import base64
 import contextlib
 import glob
@@ -159,6 +160,16 @@ def run_script(main, *errors):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """An ArgumentParser for which a wrong option costs one line, like any other error."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
 def lazy_module(name):
@@ -479,7 +490,7 @@ def histogram_figure(truth, prediction, scores, title_note=None, label="TPP"):
     image = _density(axes, counts, bins, bins)
     axes.plot([low, high], [low, high], color="black", lw=1, ls="--", label="identity")
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal",
-             xlabel=f"True {label} (mmHg)", ylabel=f"Predicted {label} (mmHg)")
+             xlabel=f"Label {label} (mmHg)", ylabel=f"Predicted {label} (mmHg)")
     axes.tick_params(labelsize=8)
     axes.legend(loc="lower right", frameon=False, fontsize=8)
     colour_bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.03, format="{x:,.0f}",
@@ -571,9 +582,10 @@ def bland_altman_figure(truth, prediction, agreement, title_note=None):
         axes.axhline(one["value"], color="black", lw=1, ls=style)
         axes.annotate(f"{name} {one['value']:+.1f}", (1, one["value"]), xytext=(-2, 2), ha="right",
                       xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8)
-    reach = max(np.percentile(np.abs(error), 99.9), 5) * 1.15
-    axes.set(ylim=(-reach, reach), xlabel="Mean of true and predicted TPP (mmHg)",
-             ylabel="Predicted - true (mmHg)")
+    limits = [abs(agreement[name]["value"]) for name in ("upper", "lower")]
+    reach = max(np.percentile(np.abs(error), 99.9), 5, *limits) * 1.15
+    axes.set(ylim=(-reach, reach), xlabel="Mean of label and predicted TPP (mmHg)",
+             ylabel="Predicted - label (mmHg)")
     return _finish(figure, title_note)
 
 

@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import importlib.util
 import itertools
+import math
 import os
 import sys
 import threading
@@ -63,6 +64,7 @@ NO_VITALS = {"abp", "tpp", "p_crit", "p_crit_true"}      # waveforms, and the an
 INTERRUPTED = 3         # exit code: stopped by SIGINT or SIGTERM, state saved
 FIGURES = ("figures_resnet/loss_lr_plot.png", "figures_resnet/histogram_plot.png")
 ENDINGS = (".pth", "_resume.pth", "_trajectory.pth", "_log.csv", "_metrics.json", "_run.json")
+FEW_STEPS = 200         # in all: the network has hardly left its initial weights
 TIMED_STEPS = 5         # of --dry-run, after one that warms up
 
 
@@ -77,8 +79,8 @@ def parse_args(arguments=None):
         other = SIMULATED_RECIPE.get(name)
         return f"default {M1_5[name]}" + (f" ({other} on the default data)" if other else "")
 
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False,
+    parser = tk_utils.ScriptParser(
+        description=__doc__.split("\n\n")[0],
         epilog="exit codes: 0 done; 2 an error, in one line; 3 interrupted and saved")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", metavar="FILE",
@@ -339,7 +341,8 @@ def open_data(options, data, rank):
         for name, part in parts.items():
             print(f"{name}: {len(part):,} segments of {part.n_patients:,} patients")
         if index.n_patients < 100:
-            print("fewer than 100 patients: who is in which part changes when patients are added")
+            print("fewer than 100 patients: who is in which part changes when patients are "
+                  "added; --folds 5 tests each patient once")
     *inputs, label = options.keys
     of_train = [*inputs, "p_crit_se", label] if options.weight_labels else options.keys
     datasets = {name: header.TPP_PPG_dataset(parts[name], "segment", keys, seed=options.seed)
@@ -462,12 +465,25 @@ def build(options, datasets, parent):
         model = header.NormalisedModel(network, options.keys,
                                        header.fit_normaliser(datasets["train"], normalised))
     rank, world = header.distributed()
+    if rank == 0:
+        warn_of_few_steps(options, len(datasets["train"]), world)
     on_cuda = header.choose_device(options.device).type == "cuda"
     workers = (4 if on_cuda else 0) if options.workers is None else options.workers
     return model, [
         header.make_loader(datasets[name], options.batch_size * world, shuffle=name == "train",
                            seed=options.seed, workers=workers, pin_memory=on_cuda, rank=rank,
                            world=world) for name in ("train", "tune")]
+
+
+def warn_of_few_steps(options, n_segments, world):
+    """A line where M1.5's batches are too large for the data to learn anything from."""
+    def steps(batch_size):
+        return options.epochs * math.ceil(n_segments / (batch_size * world * options.accumulate))
+
+    small = SIMULATED_RECIPE["batch_size"]
+    if steps(options.batch_size) < FEW_STEPS and options.batch_size > small:
+        print(f"{steps(options.batch_size):,} steps in all are few to learn in: --batch-size "
+              f"{small} makes {steps(small):,}")
 
 
 def recipe_of(options, dataset):

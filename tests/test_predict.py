@@ -200,6 +200,15 @@ def test_without_arterial_line_exactly_the_missing_vitals_are_named(tmp_path, ch
     assert abs(float(rows[0]["hr"]) - 72) < 1 and rows[0]["tpp"] and not rows[0]["tpp_abp"]
 
 
+def test_the_arterial_line_can_be_left_aside(tmp_path, checkpoint):
+    path = write_csv(tmp_path / "r.csv", 125)
+    rows = predicted(tmp_path, checkpoint, path, "--abp-channel", "none", "--map", 75, "--dbp", 55)
+    assert [row["vitals_from"] for row in rows] == ["map=option dbp=option hr=ppg"] * 2
+    assert {row["tpp_abp"] for row in rows} == {""}
+    code, _, error = run(checkpoint, path, "--abp", "waves/abp")
+    assert code == 2 and "--abp, --ppg and --fs are for HDF5 alone" in error
+
+
 def test_vitals_come_from_options_then_readings_then_numbers_then_pressure(tmp_path, checkpoint):
     path = write_csv(tmp_path / "r.csv", 245, numbers={
         "MAP": lambda t: 70 + t / 60, "DBP": lambda t: 50.0, "HR": lambda t: 90.0})

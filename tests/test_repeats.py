@@ -65,6 +65,15 @@ def test_options_that_make_no_sense_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments, segments, said", [
+    (["--data", "d.h5"], 512, "20 steps in all are few to learn in: --batch-size 16 makes 320"),
+    (["--data", "d.h5", "--batch-size", "16"], 512, ""), (["--data", "d.h5"], 10_000, ""),
+    ([], 99, "")])
+def test_too_few_steps_are_told_with_what_to_do(arguments, segments, said, capsys):
+    train_resnet.warn_of_few_steps(train_resnet.parse_args(arguments), segments, 1)
+    assert capsys.readouterr().out.strip() == said
+
+
 # ---------------------------------------------------------------- folds, ablated
 
 @pytest.fixture(scope="module")

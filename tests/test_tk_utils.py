@@ -376,7 +376,7 @@ def test_the_histogram_shows_units_scores_and_counts(tmp_path):
         {"rmse": 5.123, "mae": 4.0, "mead": 3.3, "bias": -0.25, "sd": 5.1, "r2": 0.87,
          "p_crit_r2": 0.8, "n_patients": 2000}, "SIMULATED DATA")
     text = "\n".join(drawn_text(path))
-    for expected in ("True TPP (mmHg)", "Predicted TPP (mmHg)", "identity", "RMSE 5.12",
+    for expected in ("Label TPP (mmHg)", "Predicted TPP (mmHg)", "identity", "RMSE 5.12",
                      "MAE 4.00", "MeAD 3.30", "bias -0.25 ± 5.10 mmHg", "R² 0.870",
                      "R² of Pcrit 0.800", "2,000 patients", "1,234 segments",
                      "Segments per 2 × 2 mmHg", "SIMULATED DATA"):
