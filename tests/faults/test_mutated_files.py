@@ -215,7 +215,7 @@ def spoil(saved, how):
 @pytest.mark.parametrize("how, message", [
     ("nan", "'layers.0.conv.weight': expected finite float32"), ("wide view", "larger than"),
     ("double", "expected finite float32"), ("settings for terabytes", "do not fit"),
-    ("too long strides", "PPG of 3600 samples: expected at least 4097"),
+    ("too long strides", "needs 4097 samples"),
     ("sd 0", "normaliser of map: mean 70.0, sd 0.0"), ("mean nan", "normaliser of map"),
     ("no mean", "not a checkpoint of this project .*mean"), ("keys", "control characters"),
     ("text", "control characters"), ("itself", "too deep or too many"),
