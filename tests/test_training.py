@@ -377,8 +377,6 @@ model, seen = th.training_loop(model, *loaders, 4, 2e-3, l1_reg=1e-3, gradient_c
 if rank == 0:
     torch.save([weights_of(model), seen["epoch_train_loss"].tolist(),
                 seen["epoch_val_loss"].tolist()], sys.argv[4])
-if world > 1:
-    dist.destroy_process_group()
 """
 
 
