@@ -291,17 +291,18 @@ class MyFirstResNet(nn.Module):
                                  nn.Linear(64, num_outputs))
 
     def forward(self, *inputs):
-        ppg, discretes = inputs[:bool(self.in_channels)], inputs[bool(self.in_channels):]
+        discretes = inputs[1:] if self.in_channels else inputs
         if len(discretes) != self.num_discrete:
             raise ValueError(f"expected {self.num_discrete} vitals"
                              + (" beside the PPG" if self.in_channels else "")
                              + f", got {len(discretes)}")
         columns = [d.unsqueeze(1) if d.dim() == 1 else d for d in discretes]        # each [B, 1]
-        for x in ppg:
-            if x.shape[-1] < self.min_samples:
-                raise ValueError(f"PPG of {x.shape[-1]} samples: expected at least "
+        if self.in_channels:
+            ppg = inputs[0]
+            if ppg.shape[-1] < self.min_samples:
+                raise ValueError(f"PPG of {ppg.shape[-1]} samples: expected at least "
                                  f"{self.min_samples} (10 s at 60 Hz, and more for long strides)")
-            columns.insert(0, self.dropout(self.layers(x).mean(2)))                 # [B, 256]
+            columns.insert(0, self.dropout(self.layers(ppg).mean(2)))               # [B, 256]
         return self.mlp(self.projection(torch.cat(columns, dim=1)))
 
 

@@ -151,13 +151,13 @@ class NormalisedModel(nn.Module):
                 self.register_buffer(f"{name}_{what}", values, persistent=False)
 
     def forward(self, *inputs):
-        vitals = [(v - self.vital_mean[i]) / self.vital_sd[i]
-                  for i, v in enumerate(inputs[self.with_ppg:])]
-        for ppg in inputs[:self.with_ppg]:
-            ppg = ppg - ppg.mean(-1, keepdim=True)
+        normalised = [(v - self.vital_mean[i]) / self.vital_sd[i]
+                      for i, v in enumerate(inputs[self.with_ppg:])]
+        if self.with_ppg:
+            ppg = inputs[0] - inputs[0].mean(-1, keepdim=True)
             # a flat segment stays flat instead of dividing by nothing
-            vitals.insert(0, ppg / ppg.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12))
-        out = self.network(*vitals)
+            normalised.insert(0, ppg / ppg.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12))
+        out = self.network(*normalised)
         estimate = out[:, :1] * self.label_sd + self.label_mean
         if out.shape[1] == 1:
             return estimate
