@@ -1,11 +1,11 @@
-"""training_header.py: the loop against arithmetic done by hand, the wrapper, the checkpoint."""
+"""training_header.py and normalised_model.py: the loop against arithmetic done by hand, resuming,
+the wrapper, and networks and losses of one's own."""
+import copy
 import math
 import os
-import pickle
-import shutil
+import signal
 import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -16,23 +16,25 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import training_header
 from training_header import (
-    CheckpointError,
+    LOSSES,
     CosineAnnealingLR,
     DataError,
+    Interrupted,
+    NonFiniteLoss,
     NormalisedModel,
+    OneCycleLR,
     ReduceLROnPlateau,
     StepLR,
     TPP_PPG_dataset,
     TrainingError,
     create_dataset_index,
+    fit_anchor,
     fit_normaliser,
     get_model_v3,
-    hash_patients,
-    load_checkpoint,
     load_model,
     make_loader,
     predict_dataset,
-    read_salt,
+    predict_with_spread,
     reset_all_seeds,
     save_checkpoint,
     shrink_weights,
@@ -243,11 +245,6 @@ def test_step_lr_reduces_the_rate_every_few_epochs():
         == pytest.approx([1, 1, 1, 0.2, 0.2, 0.2, 0.04])
 
 
-def test_cosine_by_epoch_follows_the_cosine():
-    assert rates(4, scheduler_and_args=[CosineAnnealingLR, {"T_max": 4}]) \
-        == pytest.approx([(1 + math.cos(math.pi * e / 4)) / 2 for e in range(4)])
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_cosine_by_batch_follows_the_cosine_through_the_batches(accumulate):
     NotedSGD.rates = []
@@ -256,6 +253,15 @@ def test_cosine_by_batch_follows_the_cosine_through_the_batches(accumulate):
                   batch_cosine=True, gradient_accumulation=accumulate)
     assert NotedSGD.rates == pytest.approx([(1 + math.cos(math.pi * b / 8)) / 2
                                             for b in range(0, 8, accumulate)])
+
+
+def test_one_cycle_by_batch_rises_and_falls():
+    NotedSGD.rates = []
+    training_loop(Line(), lines(0, n=8, batch_size=2), lines(0), 5, 1.0, device="cpu",
+                  optimizer_type=NotedSGD, batch_cosine=True, scheduler_and_args=[
+                      OneCycleLR, {"max_lr": 1.0, "total_steps": 21, "cycle_momentum": False}])
+    assert len(NotedSGD.rates) == 20 and max(NotedSGD.rates[4:8]) == pytest.approx(1, abs=0.02)
+    assert NotedSGD.rates[0] == pytest.approx(0.04) and NotedSGD.rates[-1] < 0.02
 
 
 def test_plateau_reduces_the_rate_when_the_tune_loss_stays():
@@ -290,6 +296,21 @@ def test_without_early_stopping_every_epoch_is_run():
     assert len(train_line(30, label=10, tune_label=3)[1]["lr"]) == 30
 
 
+# ------------------------------------------------------------------------ average of the weights
+
+def test_the_last_steps_weights_are_averaged_tuned_with_and_returned():
+    # The gradient of |b - 10| is -1: SGD moves the bias by 0.1 a step, 20 steps of 2 an epoch.
+    model, seen = train_line(10, label=10, tune_label=10, criterion="l1", average_weights=0.3,
+                             model=Line())
+    loaders = lines(10, n=8), lines(10)
+    model, seen = training_loop(Line(), *loaders, 10, 0.1, optimizer_type=torch.optim.SGD,
+                                criterion="l1", device="cpu", average_weights=0.3)
+    last = [0.1 * step for step in range(15, 21)]           # after each of the last six steps
+    assert model.linear.bias.item() == pytest.approx(np.mean(last))
+    assert seen["epoch_val_loss"][-1] == pytest.approx(10 - np.mean(last))
+    assert seen["epoch_val_loss"][6] == pytest.approx(10 - 1.4)         # not yet averaged
+
+
 # -------------------------------------------------------------------- its data, its reproducibility
 
 def test_repeat_val_draws_anew_at_the_patients_level_and_averages(tmp_path):
@@ -315,11 +336,6 @@ def train_on_file(parts, seed=0, workers=0, **options):
                             fit_normaliser(train, KEYS[1:]))
     return training_loop(model, make_loader(train, 16, shuffle=True, seed=seed, workers=workers),
                          make_loader(tune, 16, workers=workers), 2, 1e-3, device="cpu", **options)
-
-
-def test_train_tune_and_test_never_share_a_patient(parts):
-    names = [set(part.patients.tolist()) for part in parts.values()]
-    assert all(names) and len(set.union(*names)) == sum(map(len, names)) == 10
 
 
 def test_the_same_seed_gives_the_same_bits_with_and_without_workers(parts):
@@ -352,7 +368,7 @@ import torch
 import torch.distributed as dist
 sys.path[:0] = sys.argv[1:3]
 from conftest import make_file
-from test_training import KEYS, weights_of
+from test_training_header import KEYS, weights_of
 import training_header as th
 if "RANK" in __import__("os").environ:
     dist.init_process_group("gloo")
@@ -398,33 +414,195 @@ def test_two_processes_equal_one_to_the_ninth_digit(tmp_path):
     assert tune_loss2 == pytest.approx(tune_loss, rel=1e-9)
 
 
-COMPILED = """
-import torch
-from training_header import compile_or_not, get_model_v3
-torch.manual_seed(0)
-model = get_model_v3(1, widths=(20, 4, 8), kernel_sizes=5)
-forward = compile_or_not(model)
-inputs = torch.randn(2, 1, 600), torch.randn(2)
-gradients = []
-for run in (forward, model):
-    model.zero_grad()
-    run(*inputs).sum().backward()
-    gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-print("difference", float((gradients[0] - gradients[1]).abs().max()))
-"""
+# ---------------------------------------------------------------------------------------- resuming
+
+class Signals:
+    """A loader that sends this process a signal before some batch of some epoch."""
+
+    def __init__(self, loader, epoch, batch):
+        self.loader, self.sampler, self.when, self.epoch = loader, loader.sampler, (epoch, batch), 0
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        first = getattr(self.sampler, "first_batch", 0)
+        for number, batch in enumerate(self.loader, first):
+            if (self.epoch, number) == self.when:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+        self.epoch += 1
 
 
-@pytest.mark.parametrize("compiler", [None, "no-such-compiler"])
-def test_compiling_changes_no_number_and_without_a_compiler_says_so_and_goes_on(tmp_path, compiler):
-    if compiler is None and (sys.version_info < (3, 9) or not shutil.which("g++")):
-        pytest.skip("no C++ compiler here, or a Python that is too old for this PyTorch's")
-    environment = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), PYTHONPATH=ROOT,
-                       **({"CXX": compiler, "PATH": str(tmp_path)} if compiler else {}))
-    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert ("--compile does not work here" in done.stdout) == (compiler is not None)
-    assert float(done.stdout.split()[-1]) < 1e-4
+def train_small(folder, interrupt=None, level="segment", plain=False, **options):
+    """Weights and trajectories of a small network; `interrupt` (epoch, batch) stops it there."""
+    reset_all_seeds(0)
+    index = create_dataset_index(path=str(folder / "d.h5"))
+    dataset = TPP_PPG_dataset(index, level, KEYS)
+    network = get_model_v3(dropout=0.3, constant_kernels=False, **SMALL)
+    model = NormalisedModel(network, KEYS, fit_normaliser(dataset, KEYS[1:]))
+    if plain:       # an experiment's own loader, shuffled by PyTorch's random numbers
+        loader = DataLoader(TensorDataset(*dataset.read(np.arange(len(index)))), 8, shuffle=True)
+    else:
+        loader = make_loader(dataset, 8, shuffle=True, seed=1)
+    if interrupt:
+        loader = Signals(loader, *interrupt)
+    defaults = {"total_epochs": 4, "lr": 3e-3, "device": torch.device("cpu"), "l1_reg": 1e-3,
+                "scheduler_and_args": [StepLR, {"step_size": 2, "gamma": 0.5}]}
+    model, seen = training_loop(model, loader, make_loader(dataset, 32), **{**defaults, **options},
+                                resume_path=str(folder / "state.pth"))
+    os.remove(folder / "state.pth")
+    return [*model.state_dict().values(), *map(torch.from_numpy, seen.values())]
+
+
+@pytest.mark.parametrize("interrupt, options", [
+    ((1, 3), {}),
+    ((1, 0), {"gradient_accumulation": 4, "gradient_clipping": 1.0}),
+    ((2, 4), {"scheduler_and_args": [CosineAnnealingLR, {"T_max": 20}], "batch_cosine": True}),
+    ((2, 1), {"scheduler_and_args": [ReduceLROnPlateau, {"patience": 0}], "early_stopping": 1,
+              "total_epochs": 9, "lr": 0.3}),
+    ((0, 2), {"warmup_epochs": 2, "criterion": "l1", "optimizer_type": torch.optim.SGD}),
+    ((3, 2), {"average_weights": 0.6, "optimizer_type": torch.optim.AdamW, "weight_decay": 0.1}),
+    ((1, 1), {"level": "patient", "total_epochs": 9}),
+    ((1, 2), {"plain": True}),
+])
+def test_an_interrupted_loop_goes_on_to_the_same_weights_to_the_last_bit(tmp_path, interrupt,
+                                                                         options):
+    make_file(tmp_path / "d.h5", patients=16, encounters=1, rows=3)
+    expected = train_small(tmp_path, **options)
+    with pytest.raises(Interrupted, match=f"interrupted (at|after) epoch {interrupt[0] + 1}"):
+        train_small(tmp_path, interrupt, **options)
+    torch.rand(7)       # whatever happened in between
+    found = train_small(tmp_path, **options)
+    assert len(found) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
+
+
+def test_a_state_of_another_network_is_refused_in_one_line(tmp_path):
+    make_file(tmp_path / "d.h5", patients=16, encounters=1, rows=3)
+    with pytest.raises(Interrupted):
+        train_small(tmp_path, (1, 3))
+    with pytest.raises(TrainingError, match="not the state of this run") as caught:
+        train_line(3, resume_path=str(tmp_path / "state.pth"))
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ networks and losses of your own
+
+class MyNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ppg, self.out = nn.Conv1d(1, 3, 9, 4), nn.Linear(6, 1)
+
+    def features(self, ppg, *vitals):
+        return torch.cat([self.ppg(ppg).amax(2), torch.stack(vitals, 1)], 1)
+
+    def forward(self, ppg, *vitals):
+        return self.out(self.features(ppg, *vitals))
+
+
+def cubic(prediction, label):
+    return (prediction - label).abs() ** 3 / 100
+
+
+def mean_cubic(prediction, label):
+    return cubic(prediction, label).mean()
+
+
+def test_a_network_and_a_loss_of_your_own_train_save_load_and_predict(parts, tmp_path):
+    train, tune = (TPP_PPG_dataset(parts[p], "segment", KEYS) for p in ("train", "tune"))
+    results = []
+    for criterion in (cubic, mean_cubic):
+        torch.manual_seed(0)
+        model = NormalisedModel(MyNet(), KEYS, fit_normaliser(train, KEYS[1:]))
+        model, seen = training_loop(model, make_loader(train, 16, shuffle=True),
+                                    make_loader(tune, 16), 3, 1e-2, criterion=criterion,
+                                    device="cpu")
+        assert seen["epoch_train_loss"][-1] < seen["epoch_train_loss"][0]
+        results.append(seen["epoch_train_loss"])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)    # [B] and scalar are the same
+    save_checkpoint(tmp_path / "m.pth", model)
+    again = load_model(tmp_path / "m.pth", network=MyNet())
+    expected, _, features = predict_with_spread(model, tune, device="cpu", collect_features=True)
+    assert np.array_equal(predict_dataset(again, tune, device="cpu"), expected)
+    assert features.shape == (len(tune), 6) and again.outputs == 1
+
+
+def test_without_features_there_are_none(parts):
+    class Plain(nn.Module):
+        def forward(self, ppg, *vitals):
+            return vitals[0][:, None] + 0 * ppg.mean(2)
+
+    train = TPP_PPG_dataset(parts["train"], "segment", KEYS)
+    model = NormalisedModel(Plain(), KEYS, fit_normaliser(train, KEYS[1:]))
+    assert predict_with_spread(model, train, device="cpu", collect_features=True)[1:] == (None,
+                                                                                          None)
+
+
+def test_the_published_networks_features_are_what_its_head_sees(parts):
+    model, dataset = wrapped(), TPP_PPG_dataset(parts["tune"], "segment", KEYS)
+    found = predict_with_spread(model, dataset, device="cpu", collect_features=True)
+    assert np.allclose(found[0], predict_dataset(model, dataset, device="cpu"), atol=1e-4)
+    with torch.no_grad():
+        expected = model.network.features(*model.normalise(dataset[np.arange(len(dataset))][:4]))
+    assert np.allclose(found[2], expected, atol=1e-4)
+
+
+def test_a_scalar_loss_takes_no_weights_for_segments():
+    data = TensorDataset(torch.zeros(4, 1, 2).double(), torch.ones(4).double(),
+                         torch.ones(4).double())
+    with pytest.raises(TrainingError, match="weights for segments need a loss of each segment"):
+        training_loop(Line(), DataLoader(data, 2), lines(0), 1, 0.1, device="cpu",
+                      criterion=lambda a, b: (a - b).mean(), weigh=lambda se: se)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [1.5, 0.5]])
+def test_segments_are_weighed(weights):
+    data = TensorDataset(torch.zeros(2, 1, 2).double(), torch.tensor(weights).double(),
+                         torch.tensor([2.0, -4.0]).double())
+    model, seen = training_loop(Line(), DataLoader(data, 2), lines(0), 1, 0.1, device="cpu",
+                                optimizer_type=torch.optim.SGD, weigh=lambda w: w)
+    assert model.linear.bias.item() == pytest.approx(0.1 * (weights[0] * 2 - weights[1] * 4))
+    assert seen["epoch_train_loss"][0] == pytest.approx(10)     # what is reported has no weights
+
+
+def test_the_likelihood_is_that_of_pytorch_and_its_gradient_that_of_the_squared_error():
+    estimate = torch.tensor([40.0, 30.0], requires_grad=True)
+    spread, label = torch.tensor([3.0, 8.0], requires_grad=True), torch.tensor([42.0, 20.0])
+    loss = LOSSES["nll"].function(torch.stack([estimate, spread], 1), label)
+    expected = nn.functional.gaussian_nll_loss(estimate, label, spread ** 2, reduction="none")
+    assert torch.allclose(loss, expected)
+    loss.sum().backward()
+    assert torch.allclose(estimate.grad, 2 * (estimate.detach() - label))
+    # at the true spread, |error|, the spread has nothing to gain
+    wide = torch.tensor([2.0, 10.0], requires_grad=True)
+    LOSSES["nll"].function(torch.stack([estimate.detach(), wide], 1), label).sum().backward()
+    assert torch.allclose(wide.grad, torch.zeros(2), atol=1e-6)
+
+
+def test_the_spread_learns_where_the_label_is_noisy():
+    """Labels whose SD is 1 or 10 mmHg, as the vital says."""
+    torch.manual_seed(0)
+    vital = torch.rand(512)
+    label = 40 + torch.randn(512) * torch.where(vital > 0.5, 10.0, 1.0)
+    loader = DataLoader(TensorDataset(vital, label), 64)
+    normaliser = {"map": {"mean": 0.5, "sd": 0.3}, "tpp": {"mean": 40.0, "sd": 7.0}}
+    model = NormalisedModel(get_model_v3(1, in_channels=0, num_outputs=2), ["map", "tpp"],
+                            normaliser)
+    model, seen = training_loop(model, loader, loader, 60, 3e-3, criterion="nll", device="cpu")
+    spread = model.eval()(torch.tensor([0.1, 0.9]))[:, 1]
+    assert 0.5 < spread[0] < 2 and 7 < spread[1] < 13
+    assert seen["epoch_val_loss"][-1] < seen["epoch_val_loss"][0]
+
+
+def test_no_loss_is_called_a_squared_error_that_is_none():
+    assert all(("mmHg²" in loss.label) == (loss.unit == "mmHg²") for loss in LOSSES.values())
+    assert "mmHg" not in LOSSES["nll"].label
+
+
+def test_huber_is_half_the_squared_error_of_small_ones_and_linear_in_large_ones():
+    found = LOSSES["huber"].function(torch.tensor([1.0, 20.0]), torch.zeros(2))
+    assert found.tolist() == pytest.approx([0.5, 5 * (20 - 2.5)])
 
 
 def test_a_learnable_label_is_learned():
@@ -439,17 +617,19 @@ def test_a_learnable_label_is_learned():
 def test_bf16_autocast_runs_on_the_cpu_and_stays_near_float32():
     data = segments(16)
     exact, short = (training_loop(small_model(), DataLoader(data, 8), DataLoader(data, 8), 2, 1e-3,
-                                  device="cpu", amp=amp)[1]["epoch_val_loss"]
-                    for amp in (None, "bf16"))
+                                  device="cpu", precision=precision)[1]["epoch_val_loss"]
+                    for precision in (None, "bf16"))
     assert not np.array_equal(exact, short) and short == pytest.approx(exact, rel=0.03)
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"criterion": "huber"}, "criterion 'huber'"),
-    ({"amp": "int8"}, "amp 'int8'"),
+    ({"criterion": "hubris"}, "--loss hubris: expected mse, l1, huber, nll or file.py:Name"),
+    ({"precision": "int8"}, "precision 'int8'"),
     ({"batch_cosine": True}, "batch_cosine needs"),
     ({"device": "cuda:99"}, "device 'cuda:99'"),
     ({"device": "toaster"}, "device 'toaster'"),
+    ({"criterion": "nll"}, r"output has shape \(4, 1\); expected \[4, 2\]"),
+    ({"criterion": lambda a, b: torch.zeros(7)}, r"the loss has shape \(7,\)"),
 ])
 def test_options_that_cannot_be_are_refused_in_one_line(options, message):
     with pytest.raises(TrainingError, match=message) as caught:
@@ -479,16 +659,24 @@ def test_diverging_weights_are_noticed():
         train_line(900, label=10, lr=100.0)
 
 
+def test_the_batch_that_is_not_finite_is_named():
+    data = TensorDataset(torch.zeros(6, 1, 2).double(), torch.tensor([0, 0, 0, 0, math.nan, 0]))
+    with pytest.raises(NonFiniteLoss) as caught:
+        training_loop(Line(), DataLoader(data, 1), lines(0), 1, 0.1, device="cpu",
+                      gradient_accumulation=2, optimizer_type=torch.optim.SGD)
+    assert caught.value.epoch == 0 and caught.value.batches == [4, 5]
+
+
 @needs_cuda
-@pytest.mark.parametrize("amp", [None, "bf16", "fp16"])
-def test_cuda_trains_as_the_cpu_does(parts, amp):
+@pytest.mark.parametrize("precision", [None, "float32", "bf16"])
+def test_cuda_trains_as_the_cpu_does(parts, precision):
     expected = train_on_file(parts)[1]["epoch_train_loss"]
     reset_all_seeds(0)
     train, tune = (TPP_PPG_dataset(parts[p], "segment", KEYS) for p in ("train", "tune"))
     model = NormalisedModel(get_model_v3(**SMALL), KEYS, fit_normaliser(train, KEYS[1:]))
     loaders = (make_loader(train, 16, shuffle=True, workers=1, pin_memory=True),
                make_loader(tune, 16, pin_memory=True))
-    model, seen = training_loop(model, *loaders, 2, 1e-3, device="cuda:0", amp=amp)
+    model, seen = training_loop(model, *loaders, 2, 1e-3, device="cuda:0", precision=precision)
     assert seen["epoch_train_loss"] == pytest.approx(expected, rel=0.1)
     assert next(model.parameters()).device.type == "cpu"
 
@@ -553,109 +741,72 @@ def test_the_wrapper_takes_raw_units_and_gives_mmhg():
         assert torch.allclose(model(ppg, *vitals), 40 + 15 * inner, atol=1e-4)
 
 
-@pytest.mark.parametrize("keys", [KEYS[:-2], KEYS + ["pp"], ["map", "ppg", "dbp", "hr", "tpp"]])
-def test_keys_that_do_not_fit_the_network_are_refused(keys):
-    with pytest.raises(DataError, match="expected ppg, 3 vitals and a label"):
-        NormalisedModel(small_model(), keys, dict.fromkeys(keys, {"mean": 0, "sd": 1}))
+def test_a_network_of_two_outputs_gives_mmhg_and_a_spread_above_nothing():
+    torch.manual_seed(0)
+    normaliser = {"map": {"mean": 75.0, "sd": 10.0}, "tpp": {"mean": 35.0, "sd": 12.0}}
+    network = get_model_v3(1, num_outputs=2, widths=(4, 4, 8), kernel_sizes=5)
+    model = NormalisedModel(network, ["ppg", "map", "tpp"], normaliser).eval()
+    ppg, vital = torch.randn(5, 1, 600), torch.full((5,), 80.0)
+    out, inner = model(ppg, vital), network(*model.normalise([ppg, vital]))
+    assert model.outputs == 2
+    assert torch.allclose(out[:, 0], inner[:, 0] * 12 + 35, atol=1e-4)
+    assert torch.allclose(out[:, 1], 12 * (torch.log1p(inner[:, 1].exp()) + 0.01), atol=1e-4)
+    with torch.no_grad():
+        network.mlp[3].bias[1] = -1e4
+    assert (model(ppg, vital)[:, 1] >= 0.12 - 1e-6).all()
 
 
-# ----------------------------------------------------------------------------------- the checkpoint
+def test_with_an_anchor_the_network_adds_to_the_ridge_on_the_vitals(parts):
+    train = TPP_PPG_dataset(parts["train"], "segment", KEYS)
+    anchor = fit_anchor(train, KEYS)
+    network = small_model()
+    model = NormalisedModel(network, KEYS, fit_normaliser(train, KEYS[1:]), anchor=anchor).eval()
+    batch = train[np.arange(20)]
+    ridge = anchor["intercept"] + sum(anchor["coefficients"][key] * values
+                                      for key, values in zip(KEYS[1:-1], batch[1:-1]))
+    with torch.no_grad():
+        expected = ridge[:, None] + anchor["sd"] * network(*model.normalise(batch[:-1]))
+        assert torch.allclose(model(*batch[:-1]), expected, atol=1e-3)
+    assert anchor["sd"] <= train.column("tpp").std() and set(anchor["coefficients"]) == {
+        "map", "dbp", "hr"}
 
-def save_some(path, **changes):
-    model = wrapped()
-    options = {"model_args": SMALL, "config": {"condition": "default"},
-               "split": {"train": ["0" * 16]}, "provenance": {"origin": "simulated"}, **changes}
-    save_checkpoint(path, model, **options)
-    return model
 
-
-def test_a_checkpoint_gives_back_the_same_model(tmp_path):
-    model = save_some(tmp_path / "m.pth")
-    again = load_model(tmp_path / "m.pth")
+def test_the_normalisation_of_the_ppg_is_chosen_by_name():
     ppg, vitals = some_inputs()
-    assert torch.equal(again(ppg, *vitals), model(ppg, *vitals))
-    assert not again.training and again.keys == KEYS and again.normaliser == NORMALISER
+    model = NormalisedModel(small_model(), KEYS, NORMALISER, ppg_normalisation="none")
+    assert torch.equal(model.normalise([ppg, *vitals])[0], ppg)
+    with pytest.raises(DataError, match="PPG normalisation 'robust': expected segment or none"):
+        NormalisedModel(small_model(), KEYS, NORMALISER, ppg_normalisation="robust")
 
 
-def test_a_checkpoint_is_plain_data_with_the_published_names(tmp_path):
-    save_some(tmp_path / "m.pth", metrics={"tpp": {"rmse": 5.0}})
-    saved = torch.load(tmp_path / "m.pth", weights_only=True)
-    assert set(saved) == {"model", "model_args", "keys", "normaliser", "config", "split",
-                          "provenance", "metrics", "calibration"}
-    assert set(saved["model"]) == set(get_model_v3(**SMALL).state_dict())
-    assert "layers.1.conv1.instance_norm.weight" in saved["model"]
+def test_a_copy_of_a_model_has_its_own_weights():
+    ppg, vitals = some_inputs()
+    model = wrapped()
+    expected = model(ppg, *vitals)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        model.network.mlp[-1].bias += 1
+    assert torch.equal(other(ppg, *vitals), expected)
+    assert not torch.equal(model(ppg, *vitals), expected)
+    assert set(model.state_dict()) == {f"network.{k}" for k in model.network.state_dict()}
 
 
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
-    save_some(tmp_path / "m.pth")
-    before = (tmp_path / "m.pth").read_bytes()
-    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
-        save_some(tmp_path / "m.pth", config={"cannot": lambda: None})
-    assert os.listdir(tmp_path) == ["m.pth"] and (tmp_path / "m.pth").read_bytes() == before
+@pytest.mark.parametrize("keys", [KEYS[:-2] + KEYS[-1:], KEYS[:-1] + ["pp", "tpp"]])
+def test_keys_that_do_not_fit_the_network_are_refused(keys):
+    normaliser = {**NORMALISER, "pp": NORMALISER["hr"]}
+    with pytest.raises(DataError, match="MyFirstResNet does not take them .expected 3 vitals"):
+        NormalisedModel(small_model(), keys, normaliser)
+    with pytest.raises(DataError, match="the normaliser lacks"):
+        NormalisedModel(small_model(), KEYS, {})
 
 
-class Payload:
-    def __reduce__(self):
-        return (os.mkdir, ("PAYLOAD-RAN",))
+def test_a_network_of_other_outputs_is_refused_in_one_line():
+    class Wide(nn.Module):
+        def forward(self, ppg, *vitals):
+            return ppg[:, 0]
 
-
-def spoilt_checkpoints(folder):
-    """{name: what its refusal says} of files that are no checkpoints, written into `folder`."""
-    (folder / "text.pth").write_text("epoch,loss\n1,2\n")
-    (folder / "empty.pth").write_bytes(b"")
-    (folder / "folder.pth").mkdir()
-    with zipfile.ZipFile(folder / "zip.pth", "w") as archive:
-        archive.writestr("readme.txt", "no weights here")
-    (folder / "pickle.pth").write_bytes(pickle.dumps(Payload()))
-    torch.save({"model": Payload()}, folder / "payload.pth")
-    torch.save(get_model_v3(**SMALL), folder / "object.pth")
-    torch.save(get_model_v3(**SMALL).state_dict(), folder / "state_dict.pth")
-    torch.save([1, 2], folder / "list.pth")
-    save_some(folder / "whole.pth")
-    (folder / "half.pth").write_bytes((folder / "whole.pth").read_bytes()[:-3000])
-    return {"absent": "no such checkpoint", "text": "not a checkpoint", "empty": "not a checkpoint",
-            "folder": "not a checkpoint", "zip": "not a checkpoint", "pickle": "not a checkpoint",
-            "payload": "not a checkpoint", "object": "not a checkpoint", "half": "not a checkpoint",
-            "state_dict": "not a checkpoint of this project",
-            "list": "not a checkpoint of this project"}
-
-
-def test_what_is_no_checkpoint_is_refused_in_one_line_and_never_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, message in spoilt_checkpoints(tmp_path).items():
-        for load in (load_checkpoint, load_model):
-            with pytest.raises(CheckpointError, match=message) as caught:
-                load(tmp_path / f"{name}.pth")
-            assert f"{name}.pth" in str(caught.value) and "\n" not in str(caught.value), name
-    assert not (tmp_path / "PAYLOAD-RAN").exists()
-    torch.load(tmp_path / "payload.pth", weights_only=False)        # had it been let, it would have
-    assert (tmp_path / "PAYLOAD-RAN").exists()
-
-
-@pytest.mark.parametrize("changes", [
-    {"model_args": dict(SMALL, widths=(4, 4, 16))}, {"model_args": dict(SMALL, num_discrete=2)},
-    {"model_args": dict(SMALL, colour="red")}, {"model_args": {}},
-    {"model_args": dict(SMALL, strides=0)}, {"model_args": dict(SMALL, strides=(100, 100))},
-    {"model_args": dict(SMALL, strides=2.0)}, {"model_args": dict(SMALL, in_channels=2)},
-    {"calibration": {"levels": [0.9], "half_widths": [5.0], "error_quantiles": [0, 1],
-                     "spread": True, "novelty": {"mean": [0.0], "precision": [[1.0]]}}}])
-def test_weights_that_do_not_fit_their_settings_are_refused_in_one_line(tmp_path, changes):
-    save_some(tmp_path / "m.pth", **changes)
-    with pytest.raises(CheckpointError, match=r"m\.pth: the saved weights .* do not fit") as caught:
-        load_model(tmp_path / "m.pth")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_salt_is_made_once_kept_private_and_hashes_by_it_alone(tmp_path):
-    path = tmp_path / "a.salt"
-    salt = read_salt(path)
-    assert read_salt(path) == salt and os.stat(path).st_mode & 0o777 == 0o600
-    assert read_salt(tmp_path / "b.salt") != salt
-    assert hash_patients(["MRN1", "MRN2"], salt) == hash_patients(["MRN1", "MRN2"], salt)
-    assert hash_patients(["MRN1"], salt) != hash_patients(["MRN1"], "other")
-    path.write_text("short\n")
-    with pytest.raises(DataError, match="expected a salt"):
-        read_salt(path)
+    with pytest.raises(DataError, match=r"Wide: an output of shape \(2, 3600\)"):
+        NormalisedModel(Wide(), KEYS, NORMALISER)
 
 
 # ----------------------------------------------------------------------------- modules and imports
@@ -670,21 +821,26 @@ def python(code, cwd, **environment):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("name", ["models", "datasets", "labels", "metrics", "tk_utils",
-                                  "recordings"])
-def test_a_module_of_the_nothing_rows_stands_alone_in_an_empty_folder(name, tmp_path):
-    with open(os.path.join(ROOT, f"{name}.py"), encoding="utf-8") as source:
-        (tmp_path / f"{name}.py").write_text(source.read(), encoding="utf-8")
-    code = f"import {name}, sys; print({name}.__file__)"
-    assert python(code, tmp_path) == [str(tmp_path / f"{name}.py")]
-    assert os.listdir(tmp_path) == [f"{name}.py"]
+COPIED = {"normalised_model": ["models", "kernels", "datasets", "checkpoint", "tk_utils"],
+          "training_header": ["models", "kernels", "datasets", "checkpoint", "tk_utils",
+                              "normalised_model"],
+          "checkpoint": ["models", "datasets", "tk_utils"]}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_a_module_runs_with_the_files_that_its_docstring_names(name, tmp_path):
+    for file in (name, *COPIED[name]):
+        with open(os.path.join(ROOT, f"{file}.py"), encoding="utf-8") as source:
+            (tmp_path / f"{file}.py").write_text(source.read(), encoding="utf-8")
+    needed = python(f"import {name}; print({name}.__doc__)", tmp_path)
+    assert all(f"{file}.py" in " ".join(needed) for file in COPIED[name])
 
 
 def test_importing_our_modules_does_no_work(tmp_path):
     code = """if True:
         import random, numpy, torch
         before = torch.get_rng_state(), random.getstate(), repr(numpy.random.get_state())
-        import training_header, simulate, prepare, evaluate, train_resnet
+        import training_header, evaluate, train_resnet
         after = torch.get_rng_state(), random.getstate(), repr(numpy.random.get_state())
         print(torch.equal(before[0], after[0]), before[1:] == after[1:])
         print("DEVICE" in vars(training_header), torch.cuda.is_initialized())
@@ -698,7 +854,8 @@ def test_a_star_import_brings_an_experiment_all_it_needs(tmp_path):
     needed = ["DEVICE", "TPP_PPG_dataset", "create_dataset_index", "load_dataset_index",
               "split_index", "make_loader", "fit_normaliser", "get_model_v3", "MyFirstResNet",
               "ConvBlock", "ResBlockV1", "ResBlockV2", "ResBlockV3", "training_loop", "load_model",
-              "StepLR", "CosineAnnealingLR", "ReduceLROnPlateau", "DEFAULT_CONDITION"]
+              "StepLR", "CosineAnnealingLR", "ReduceLROnPlateau", "CheckpointError",
+              "save_checkpoint", "PPG_NORMALISATIONS", "LOSSES"]
     code = f"from training_header import *; print([n for n in {needed} if n not in globals()])"
     assert python(code, tmp_path, PYTHONPATH=ROOT) == ["[]"]
     for name in training_header.__all__:
