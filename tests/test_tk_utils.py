@@ -1,4 +1,4 @@
-"""The toolkit: files that are whole or absent, exit codes, progress in a log file, figures."""
+"""The toolkit: atomic files, exit codes, tables, progress in a log file, processes, figures."""
 import json
 import os
 import re
@@ -7,11 +7,12 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import read_terminal
+from conftest import children, needs_children, read_terminal
 
 import tk_utils
 
@@ -19,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RED = (0xb3, 0x26, 0x1e)
 
 
-def python(code, **options):
+def python(code, **environment):
     """Run `code` in a new interpreter that finds our modules."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), **environment)
     return subprocess.run([sys.executable, "-c", code], env=environment, timeout=60,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 # ---------------------------------------------------------------- files
@@ -49,7 +50,7 @@ def test_after_an_error_the_old_file_is_there_and_the_temporary_is_not(tmp_path,
     assert os.listdir(tmp_path) == ["log.csv"]
 
 
-def test_a_writer_killed_in_the_middle_leaves_the_old_file_and_nothing_a_glob_would_take(tmp_path):
+def test_a_writer_killed_in_the_middle_leaves_the_old_file_and_the_next_one_cleans_up(tmp_path):
     path = tmp_path / "data.h5"
     path.write_text("old")
     child = subprocess.Popen(
@@ -66,17 +67,9 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_file_and_nothing_a_glob_wo
     assert list(tmp_path.glob("*.h5")) == [path]
     left = [name for name in os.listdir(tmp_path) if name != "data.h5"]
     assert len(left) == 1 and left[0].startswith(".data.h5.") and left[0].endswith(".tmp")
-
-
-def test_two_writers_of_one_file_do_not_share_a_temporary_and_the_last_one_wins(tmp_path):
-    path = tmp_path / "x.json"
-    with tk_utils.atomic_path(path) as second:
-        with tk_utils.atomic_path(path) as first:
-            Path(first).write_text("first")
-            Path(second).write_text("second")
-            assert first != second
-        assert path.read_text() == "first"
-    assert path.read_text() == "second"
+    with tk_utils.atomic_file(tmp_path / "data.h5") as file:        # the next one cleans up
+        file.write("new")
+    assert os.listdir(tmp_path) == ["data.h5"]
 
 
 def test_a_writer_that_writes_nothing_is_an_error_and_keeps_the_old_file(tmp_path):
@@ -106,19 +99,6 @@ def test_a_private_file_stays_private_and_a_link_stays_a_link(tmp_path):
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
 
 
-@pytest.mark.skipif(os.name != "posix", reason="file modes of POSIX")
-def test_a_new_file_gets_the_mode_that_any_new_file_gets(tmp_path):
-    (tmp_path / "ordinary").write_text("")
-    tk_utils.write_json(tmp_path / "x.json", {})
-    assert (tmp_path / "x.json").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
-
-
-def test_a_very_long_name_can_be_written(tmp_path):
-    path = tmp_path / ("n" * 250 + ".json")
-    tk_utils.write_json(path, {})
-    assert path.exists()
-
-
 def test_json_has_sorted_keys_plain_numbers_and_null_for_what_is_not_finite(tmp_path):
     path = tmp_path / "m.json"
     tk_utils.write_json(path, {
@@ -130,11 +110,37 @@ def test_json_has_sorted_keys_plain_numbers_and_null_for_what_is_not_finite(tmp_
     assert re.findall(r'^  "(\w)"', text, re.M) == ["2", "a", "b", "c"]
 
 
-def test_what_is_no_json_is_an_error_and_not_half_a_file(tmp_path):
-    path = tmp_path / "m.json"
-    with pytest.raises(TypeError):
-        tk_utils.write_json(path, {"a": 1, "b": object()})
-    assert os.listdir(tmp_path) == []
+def test_what_cannot_be_written_is_found_before_the_work(tmp_path):
+    tk_utils.check_writable(tmp_path / "new" / "a.json")
+    with pytest.raises(IsADirectoryError):
+        tk_utils.check_writable(tmp_path)
+    with pytest.raises(OSError):
+        tk_utils.check_writable("/proc/version/a.json")
+
+
+def test_a_lock_keeps_others_out_until_its_holder_ends_however(tmp_path):
+    path = tmp_path / "runs" / "lock"
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time, tk_utils\n"
+         "with tk_utils.locked(sys.argv[1], 'busy'):\n"
+         "    print('locked', flush=True); time.sleep(60)", str(path)],
+        env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, text=True)
+    with child:
+        assert child.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError, match="busy"), tk_utils.locked(path, "busy"):
+            pytest.fail("locked twice")
+        child.kill()
+    with tk_utils.locked(path, "busy"):
+        pass
+
+
+def test_the_files_of_a_run_lie_in_its_folder_and_its_checkpoint_beside_it():
+    files = tk_utils.run_files("a")
+    assert (files.checkpoint, files.resume, files.log) == (
+        "runs/a.pth", "runs/a/resume.pth", "runs/a/log.csv")
+    assert files.histogram == "figures_resnet/a_histogram_plot.png"
+    with pytest.raises(AttributeError):
+        files.nothing  # noqa: B018
 
 
 # ---------------------------------------------------------------- scripts
@@ -189,23 +195,49 @@ def test_a_full_disk_behind_the_output_is_told():
             [sys.executable, "-c", SCRIPT.format(body='print("scores")')], stdout=full,
             env=dict(os.environ, PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True)
     assert ended.returncode != 0
-    assert "error: [Errno 28] No space left on device" in ended.stderr
+    assert "error: [Errno 28] No space left on device (free some disk space" in ended.stderr
 
 
-def test_a_table_is_aligned_with_its_numbers_to_the_right(capsys):
-    tk_utils.print_table([["ridge", 6.2, 1200, "0.42 [0.30, 0.50]"],
-                          ["mean TPP", float("nan"), None, "\u22120.1"]],
-                         ["baseline", "RMSE", "n", "skill"])
-    assert capsys.readouterr().out.splitlines() == [
+def table(rows, headers, **environment):
+    """What print_table shows, in another process."""
+    ended = python(f"import tk_utils; tk_utils.print_table({rows!r}, {headers!r})".replace(
+        "nan", "float('nan')"), **environment)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
+
+
+def test_a_table_is_aligned_with_its_numbers_to_the_right_and_shows_no_nan():
+    assert table([["ridge", 6.2, 1200, "0.42 [0.30, 0.50]"],
+                  ["mean TPP", float("nan"), None, "\u22120.1"]],
+                 ["baseline", "RMSE", "n", "skill"]) == [
         "baseline  RMSE      n              skill",
         "--------  ----  -----  -----------------",
         "ridge     6.20  1,200  0.42 [0.30, 0.50]",
-        "mean TPP   nan                      \u22120.1"]
+        "mean TPP     –                      \u22120.1"]
+    assert table([], ["rule", "segments"]) == ["rule  segments", "----  --------"]
 
 
-def test_a_table_without_rows_shows_its_headers(capsys):
-    tk_utils.print_table([], ["rule", "segments"])
-    assert capsys.readouterr().out.splitlines() == ["rule  segments", "----  --------"]
+@pytest.mark.parametrize("columns", [100, 80, 60])
+def test_no_table_is_wider_than_the_terminal_and_nothing_of_it_is_lost(columns):
+    words = "gradient boosting on vitals and classical features of the waveform"
+    lines = table([[words, *range(1000, 1012), "text " * 9] for _ in range(3)],
+                  ["predictor", *[f"score {n}" for n in range(12)], "remark"], COLUMNS=str(columns))
+    assert max(map(len, lines)) <= columns
+    text = " ".join(lines)
+    assert all(text.count(f"{n:,}") == 3 for n in range(1000, 1012))
+    assert all(word in text for word in words.split()) and text.count("text") == 27
+
+
+def test_a_table_can_be_shown_without_unicode_and_obeys_no_control_characters():
+    lines = table([["A\x1b[31m\nB ± ² \udcff", 1.0]], ["R² of “x”", "n"],
+                  PYTHONIOENCODING="ascii")
+    assert lines[2].startswith("A\\x1b[31m B +/- 2 \\udcff") and "R2 of ?x?" in lines[0]
+
+
+def test_counts_have_their_singular():
+    assert [tk_utils.counted(n, "patient") for n in (0, 1, 1200)] == [
+        "0 patients", "1 patient", "1,200 patients"]
+    assert tk_utils.counted(2, "series", "series") == "2 series"
 
 
 # ---------------------------------------------------------------- progress
@@ -228,13 +260,6 @@ def test_progress_into_a_log_file_speaks_now_and_then():
     lines = ended.stderr.splitlines()
     assert 1 <= len(lines) <= 4
     assert "/30" in lines[0]
-
-
-def test_progress_yields_every_item_of_a_generator_of_unknown_length():
-    ended = python("import tk_utils\n"
-                   "print(sum(tk_utils.progress(i for i in range(10))))\n")
-    assert ended.stdout == "45\n"
-    assert ended.stderr.startswith("10it")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals of POSIX")
@@ -267,19 +292,6 @@ def test_the_same_seed_gives_the_same_random_numbers_everywhere():
     assert draw(2 ** 33) == draw(2 ** 33)
 
 
-def test_versions_name_the_packages_and_neither_host_nor_user():
-    import getpass
-    import platform
-
-    import torch
-    found = tk_utils.versions()
-    assert set(found) == {"python", "platform", "torch", "numpy", "h5py", "sklearn", "scipy"}
-    assert found["numpy"] == np.__version__
-    assert torch.__version__.startswith(found["torch"].split("+")[0])
-    text = " ".join(map(str, found.values())).split()
-    assert platform.node() not in text and getpass.getuser() not in text
-
-
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_git_revision_is_that_of_the_files_own_checkout_or_none(tmp_path):
     shutil.copy(ROOT / "tk_utils.py", tmp_path)
@@ -308,14 +320,53 @@ def test_the_git_revision_is_that_of_the_files_own_checkout_or_none(tmp_path):
     assert revision() == git("rev-parse", "--short", "HEAD") + "-dirty"
 
 
-def test_the_module_imports_alone_and_without_the_heavy_packages(tmp_path):
+def test_the_module_imports_alone(tmp_path):
     shutil.copy(ROOT / "tk_utils.py", tmp_path)
-    ended = subprocess.run(
-        [sys.executable, "-c", 'import tk_utils, sys\n'
-         'print([name for name in ("torch", "matplotlib", "sklearn", "tqdm") '
-         'if name in sys.modules])'],
-        cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=60)
-    assert ended.stdout == "[]\n"
+    subprocess.run([sys.executable, "-c", "import tk_utils, sys\n"
+                    "assert 'matplotlib' not in sys.modules"], cwd=tmp_path, check=True, timeout=60)
+
+
+# ---------------------------------------------------------------- processes
+
+POOL = """
+import os, sys, time, tk_utils
+def work(n):
+    if n == {killed}:
+        os.kill(os.getpid(), 9)
+    if n == {sleeps}:
+        time.sleep(60)
+    return n * n
+if __name__ == "__main__":
+    for job, result in tk_utils.in_processes(work, range(9), 2):
+        print(job, result, flush=True)
+"""
+
+
+def test_results_come_in_order_and_only_the_job_that_is_killed_is_lost(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL.format(killed=4, sleeps=None))
+    ended = subprocess.run([sys.executable, tmp_path / "pool.py"], stdout=subprocess.PIPE,
+                           env=dict(os.environ, PYTHONPATH=str(ROOT)), text=True, timeout=120)
+    expected = [f"{n} {n * n}" for n in range(9)]
+    expected[4] = "4 its process was killed (out of memory?)"
+    assert ended.stdout.splitlines() == expected
+    assert list(tk_utils.in_processes(abs, [-1, 2])) == [(-1, 1), (2, 2)]
+
+
+@needs_children
+def test_the_workers_of_a_killed_parent_end(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL.format(killed=None, sleeps=3))
+    parent = subprocess.Popen([sys.executable, tmp_path / "pool.py"], stdout=subprocess.PIPE,
+                              env=dict(os.environ, PYTHONPATH=str(ROOT)), text=True)
+    with parent:
+        assert parent.stdout.readline() == "0 0\n"
+        workers = children(parent.pid)
+        parent.kill()
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 20
+    while any(map(tk_utils._is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if tk_utils._is_alive(pid)
+                and "zombie" not in Path(f"/proc/{pid}/status").read_text()]
 
 
 # ---------------------------------------------------------------- figures
@@ -359,14 +410,6 @@ def test_the_loss_figure_is_drawn_for_every_kind_of_trajectory(tmp_path, given):
     assert pixels(path).shape[0] > 600 and pixels(path).std() > 10
 
 
-def test_the_loss_figure_takes_tensors(tmp_path):
-    import torch
-    tensors = {key: torch.as_tensor(value) for key, value in trajectory().items()}
-    tk_utils.loss_lr_plot(tensors, tmp_path / "tensors.png")
-    tk_utils.loss_lr_plot(trajectory(), tmp_path / "arrays.png")
-    np.testing.assert_array_equal(pixels(tmp_path / "tensors.png"), pixels(tmp_path / "arrays.png"))
-
-
 def test_the_histogram_shows_units_scores_and_counts(tmp_path):
     rng = np.random.default_rng(0)
     truth = rng.normal(36, 14, 1234)
@@ -390,7 +433,7 @@ def test_a_wild_value_does_not_shrink_the_histogram_and_is_counted(tmp_path):
     prediction[0] = 5000
     tk_utils.histogram_plot(truth, prediction, tmp_path / "h.svg", {"n_patients": 3})
     text = drawn_text(tmp_path / "h.svg")
-    assert "3 patients    5,000 segments (1 beyond the axes)" in text
+    assert "3 patients   5,000 segments (1 beyond the axes)" in "\n".join(text)
     assert "80" in text and "5000" not in text
 
 
@@ -417,81 +460,4 @@ def test_figures_come_as_pdf_too_and_leave_pyplot_alone(tmp_path):
                    f'tk_utils.histogram_plot([30, 40], [31, 39], {str(path)!r}, {{}})\n'
                    'print("matplotlib.pyplot" in sys.modules)')
     assert ended.stdout == "False\n", ended.stderr
-    assert path.read_bytes().startswith(b"%PDF")
-
-
-@pytest.mark.parametrize("n", [1, 40, 20_000])          # points; of many their density
-def test_the_figures_of_the_report_are_drawn_from_few_segments_and_many(tmp_path, n):
-    import metrics
-    rng = np.random.default_rng(0)
-    truth = rng.normal(36, 12, n)
-    prediction, patients = truth + rng.normal(0, 5, n), np.arange(n) % 50
-    agreement = metrics.bland_altman(patients, truth, prediction)
-    found = metrics.detection(patients, truth, prediction)
-    reliability = metrics.reliability(patients, truth < 34, rng.random(n))
-    figures = {
-        "intervals": tk_utils.intervals_figure([("ridge", 7, 6, 8), ("mean", 9, 8, 11)],
-                                               "RMSE (mmHg)", "SIMULATED DATA", line=7),
-        "agreement": tk_utils.bland_altman_figure(truth, prediction, agreement, "SIMULATED DATA"),
-        "detection": tk_utils.detection_figure(truth < 34, -prediction, found, reliability,
-                                               "SIMULATED DATA"),
-        "trend": tk_utils.trend_figure(truth[1:], prediction[1:], 5, "SIMULATED DATA"),
-        "waves": tk_utils.waveforms_figure(rng.normal(size=(2, 3600)), ["a", "b"], 60,
-                                           title_note="SIMULATED DATA")}
-    for name, figure in figures.items():
-        tk_utils.save_figure(figure, tmp_path / f"{name}.png")
-        assert pixels(tmp_path / f"{name}.png").std() > 5
-        assert red_pixels(tmp_path / f"{name}.png") > 1000, name
-
-
-def test_the_roc_curve_passes_through_ties_as_one_step(tmp_path):
-    event, score = np.array([True, False, True, False]), np.array([2.0, 1.0, 1.0, 0.0])
-    found = {"auc": {"value": 0.875, "low": 0.5, "high": 1.0}, "threshold": 34,
-             "sensitivity": {"value": 0.5}, "specificity": {"value": 1.0}}
-    curve = tk_utils.detection_figure(event, score, found).axes[0].lines[0]
-    assert curve.get_xdata().tolist() == [0, 0, 0.5, 1]
-    assert curve.get_ydata().tolist() == [0, 0.5, 1, 1]
-
-
-# ---------------------------------------------------------------- the page
-
-def test_a_page_escapes_every_text_and_is_written_whole(tmp_path):
-    bad = "<script>alert('&')</script>"
-    body = (tk_utils.html_text(bad, "p", "note")
-            + tk_utils.html_table([[bad, 1.5]], [bad, "n"], bad)
-            + tk_utils.html_figure(tk_utils.new_figure(1, 1), f'"{bad}', bad))
-    tk_utils.html_page(tmp_path / "new folder" / "p.html", bad, body)
-    text = (tmp_path / "new folder" / "p.html").read_text(encoding="utf-8")
-    assert "<script" not in text and text.count("&lt;script&gt;") >= 7
-    assert 'alt="&quot;' in text and '<html lang="en">' in text and 'charset="utf-8"' in text
-    assert os.listdir(tmp_path / "new folder") == ["p.html"]
-
-
-def test_a_page_may_load_and_run_nothing(tmp_path):
-    tk_utils.html_page(tmp_path / "p.html", "a {b} %s", "<p>{c}</p>")
-    text = (tmp_path / "p.html").read_text(encoding="utf-8")
-    assert "default-src 'none'" in text and "<title>a {b} %s</title>" in text and "{c}" in text
-    assert "http://" not in text and "https://" not in text and "url(" not in text
-
-
-def test_a_table_in_a_page_scrolls_in_its_box_and_aligns_numbers_right():
-    text = tk_utils.html_table([["ridge", 6.254, 1200, "4.72 (4.27 to 5.21)"],
-                                ["mean", None, 7, "9.00 (8.00 to 9.50)"]],
-                               ["", "RMSE", "n", "95 %"])
-    assert text.startswith("<div class=table role=region tabindex=0 aria-label=")
-    assert "<td>ridge</td><td class=right>6.25</td><td class=right>1,200</td>" in text
-    assert "<td class=right>4.72 (4.27 to 5.21)</td>" in text and "<td class=right></td>" in text
-    assert "<th scope=col class=right>RMSE</th>" in text
-
-
-def test_a_picture_in_a_page_is_embedded_with_its_size_and_needs_words():
-    import base64
-    figure = tk_utils.new_figure(4, 2)
-    figure.subplots()
-    text = tk_utils.html_figure(figure, "what it shows", "caption")
-    data = base64.b64decode(re.search(r"base64,([^\"]+)", text).group(1))
-    assert data.startswith(b"\x89PNG") and 'alt="what it shows"' in text
-    width, height = map(int, re.search(r"width=(\d+) height=(\d+)", text).groups())
-    assert 1.5 < width / height < 2.5 and "<figcaption>caption</figcaption>" in text
-    with pytest.raises(ValueError, match="alt"):
-        tk_utils.html_figure(figure, "")
+    assert path.read_bytes().startswith(b"%PDF") and b"/Type3" not in path.read_bytes()
