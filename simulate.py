@@ -1,38 +1,35 @@
 """Virtual patients with a known closing pressure: waveforms, labels and truth in the HDF5 layout.
 
     python simulate.py --out data/simulated.h5 --patients 400 --segments 12 --seed 1 --workers 2
-    python simulate.py --out FILE --patients N --segments N --label-method waveform_balance --abp
-    python simulate.py --label-report --out-dir label_report           # the labels' own error
-    python simulate.py --label-report data/icu.h5 --out-dir label_report  # agreement on real ones
+    python simulate.py --out FILE --patients N --segments N --label-method waveform_balance
 
-The left ventricle ejects into a three-element Windkessel that empties towards Pcrit; the radial
-line shows the arterial pressure, from which labels.py makes the labels exactly as for a recording;
-the finger's blood volume follows the pressure through a sigmoid curve and becomes the PPG. The true
-Pcrit is stored beside the label as `p_crit_true`. A patient is a function of the seed and of its
-number, so the file does not depend on the number of workers.
+The left ventricle ejects into a three-element Windkessel that empties towards Pcrit. The radial
+line shows the arterial pressure, which labels.py labels exactly as that of a recording. The blood
+volume of the finger follows the pressure through a sigmoid curve and becomes the PPG. The true
+Pcrit is stored as `p_crit_true`. Every patient is a function of the seed and of its number, so the
+file does not depend on the number of workers. Needs labels.py, signals.py, datasets.py and
+tk_utils.py.
 
-These are not real patients: a network that is good on them has learnt this model's physics.
+These are not real patients: a network that does well on them has learnt the physics of this model.
 """
-import concurrent.futures
-import csv
 import math
-import multiprocessing
 import os
 import sys
-from collections import deque
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Dict, NamedTuple, Tuple
 
 import numpy as np
+from scipy.signal import butter, lfilter, lfiltic, resample_poly, sosfilt
+from scipy.special import expit
 
+import datasets
 import labels
+import signals
 import tk_utils
 
-datasets = tk_utils.lazy_module("datasets")     # it brings PyTorch, for which --help does not wait
-
-FS_SIM = 240            # Hz: resolves ejection and line resonance; divides by 4 to the layout's 60
+FS_SIM = 240            # Hz: resolves ejection and line resonance; 4 times the layout's 60
 LEAD_SECONDS = 10       # before each segment: the Windkessel (tau < 2 s) forgets how it began
-TAIL_SECONDS = 1        # behind it, cut off with the resampling filter's edge
+TAIL_SECONDS = 1        # after it, cut off with the edge of the resampling filter
 
 
 class Normal(NamedTuple):
@@ -42,7 +39,7 @@ class Normal(NamedTuple):
     low: float = -np.inf
     high: float = np.inf
 
-    def draw(self, rng):
+    def draw(self, rng: np.random.Generator) -> float:
         return float(np.clip(rng.normal(self.mean, self.sd), self.low, self.high))
 
 
@@ -51,20 +48,20 @@ class Uniform(NamedTuple):
     low: float
     high: float
 
-    def draw(self, rng):
+    def draw(self, rng: np.random.Generator) -> float:
         return float(rng.uniform(self.low, self.high))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What patients are made of.
+    """The parameters of the patients and their distributions.
 
     R and Pcrit: Maas et al. 2012. C, Zc and the ejection time: textbook ranges. Pulse-pressure
-    variation: PMC4240833. MAP, SBP, DBP, PP, HR and Pcrit of the segments that pass the gate come
-    near the cohort of Chandrasekhar et al. 2023 (means 76.7, 118, 56, 62.5, 77 and 40.5; SD 11, 20,
-    10, 19, 17 and 16). What has no source was set so that they do, and so that the published label
-    misses the true Pcrit by about as much as with other simulators (bias 3 to 5, SD 5 mmHg; here
-    2 to 3 and 5).
+    variation: PMC4240833. MAP, SBP, DBP, PP, HR and Pcrit of the segments that pass the gate match
+    the cohort of Chandrasekhar et al. 2023 roughly (means 76.7, 118, 56, 62.5, 77 and 40.5; SD 11,
+    20, 10, 19, 17 and 16). Values without a source were chosen so that they do, and so that the
+    published label's error in Pcrit is about that seen in other simulators (bias 3 to 5, SD 5 mmHg;
+    here 2 to 3 and 5).
     """
     # Circulation. MAP is regulated: R (mmHg s/mL) follows from (MAP - Pcrit) / flow, in its limits.
     map: Normal = Normal(77.5, 9.0)                         # mmHg
@@ -90,7 +87,7 @@ class Settings:
     heart_rate_drift: float = 0.06                          # this and the next two: shares
     stroke_volume_drift: float = 0.08
     compliance_drift: float = 0.05
-    # From beat to beat: amplitudes (of `random_`: SD) as shares of stroke volume and beat interval.
+    # From beat to beat: amplitudes (`random_`: SD) as shares of stroke volume and beat interval.
     # A pulse-pressure variation of 4-17 % is a respiratory amplitude of 2-8.5 %.
     slow_hz: Uniform = Uniform(0.01, 0.05)
     slow_stroke_volume: Uniform = Uniform(0.0, 0.08)
@@ -138,8 +135,9 @@ class Settings:
 DEFAULT = Settings()
 
 
-def simulate_patient(seed, patient_number, n_segments, beats="foot", keep_abp=False,
-                     settings=DEFAULT, label_method="published"):
+def simulate_patient(seed: int, patient_number: int, n_segments: int, keep_abp: bool = False,
+                     settings: Settings = DEFAULT, label_method: str = "published"
+                     ) -> Dict[str, np.ndarray]:
     """One patient's encounter as the layout's fields: dict of arrays with `n_segments` rows.
 
     A pure function of its arguments. `ppg` (and `abp` if kept) is [n_segments, 3600] float32.
@@ -153,8 +151,8 @@ def simulate_patient(seed, patient_number, n_segments, beats="foot", keep_abp=Fa
         segment = {**patient, **{name: values[i] for name, values in states.items()}}
         abp[i], ppg[i] = simulate_segment(rng, segment, settings)
     gap_s = np.where(rng.random(n_segments) < 0.03, 60.0 * rng.integers(1, 60, n_segments), 0.0)
-    fields = labels.label_segments(abp, datasets.FS, beats=beats, method=label_method)
-    quality = labels.signal_quality(abp, ppg, datasets.FS)
+    fields = labels.label_segments(abp, datasets.FS, label_method)
+    quality = signals.signal_quality(abp, ppg, datasets.FS)
     fields["reason"] |= quality.pop("reason")
     fields.update(
         quality,
@@ -167,10 +165,10 @@ def simulate_patient(seed, patient_number, n_segments, beats="foot", keep_abp=Fa
     return fields
 
 
-# ------------------------------------------------------------------------------ who the patient is
+# --------------------------------------------------------------------------------- the patient
 
-def draw_patient(rng, s):
-    """What does not change during the encounter, and the means of what does: dict of floats."""
+def draw_patient(rng: np.random.Generator, s: Settings) -> Dict[str, float]:
+    """The constants of an encounter, and the means of what varies: dict of floats."""
     patient = {name: value.draw(rng) for name, value in vars(s).items()
                if isinstance(value, (Normal, Uniform))}
     map_z = (patient["map"] - s.map.mean) / s.map.sd
@@ -190,9 +188,9 @@ def draw_patient(rng, s):
     return patient
 
 
-def drift(rng, patient, n, s):
-    """The segment-to-segment course of what changes: dict of (n,) arrays."""
-    from scipy.signal import lfilter
+def drift(rng: np.random.Generator, patient: Dict[str, float], n: int, s: Settings
+          ) -> Dict[str, np.ndarray]:
+    """The segment-to-segment course of what varies: dict of (n,) arrays."""
 
     def course(sd):                              # first-order autoregression of stationary SD
         steps = rng.normal(size=n) * np.sqrt(1 - s.drift_memory ** 2)
@@ -215,9 +213,11 @@ def drift(rng, patient, n, s):
 
 # --------------------------------------------------------------------------------- one minute
 
-def simulate_segment(rng, p, s, segment_seconds=60):
-    """(abp in mmHg, ppg in the monitor's unit), each [3600]: of the patient's present state `p`
-    (dict of floats, as in `draw_patient` and `drift`) under the Settings `s`."""
+def simulate_segment(rng: np.random.Generator, p: Dict[str, float], s: Settings,
+                     segment_seconds: int = datasets.SEGMENT_SECONDS
+                     ) -> Tuple[np.ndarray, np.ndarray]:
+    """(abp in mmHg, ppg in the monitor's unit), [3600] each, for the patient's present state `p`
+    (the floats of `draw_patient` and `drift`)."""
     seconds = LEAD_SECONDS + segment_seconds + TAIL_SECONDS
     t = np.arange(seconds * FS_SIM) / FS_SIM
     breath = 2 * np.pi * (p["respiration_hz"] * t + rng.random())
@@ -233,8 +233,8 @@ def simulate_segment(rng, p, s, segment_seconds=60):
 
 
 def ventricle(rng, t, breath, p, s):
-    """Aortic flow in mL/s at the times `t` (s), `breath` the phase of breathing at these: beats of
-    variable rhythm and stroke volume."""
+    """Aortic flow in mL/s at the times `t` (s) with beats of variable rhythm and stroke volume;
+    `breath` is the phase of breathing at these times."""
     mean_interval = 60.0 / p["heart_rate"]
     n = int(t[-1] / mean_interval * 1.5) + 20
     nominal = np.arange(n) * mean_interval
@@ -289,7 +289,6 @@ def arterial_pressure(flow, p_crit, p, compliance_bend=np.inf, resistance_bend=n
     C dP/dt = Q - (P - Pcrit) / R by the trapezoidal rule: a first-order recursive filter.
     `p_crit` (mmHg) may vary with time. Where C or R depends on pressure: by Heun's steps.
     """
-    from scipy.signal import butter, sosfilt
     if np.isfinite([compliance_bend, resistance_bend]).any():
         stored = bent_windkessel(flow, p_crit, p, compliance_bend, resistance_bend)
     else:
@@ -300,8 +299,7 @@ def arterial_pressure(flow, p_crit, p, compliance_bend=np.inf, resistance_bend=n
 
 
 def windkessel(flow, p_crit, p):
-    """The pressure (mmHg) behind Zc, of constant C and R."""
-    from scipy.signal import lfilter, lfiltic
+    """The pressure (mmHg) behind Zc for constant C and R."""
     a = 1.0 / (2 * FS_SIM * p["resistance"] * p["compliance"])
     gain = 1.0 / (2 * FS_SIM * p["compliance"] * (1 + a))
     numerator, denominator = [gain, gain], [1.0, -(1 - a) / (1 + a)]
@@ -311,7 +309,7 @@ def windkessel(flow, p_crit, p):
 
 
 def bent_windkessel(flow, p_crit, p, compliance_bend, resistance_bend):
-    """The same, where C and R fall with the pressure; at the mean one they are the patient's."""
+    """The same where C and R fall with pressure; at the mean pressure they are the patient's."""
     mean = p_crit.mean() + p["resistance"] * flow.mean()
     conductance, elastance = 1.0 / p["resistance"], 1.0 / (FS_SIM * p["compliance"])
 
@@ -331,8 +329,7 @@ def bent_windkessel(flow, p_crit, p, compliance_bend, resistance_bend):
 
 
 def radial_line(rng, pressure, p, s):
-    """What the transducer shows: resonance of catheter and tubing, now and then a fault."""
-    from scipy.signal import lfilter
+    """The transducer's signal: resonance of catheter and tubing, and occasional faults."""
     damping = p["line_damping"]
     if rng.random() < s.damped_share:
         damping = s.damped_line_damping.draw(rng)
@@ -351,8 +348,6 @@ def radial_line(rng, pressure, p, s):
 
 def finger_volume(pressure, p):
     """Blood volume under the sensor, 0-1: a sigmoid of transmural pressure, steepest at zero."""
-    from scipy.signal import butter, sosfilt
-    from scipy.special import expit
     low_pass = butter(1, p["finger_hz"], fs=FS_SIM, output="sos")
     at_finger = pressure[0] + sosfilt(low_pass, pressure - pressure[0])
     volume = expit((at_finger - p["contact_mmhg"]) / p["vessel_width_mmhg"])
@@ -360,8 +355,7 @@ def finger_volume(pressure, p):
 
 
 def monitor(rng, volume, breath, p, s):
-    """The PPG on the monitor's scale: more blood, larger value; with what else moves the light."""
-    from scipy.signal import butter, sosfilt
+    """The PPG on the monitor's scale (more blood, larger value), with wander, noise and motion."""
     t = np.arange(len(volume)) / FS_SIM
     low, high = np.percentile(volume, [5, 95])
     pulse = (volume - np.median(volume)) / (high - low)
@@ -377,8 +371,7 @@ def monitor(rng, volume, breath, p, s):
 
 
 def to_layout(signal, delay_s):
-    """The segment's samples at 60 Hz of a signal with its lead and tail, `delay_s` later."""
-    from scipy.signal import resample_poly
+    """A signal with lead and tail, delayed by `delay_s`: the segment's samples at 60 Hz."""
     step, margin = FS_SIM // datasets.FS, 10               # margin: the filter's half length
     samples = (len(signal) - (LEAD_SECONDS + TAIL_SECONDS) * FS_SIM) // step
     begin = int(round((LEAD_SECONDS - delay_s) * FS_SIM)) - margin * step
@@ -388,269 +381,47 @@ def to_layout(signal, delay_s):
 
 # ---------------------------------------------------------------------------------------- the file
 
-def simulate_file(path, patients, segments, seed, workers=1, quiet=False, beats="foot",
-                  keep_abp=False, label_method="published"):
-    """Write `patients` virtual patients of `segments` minutes each to `path`."""
-    jobs = ((seed, number, segments, beats, keep_abp, DEFAULT, label_method)
+def simulate_file(path, patients: int, segments: int, seed: int, workers: int = 1,
+                  quiet: bool = False, keep_abp: bool = False, label_method: str = "published"
+                  ) -> None:
+    """Write `patients` virtual patients of `segments` minutes each to `path`, atomically.
+
+    keep_abp also stores the arterial waveform. Raises OSError when the file cannot be written.
+    """
+    jobs = ((seed, number, segments, keep_abp, DEFAULT, label_method)
             for number in range(patients))
     with tk_utils.atomic_path(path) as temporary, datasets.LayoutWriter(
-            temporary, origin="simulated", label_method=label_method, beats=beats,
-            reasons=labels.REASONS, simulation_seed=seed) as writer:
-        done = in_order(simulate_patient, jobs, workers)
+            temporary, origin="simulated", label_method=label_method,
+            beats=labels.METHODS[label_method].beats, reasons=signals.REASONS,
+            simulation_seed=seed) as writer:
+        done = tk_utils.in_processes(_simulate, jobs, workers)
         if not quiet:
             done = tk_utils.progress(done, total=patients, desc="simulating", unit="patient")
-        for number, fields in enumerate(done):      # the name tells patients of another seed apart
-            writer.write(f"sim{seed}-{number:06d}", "1", fields)
+        for job, fields in done:
+            if isinstance(fields, tk_utils.ProcessDied):
+                raise OSError(f"patient {job[1]}: {fields}; try fewer --workers")
+            writer.write(f"sim{seed}-{job[1]:06d}", "1", fields)    # differs between seeds
 
 
-def in_order(function, jobs, workers):
-    """function(*job) of each job, in order, over processes; few results wait at a time, so that
-    memory does not grow with the number of jobs."""
-    if workers <= 1:
-        for job in jobs:
-            yield function(*job)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        waiting = deque()
-        for job in jobs:
-            waiting.append(pool.submit(function, *job))
-            if len(waiting) >= 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-# ------------------------------------------------------------------------- the label's own error
-
-_NONE = Uniform(0.0, 0.0)
-# Vessels that do not change within the minute and a regular rhythm: what the equation of the beat
-# balance assumes. Stroke volume varies with the breath, slowly and at random, as in `Settings`:
-# a respiratory amplitude of 2-8.5 % is a pulse-pressure variation of 4-17 % (PMC4240833).
-CONSTANT = replace(DEFAULT, fibrillation_share=0.0, ectopic_share=0.0, flush_share=0.0,
-                   damped_share=0.0, motion_share=0.0, vasomotion_mmhg=_NONE, reflection=_NONE)
-# A compliance that falls as exp(-dP / 120 mmHg) and a resistance as exp(-dP / 200 mmHg): assumed,
-# not measured. Together they lift the published intercept by about as much as it lies above
-# stop-flow measurements (about 40 against 26.5 mmHg).
-STIFFENING = replace(CONSTANT, compliance_bend_mmhg=120.0)
-BENT = replace(STIFFENING, resistance_bend_mmhg=200.0)
-FIBRILLATION = {"fibrillation_share": 1.0, "reflection": DEFAULT.reflection}
-# name: (settings, seconds of a segment)
-REGIMES = {
-    "slow": (replace(CONSTANT, slow_stroke_volume=Uniform(0.05, 0.15),
-                     respiratory_stroke_volume=_NONE, respiratory_interval=_NONE), 60),
-    "respiratory": (replace(CONSTANT, slow_stroke_volume=_NONE, slow_interval=_NONE), 60),
-    "mixed": (CONSTANT, 60),
-    "mixed, 30 s": (CONSTANT, 30),
-    "mixed, 120 s": (CONSTANT, 120),
-    "reflection": (replace(CONSTANT, reflection=DEFAULT.reflection), 60),
-    # up to three times the noise of the default cohort
-    "noise": (replace(CONSTANT, abp_noise_mmhg=Uniform(0.5, 1.5)), 60),
-    "damped line": (replace(CONSTANT, damped_share=1.0), 60),
-    "fibrillation": (replace(CONSTANT, **FIBRILLATION), 60),
-    "C(P)": (STIFFENING, 60),
-    "C(P), R(P)": (BENT, 60),
-    "fibrillation, C(P), R(P)": (replace(BENT, **FIBRILLATION), 60),
-    "default cohort": (DEFAULT, 60),
-}
-RECOMMENDED_METHOD, RECOMMENDED_CONDITION = "waveform_balance", "default_and_pcrit_se_lt_5.5"
-REPORT_BEATS = ("foot", "peak")
-REPORT_CONDITIONS = ("any", "default", RECOMMENDED_CONDITION)
-# what is printed and drawn of the table: (label method, beats, condition)
-SHOWN = (("published", "peak", "default"), ("published", "foot", "default"),
-         ("beat_balance", "foot", "default"), ("diastolic", "foot", "default"),
-         (RECOMMENDED_METHOD, "foot", "default"),
-         (RECOMMENDED_METHOD, "foot", RECOMMENDED_CONDITION))
-
-
-def label_report(out_dir, patients, seed, workers, regimes=tuple(REGIMES)):
-    """Estimated against true Pcrit over the regimes: `label_report.csv` and `.png` in out_dir."""
-    jobs = [(name, seed, numbers) for name in regimes
-            for numbers in np.array_split(np.arange(patients), -(-patients // 25))]
-    found = {name: [] for name in regimes}
-    done = in_order(report_patients, jobs, workers)
-    for job, result in zip(jobs, tk_utils.progress(done, total=len(jobs), desc="regimes")):
-        found[job[0]].append(result)
-    rows, points = [], {}
-    for regime, results in found.items():
-        truth = np.concatenate([p_crit for p_crit, _ in results])
-        for kind, fields in results[0][1].items():
-            fields = {key: np.concatenate([made[kind][key] for _, made in results])
-                      for key in fields}
-            for condition in REPORT_CONDITIONS:
-                kept = passes(fields, condition)
-                rows.append([regime, *kind, condition, *label_errors(fields, truth, kept)])
-                points[(regime, *kind, condition)] = (
-                    truth[kept], fields["p_crit"][kept], rows[-1][4:])
-    write_report(out_dir, "label_report.csv", [
-        "regime", "method", "beats", "gate", "segments", "kept_percent", "bias_mmhg", "sd_mmhg",
-        "r", "within_2_se_percent"], rows)
-    with tk_utils.atomic_path(os.path.join(out_dir, "label_report.png")) as temporary:
-        draw_report(points, regimes).savefig(temporary, format="png", dpi=110)
-
-
-def report_patients(regime, seed, numbers):
-    """(true Pcrit [N], {(method, beats): labels}) of one segment of each of N patients."""
-    settings, seconds = REGIMES[regime]
-    truth, abp = [], []
-    for number in numbers:
-        rng = np.random.default_rng([seed, number])
-        patient = draw_patient(rng, settings)
-        state = {name: values[0] for name, values in drift(rng, patient, 1, settings).items()}
-        abp.append(simulate_segment(rng, {**patient, **state}, settings, seconds)[0])
-        truth.append(state["p_crit"])
-    return np.array(truth), label_all(np.array(abp))
-
-
-def label_all(abp):
-    """{(method, beats): labels} of abp [N, samples]."""
-    return {(method, beats): labels.label_segments(abp, datasets.FS, beats, method)
-            for method in labels.METHODS for beats in REPORT_BEATS}
-
-
-def passes(fields, condition):
-    """[N] mask of what the gate of that name keeps, all PPG taken as fine."""
-    return datasets.passes_gate(datasets.get_gate(condition), fields.get,
-                                np.ones(len(fields["map"]), bool))
-
-
-def label_errors(fields, truth, kept):
-    """[segments, kept %, bias, SD, correlation, truth within 2 standard errors %]"""
-    found, truth = fields["p_crit"][kept], truth[kept]
-    covered = np.abs(found - truth) < 2 * fields["p_crit_se"][kept]
-    return [len(kept), 100.0 * kept.mean(), of_enough(np.mean, found - truth),
-            of_enough(np.std, found - truth), of_enough(correlation, found, truth),
-            100.0 * of_enough(np.mean, covered)]
-
-
-def of_enough(function, *values):
-    """What the function makes of the values, NaN where there are fewer than 3."""
-    return float(function(*values)) if len(values[0]) > 2 else float("nan")
-
-
-def correlation(a, b):
-    return np.corrcoef(a, b)[0, 1]
-
-
-def draw_report(points, regimes):
-    """Estimated against true Pcrit: a row of panels for each of SHOWN, a column for each regime."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(1.55 * len(regimes) + 1, 1.7 * len(SHOWN) + 1), layout="constrained")
-    panels = figure.subplots(len(SHOWN), len(regimes), sharex=True, sharey=True, squeeze=False)
-    for line, (method, beats, condition) in zip(panels, SHOWN):
-        for axes, regime in zip(line, regimes):
-            truth, found, (_, kept, bias, sd, r, _) = points[regime, method, beats, condition]
-            axes.plot([0, 100], [0, 100], color="0.7", linewidth=0.8)
-            axes.plot(truth, found, ".", markersize=2.5, alpha=0.6)
-            axes.set_title(f"{bias:+.1f} \u00b1 {sd:.1f}, r {r:.2f}\n{kept:.0f} % kept", fontsize=7)
-            axes.set(xlim=(0, 95), ylim=(0, 95), xticks=(0, 40, 80), yticks=(0, 40, 80))
-            axes.tick_params(labelsize=6)
-        gate = "" if condition == "default" else "\n+ standard error < 5.5"
-        line[0].set_ylabel(f"{method}\n{beats} to {beats}{gate}", fontsize=7)
-    for column, regime in zip(panels.T, regimes):
-        column[-1].set_xlabel(regime, fontsize=6.5)
-        column[0].set_title(f"{regime}\n\n{column[0].get_title()}", fontsize=7)
-    figure.suptitle("Pcrit of the label (up) against the simulated truth (across), mmHg",
-                    fontsize=9)
-    return figure
-
-
-def agreement_report(path, out_dir):
-    """Of recordings stored with their `abp`: share kept by each method and gate, agreement with the
-    published label, repeatability from minute to minute: `label_agreement.csv` in out_dir."""
-    minutes = list(read_abp(path))
-    if not minutes:
-        raise datasets.DataError(f"{path}: no encounter has the field 'abp'; prepare.py stores it")
-    person, abp, followed, reason, irregular = map(np.concatenate, zip(*minutes))
-    made = label_all(abp)
-    for fields in made.values():
-        fields["reason"] |= reason
-    standard = made["published", "foot"]["p_crit"]
-    standard_kept = passes(made["published", "foot"], "default")
-    kept_by_all = standard_kept & passes(made["beat_balance", "foot"], "default") \
-        & passes(made[RECOMMENDED_METHOD, "foot"], "default")
-    rows = []
-    for rhythm, chosen in (("all", np.ones(len(abp), bool)), ("regular", ~irregular),
-                           ("arrhythmic", irregular)):
-        both = chosen & kept_by_all
-        pairs = np.flatnonzero((followed & both)[:-1] & both[1:])
-        for (method, beats), fields in made.items():
-            p_crit = fields["p_crit"].astype(float)
-            change = p_crit[pairs + 1] - p_crit[pairs]
-            change = change[np.isfinite(change)]
-            for condition in REPORT_CONDITIONS[1:]:
-                kept = chosen & passes(fields, condition)
-                shared = kept & standard_kept
-                rows.append([
-                    rhythm, method, beats, condition, int(chosen.sum()), int(kept.sum()),
-                    len(np.unique(person[kept])), of_enough(np.mean, p_crit[kept]),
-                    of_enough(np.std, p_crit[kept]),
-                    of_enough(np.mean, (p_crit - standard)[shared]),
-                    of_enough(correlation, p_crit[shared], standard[shared]),
-                    of_enough(np.std, change) / 2 ** 0.5, len(change)])
-    write_report(out_dir, "label_agreement.csv", [
-        "rhythm", "method", "beats", "gate", "minutes", "kept", "patients", "p_crit_mean",
-        "p_crit_sd", "minus_published", "r_with_published", "minute_to_minute_sd", "pairs"], rows)
-
-
-def read_abp(path):
-    """Yields, of every encounter that has `abp`: the patient's number, abp [N, 3600], whether the
-    next row is the next minute, reason of the PPG and the pair, whether arrhythmic; each [N]."""
-    with datasets.open_file(path) as file:
-        for number, patient in enumerate(file.values()):
-            for group in patient.values():
-                if "abp" in group:
-                    abp, ppg = (group[key][()].reshape(len(group[key]), -1)
-                                for key in ("abp", "ppg"))
-                    start = (group["start_s"][()] if "start_s" in group
-                             else datasets.SEGMENT_SECONDS * np.arange(len(abp)))
-                    quality = labels.signal_quality(abp, ppg, datasets.FS)
-                    yield (np.full(len(abp), number), abp,
-                           np.append(np.diff(start) == datasets.SEGMENT_SECONDS, False),
-                           quality["reason"], quality["beat_irregularity"] > labels.ARRHYTHMIC)
-
-
-def write_report(out_dir, name, headers, rows):
-    """All rows to the CSV file `name`, those of SHOWN to the screen."""
-    with tk_utils.atomic_file(os.path.join(out_dir, name), newline="") as file:
-        table = csv.writer(file)
-        table.writerow(headers)
-        table.writerows([f"{value:.4g}" if isinstance(value, float) else value
-                         for value in row] for row in rows)
-    tk_utils.print_table([row for row in rows if tuple(row[1:4]) in SHOWN], headers)
+def _simulate(job):
+    return simulate_patient(*job)
 
 
 # --------------------------------------------------------------------------------- command line
 
 def parse_args(arguments=None):
     parser = tk_utils.ScriptParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("patients").add_argument
-    add("--out", metavar="FILE", help="HDF5 file to write")
-    add("--patients", type=int, metavar="N",
-        help="of the file (default 400), or of each regime of the report (200)")
-    add("--segments", type=int, default=12, metavar="N",
-        help="minutes of each patient; default 12")
-    add("--seed", type=int, default=0, metavar="N", help="another one, other patients; default 0")
-    add("--abp", action="store_true", help="store the arterial waveform too")
+    add = parser.add_argument
+    add("--out", metavar="FILE", required=True, help="HDF5 file to write")
+    add("--patients", type=int, default=400, metavar="N", help="default 400")
+    add("--segments", type=int, default=12, metavar="N", help="minutes per patient; default 12")
+    add("--seed", type=int, default=0, metavar="N", help="other seeds, other patients; default 0")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
-        help="processes; default: one for each core; the file does not depend on it")
-    add = parser.add_argument_group("labels").add_argument
-    add("--beats", choices=("foot", "peak"), default="foot",
-        help="foot to foot (default), or peak to peak as published")
+        help="processes; default: one per core; the file does not depend on it")
     add("--label-method", choices=tuple(labels.METHODS), default="published",
-        help="how Pcrit is estimated (docs/labels.md); the patients and their signals are the same "
-             "for all; default published")
-    add = parser.add_argument_group("report on the labels").add_argument
-    add("--label-report", nargs="?", const="", metavar="FILE",
-        help="no file, but the labels' error over regimes of virtual patients, or (FILE: "
-             "recordings stored with their ABP) the methods' agreement")
-    add("--out-dir", default="label_report", metavar="FOLDER",
-        help="for the report's table and figure; default label_report")
+        help="how Pcrit is estimated (docs/labels.md); patients and signals do not depend on it; "
+             "default published")
     args = parser.parse_args(arguments)
-    if args.label_report is None and args.out is None:
-        parser.error("--out FILE or --label-report is required")
-    if args.patients is None:
-        args.patients = 400 if args.label_report is None else 200
     for name, least in (("patients", 1), ("segments", 1), ("workers", 1), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}")
@@ -659,21 +430,15 @@ def parse_args(arguments=None):
 
 def main():
     args = parse_args()
-    if args.label_report is not None:
-        if args.label_report:
-            agreement_report(args.label_report, args.out_dir)
-        else:
-            label_report(args.out_dir, args.patients, args.seed, args.workers)
-        print(f"written: {args.out_dir}")
-        return
     simulate_file(args.out, args.patients, args.segments, args.seed, args.workers,
-                  beats=args.beats, keep_abp=args.abp, label_method=args.label_method)
+                  label_method=args.label_method)
     print(f"{args.out}: {args.patients} virtual patients of {args.segments} min (simulated)")
     report = datasets.gate_report(args.out)
-    of_all = 100.0 / (args.patients * args.segments)
-    tk_utils.print_table([[rule, broken, left, f"{left * of_all:.1f} %"]
-                          for rule, broken, left in report], ["gate", "break it", "left", "of all"])
+    percent = 100.0 / (args.patients * args.segments)
+    tk_utils.print_table([[rule, broken, left, f"{left * percent:.1f} %"]
+                          for rule, broken, left in report],
+                         ["gate", "break it", "left", "of all"])
 
 
 if __name__ == "__main__":
-    sys.exit(tk_utils.run_script(main, "DataError"))
+    sys.exit(tk_utils.run_script(main, datasets.DataError))
