@@ -1,4 +1,4 @@
-"""The data: HDF5 layout, quality gate, index, patient split, `TPP_PPG_dataset` and its loaders.
+"""The data: index, patient split, `TPP_PPG_dataset` and its loaders, on files of `layout`.
 
     from datasets import create_dataset_index, split_index, TPP_PPG_dataset, make_loader
     index = create_dataset_index(path="data/icu.h5")            # the default quality gate
@@ -6,404 +6,70 @@
     train = TPP_PPG_dataset(parts["train"], "segment", ["ppg", "map", "dbp", "hr", "tpp"])
     for ppg, map_, dbp, hr, tpp in make_loader(train, 256, shuffle=True): ...
 
-    python datasets.py FILE --who 17/2 3f2a…    # whom a message means, for your eyes alone
+    python datasets.py FILE --who 17/2 3f2a…    # look up the patient behind a message (private)
 
-A file holds /<patient>/<encounter>/<field>, one row for each 60-s segment (`FIELDS` below). Files
-of the published system are read as they are. This module needs NumPy, h5py and PyTorch alone.
-
-Reading is the hot path. Where PPG rows lie in the file as plain float32 (contiguous, or one row a
-chunk), a whole batch is one gather from a memory map of the file; all else goes through h5py.
+To copy it out, take layout.py along; both need only NumPy, h5py and PyTorch. Where PPG rows lie in
+a file as plain float32, a batch is one gather from a memory map; all else is read by h5py.
 """
-import argparse
 import difflib
+import glob
 import hashlib
 import os
-import re
 import signal
 import sys
 import zipfile
-from contextlib import contextmanager, suppress
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Dict, List
 
-import h5py
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-if __name__ == "__main__":          # --who needs no PyTorch, and does not wait for it
-    DataLoader = Dataset = Sampler = object
-else:
-    import torch
-    from torch.utils.data import DataLoader, Dataset, Sampler
+from layout import (  # noqa: F401 - all of the layout is part of this module's interface
+    ABSENT,
+    DEFAULT_CONDITION,
+    DIFFERENCES,
+    ENCODED,
+    FIELDS,
+    FS,
+    LABELS,
+    PUBLISHED_CONDITION,
+    SEGMENT_SAMPLES,
+    SEGMENT_SECONDS,
+    VITALS,
+    WAVEFORMS,
+    WINDOW,
+    DataError,
+    Gate,
+    LayoutWriter,
+    as_paths,
+    as_text,
+    attribute,
+    find_files,
+    gate_report,
+    gate_rules,
+    get_gate,
+    hash_patients,
+    look_up,
+    narrow,
+    open_file,
+    origin_of,
+    passes_gate,
+    place,
+    reading,
+    scan,
+    vitals_of,
+)
 
-FS = 60                             # Hz
-SEGMENT_SECONDS = 60
-SEGMENT_SAMPLES = FS * SEGMENT_SECONDS
 ROW_BYTES = 4 * SEGMENT_SAMPLES
-LAYOUT_VERSION = 1                  # of the HDF5 files
-INDEX_VERSION = 1                   # of a saved index
-
-FIELDS = {  # name: (dtype, unit); waveforms are (N, 3600), all else (N,)
-    "ppg": ("f4", "monitor scale"), "abp": ("f4", "mmHg"),
-    "map": ("f4", "mmHg"), "sbp": ("f4", "mmHg"), "dbp": ("f4", "mmHg"), "pp": ("f4", "mmHg"),
-    "hr": ("f4", "beats/min"), "p_crit": ("f4", "mmHg"), "tpp": ("f4", "mmHg"),
-    "r2": ("f4", ""), "fit_rmse": ("f4", "mmHg"), "p_crit_se": ("f4", "mmHg"),
-    "n_beats": ("i4", "beats"), "reason": ("u4", "bit mask"), "start_s": ("f8", "s"),
-    "ppg_delay_s": ("f4", "s"), "p_crit_true": ("f4", "mmHg"),
-    "beat_irregularity": ("f4", ""), "upstroke_s": ("f4", "s"), "ppg_hr": ("f4", "beats/min"),
-    "ppg_quality": ("f4", ""), "ppg_skewness": ("f4", ""),
-}
-WAVEFORMS = ("ppg", "abp")
-DIFFERENCES = {"tpp": ("map", "p_crit"), "p_crit": ("map", "tpp"), "pp": ("sbp", "dbp")}
-ENCODED, ABSENT = -1, -2            # instead of a byte offset: h5py has to read it; not there
-BLOCK_ROWS = 8192                   # of compressed data, decoded and shuffled at a time: 118 MB
-LARGEST_CHUNK = 2 ** 28             # bytes of a chunk, which is decoded as a whole
-LARGEST_RATIO = 1100                # of compression: deflate, the best of HDF5's, reaches 1032
-
-
-class DataError(ValueError):
-    """A data file, an index or a request for data that cannot be used; the message is one line."""
-
-
-# ------------------------------------------------------------------------------------------ writing
-
-class LayoutWriter:
-    """Writes one file of the layout, an encounter at a time.
-
-        with LayoutWriter(path, "recordings", "published", "foot", labels.REASONS) as out:
-            out.write("patient 1", "encounter 1", {"ppg": ppg, "reason": reason, "map": map_, ...})
-
-    Datasets are contiguous and uncompressed, so that a row is read at memory speed; `compression`
-    ('gzip', 'lzf') makes chunks of 64 rows and costs a shuffled reader most of its speed.
-    """
-
-    def __init__(self, path, origin, label_method, beats, reasons, compression=None, **attributes):
-        self.path, self.compression = os.fspath(path), compression
-        self.file = h5py.File(path, "w")
-        self.file.attrs.update(
-            layout_version=LAYOUT_VERSION, fs=FS, segment_seconds=SEGMENT_SECONDS, origin=origin,
-            label_method=label_method, beats=beats, reasons=",".join(reasons),
-            created_with=f"tpp-ppg, h5py {h5py.__version__}, numpy {np.__version__}", **attributes)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-    def write(self, patient, encounter, fields):
-        """Writes the N rows of one encounter, {field: [N] or [N, 3600]}, or raises DataError."""
-        names = [str(patient), str(encounter)]
-        if any(name in ("", ".") or "/" in name for name in names):
-            raise DataError("expected names of patient and encounter without '/', and not empty")
-        if "/".join(names) in self.file:
-            raise DataError("this patient's encounter has been written before; expected it once")
-        rows = len(fields["ppg"])
-        for key, values in fields.items():
-            expected = (rows, SEGMENT_SAMPLES) if key in WAVEFORMS else (rows,)
-            if key not in FIELDS or np.shape(values) != expected:
-                raise DataError(f"field {key!r} of shape {np.shape(values)}: expected one of "
-                                f"{', '.join(FIELDS)}, of shape {expected}")
-        arrays = {key: np.asarray(values, FIELDS[key][0]) for key, values in fields.items()}
-        if not np.isfinite(arrays["ppg"][arrays["reason"] == 0]).all():
-            raise DataError("field 'ppg' has non-finite samples in a segment without a reason")
-        group = self.file.create_group("/".join(names))
-        for key, values in arrays.items():
-            packed = self.compression and key in WAVEFORMS and rows
-            group.create_dataset(key, data=values, compression=self.compression if packed else None,
-                                 chunks=(min(64, rows), SEGMENT_SAMPLES) if packed else None)
-
-
-# --------------------------------------------------------------------------------------------- gate
-
-@dataclass(frozen=True)
-class Gate:
-    """Which segments are used: open ranges (field, low, high), where a bound is a number, another
-    field's name, or None, and a least length of the encounter. Segments with a non-finite vital or
-    label, non-finite PPG or a `reason` are refused by every gate."""
-    ranges: tuple = ()
-    min_minutes: int = 0
-
-
-RULES = {   # as they are spelled in the names of the published conditions
-    "r2_gt_5": ("r2", 0.5, None), "pcrit_gt_0": ("p_crit", 0, None), "pp_gt_10": ("pp", 10, None),
-    "rmse_lt_1": ("fit_rmse", None, 1), "rmse_lt_2": ("fit_rmse", None, 2),
-    "rmse_lt_3": ("fit_rmse", None, 3), "map_lt_120": ("map", None, 120),
-    "pcrit_lt_map": ("p_crit", None, "map"), "pcrit_lt_100": ("p_crit", None, 100),
-    # Ours, on the labels' standard error and the measures of labels.signal_quality; 0.15 s parts
-    # most simulated damped lines from the others, the sources of 0.1 and 0.86 are given there.
-    "pcrit_se_lt_5.5": ("p_crit_se", None, 5.5), "regular_rhythm": ("beat_irregularity", None, 0.1),
-    "not_damped": ("upstroke_s", None, 0.15), "ppg_quality_gt_86": ("ppg_quality", 0.86, None),
-}
-PUBLISHED_CONDITION = "r2_gt_5_and_pcrit_gt_0_pcrit_lt_map_pp_gt_10_map_lt_120_pcrit_lt_100"
-DEFAULT_CONDITION = "default"       # the published condition without its rule of 100 minutes
-
-
-def get_gate(condition):
-    """The `Gate` of a name: 'default', 'any' (whatever has a label), 'default_and_' and rules, or
-    rules alone joined by '_' or '_and_', which carry the published rule that an encounter has at
-    least 100 minutes."""
-    if isinstance(condition, Gate):
-        return condition
-    if condition == "any":
-        return Gate()
-    names = re.sub("^default(?=$|_and_)", PUBLISHED_CONDITION, str(condition))
-    rule = "|".join(map(re.escape, RULES))
-    if not re.fullmatch(f"({rule})(_(and_)?({rule}))*", names):
-        raise DataError(f"condition {condition!r}: expected 'default', 'any', or any of "
-                        f"{', '.join(RULES)} joined by '_and_'")
-    return Gate(tuple(RULES[name] for name in re.findall(rule, names)),
-                min_minutes=100 if names == condition else 0)
-
-
-def gate_rules(gate, values, ppg_finite):
-    """Yields (rule as text, mask [N] of the rows that keep it), in the order of application.
-    values: a function from a field's name to its [N] values, or None where it is absent."""
-    reason = values("reason")
-    if reason is not None:
-        yield "no reason against it", np.nan_to_num(reason, nan=1) == 0
-    yield "finite PPG", ppg_finite
-    finite = np.ones(len(ppg_finite), bool)
-    for key in ("map", "sbp", "dbp", "pp", "hr", "p_crit", "tpp"):
-        if values(key) is not None:
-            finite &= np.isfinite(values(key))
-    yield "finite vitals and label", finite
-    for key, low, high in gate.ranges:
-        for sign, bound, holds in ((">", low, np.greater), ("<", high, np.less)):
-            if bound is not None:
-                limit = values(bound) if isinstance(bound, str) else bound
-                with np.errstate(invalid="ignore"):
-                    kept = holds(values(key), limit)
-                yield f"{key} {sign} {bound}", kept
-    if gate.min_minutes:
-        yield (f"at least {gate.min_minutes} minutes in the encounter",
-               np.full(len(ppg_finite), len(ppg_finite) >= gate.min_minutes))
-
-
-def passes_gate(gate, values, ppg_finite):
-    """[N] mask of the rows that keep all `gate_rules`."""
-    return np.logical_and.reduce([kept for _, kept in gate_rules(gate, values, ppg_finite)])
-
-
-def gate_report(path, condition=DEFAULT_CONDITION):
-    """[(rule, segments that break it, segments left after it)] of one file or several."""
-    counts = {"all segments": (0, 0)}
-    for one in as_paths(path):
-        for encounter, rules in scan(one, condition):
-            alive = np.ones(encounter.n_rows, bool)
-            for text, mask in [("all segments", alive.copy()), *rules]:
-                alive &= mask
-                broken, left = counts.get(text, (0, 0))
-                counts[text] = broken + int((~mask).sum()), left + int(alive.sum())
-    return [(text, broken, left) for text, (broken, left) in counts.items()]
-
-
-# --------------------------------------------------------------------------------- opening and scan
-
-@dataclass
-class Encounter:
-    """What a scan finds in one encounter."""
-    patient: str
-    name: str
-    n_rows: int
-    passed: np.ndarray              # int32: the rows that the gate lets through
-    stored: dict                    # {field: byte offset of row 0, or ENCODED}
-    shifts: np.ndarray              # int32: `DatasetIndex.row_shifts` of `passed`, or one 0
-    chunk_rows: int                 # rows that one read of the PPG decodes
-    address: int                    # of the PPG's header in the file
-
-
-def as_paths(path):
-    return [os.fspath(p) for p in (path if isinstance(path, (list, tuple)) else [path])]
-
-
-def as_text(name):
-    return name.decode() if isinstance(name, bytes) else str(name)
-
-
-def open_file(path):
-    if not os.path.isfile(path):        # a pipe would wait for ever
-        raise DataError(f"{path}: no such file")
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: not a readable HDF5 file ({reason})") from None
-
-
-@contextmanager
-def reading(where):
-    """Makes one line of what h5py raises on damaged files; its own words may name patients.
-    where: text or, if it takes time to find out, a function that returns it."""
-    try:
-        yield
-    except DataError:
-        raise
-    except (OSError, LookupError, RuntimeError, TypeError, ValueError, MemoryError) as error:
-        where = where() if callable(where) else where
-        raise DataError(f"{where} cannot be read ({type(error).__name__})") from None
-
-
-def printable(text):
-    """Text from a file, fit for a terminal and a log: one line without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text[:255])
-
-
-def attribute(file, name, default):
-    """An attribute of a file if it is a number or text, else the default."""
-    with reading(f"{file.filename}: attribute {name!r}"):
-        value = file.attrs.get(name, default)
-    if isinstance(value, (str, bytes)):
-        return printable(value if isinstance(value, str) else value.decode(errors="replace"))
-    return value if isinstance(value, (int, float, np.number)) else default
-
-
-def place(path, *position):
-    """Where in a file: patient and encounter by their numbers in it, and how to get the names."""
-    text = ", ".join(f"{kind} {n}" for kind, n in zip(("patient", "encounter"), position))
-    return f"{path}: {text} (names: python datasets.py {path} --who {'/'.join(map(str, position))})"
-
-
-def member_names(group):
-    """The names in a group, in the file's order."""
-    names = list(group)
-    if any(not 0 < len(name) < 256 or "/" in name or name == "." for name in names):
-        raise DataError(f"{group.file.filename}: expected names of patients and encounters of "
-                        "1 to 255 characters without '/'")
-    return names
-
-
-def member(group, name, kind):
-    """Member `name` of an h5py group, or None if it is a link, or not of that kind."""
-    link = group.id.links.get_info(name.encode(errors="surrogateescape"))
-    item = group[name] if link.type == h5py.h5l.TYPE_HARD else None
-    return item if isinstance(item, kind) else None
-
-
-def find_fields(group, where, file_size):
-    """{field: h5py dataset} of an encounter, checked; what is not in `FIELDS` is left alone."""
-    there = set(group)                  # to ask for what is absent costs as much
-    found = {key: member(group, key, h5py.Dataset) for key in FIELDS if key in there}
-    found = {key: item for key, item in found.items() if item is not None}
-    if "ppg" not in found:
-        raise DataError(f"{where}: no field 'ppg'")
-    rows = found["ppg"].shape[0] if found["ppg"].shape else 0
-    for key, item in found.items():
-        waves = [(rows, SEGMENT_SAMPLES), (rows, 1, SEGMENT_SAMPLES)]
-        shapes = waves if key in WAVEFORMS else [(rows,)]
-        if item.shape not in shapes:
-            raise DataError(f"{where}, field {key!r}: shape {item.shape}, expected {shapes[0]}")
-        plist, kind = item.id.get_create_plist(), item.id.get_type().get_class()
-        if (kind not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT) or item.dtype.itemsize > 8
-                or plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count()):
-            raise DataError(f"{where}, field {key!r}: expected plain numbers stored in this file")
-        if not is_stored(item, plist, file_size):
-            raise DataError(f"{where}, field {key!r}: {rows} rows, but this file holds fewer")
-    return found
-
-
-def is_stored(item, plist, file_size):
-    """Whether all of a dataset is in its file, by sizes alone: no rows that were never written and
-    would read as zeros, none that would take memory for which the file's size gives no reason."""
-    n_bytes, stored = item.size * item.dtype.itemsize, item.id.get_storage_size()
-    if item.chunks is None:
-        offset = item.id.get_offset() or 0      # None where the header itself holds the data
-        return n_bytes <= stored and offset + n_bytes <= file_size
-    if item.dtype.itemsize * np.prod(item.chunks, dtype=float) > LARGEST_CHUNK:
-        return False
-    if not plist.get_nfilters():
-        return n_bytes <= stored <= file_size
-    chunks = np.prod([-(-n // m) for n, m in zip(item.shape, item.chunks)], dtype=float)
-    return n_bytes <= LARGEST_RATIO * min(stored, file_size) and chunks <= item.id.get_num_chunks()
-
-
-def find_storage(key, item):
-    """Where rows lie in the file: (byte offset of row 0, [N] `DatasetIndex.row_shifts`)."""
-    if item.dtype != np.dtype("<f4"):
-        return ENCODED, None
-    if item.chunks is None:
-        offset = item.id.get_offset()       # None before anything is written
-        return (ENCODED if offset is None else offset), None
-    # With a user block (MATLAB's files have one), HDF5 before 2.0 gives chunks' offsets without it.
-    if (key != "ppg" or item.chunks != (1,) + item.shape[1:] or item.file.userblock_size
-            or item.id.get_create_plist().get_nfilters()
-            or not item.id.get_num_chunks() == len(item) > 0
-            or not hasattr(item.id, "chunk_iter")):     # h5py < 3.8; asking by number is quadratic
-        return ENCODED, None
-    offsets = np.full(len(item), -1)
-    item.id.chunk_iter(lambda chunk: offsets.__setitem__(chunk.chunk_offset[0], chunk.byte_offset))
-    shifts = offsets - offsets[0] - ROW_BYTES * np.arange(len(item))
-    mapped = offsets.min() >= 0 and np.abs(shifts).max() < 2 ** 31
-    return (offsets[0], shifts) if mapped else (ENCODED, None)
-
-
-def scan(path, condition, wanted=None):
-    """Yields (`Encounter`, its `gate_rules`) for each encounter of a file, or of {MRN: CSNs}."""
-    gate, seen = get_gate(condition), {}
-    with open_file(path) as file:
-        seconds = attribute(file, "segment_seconds", SEGMENT_SECONDS)
-        if attribute(file, "fs", FS) != FS or seconds != SEGMENT_SECONDS:
-            raise DataError(f"{path}: expected segments of {SEGMENT_SECONDS} s at {FS} Hz")
-        with reading(f"{path}: its list of patients"):
-            patients = member_names(file)
-        for i, patient in enumerate(patients):
-            with reading(place(path, i)):
-                group = member(file, patient, h5py.Group)
-                if group is None:
-                    raise DataError(f"{path}: expected /<patient>/<encounter>/<field>, "
-                                    "found no group at the top")
-                names = member_names(group)
-            for j, name in enumerate(names):
-                if wanted is None or name in wanted.get(patient, ()):
-                    where = place(path, i, j)
-                    with reading(where):
-                        found = scan_encounter(group, where, gate, patient, name)
-                    # By hard links one recording could be two patients', of train and of test.
-                    first = seen.setdefault(found[0].address, (i, j))
-                    if first != (i, j):
-                        raise DataError(f"{where}: its PPG is that of patient {first[0]}, "
-                                        f"encounter {first[1]}")
-                    yield found
-
-
-def narrow(values):
-    """As float32, as numbers are used; what is too large becomes infinite, and is refused."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(np.float32, copy=False)
-
-
-def scan_encounter(encounters, where, gate, patient, name):
-    """(`Encounter`, its `gate_rules`) of one group of fields."""
-    group = member(encounters, name, h5py.Group)
-    if group is None:
-        raise DataError(f"{where}: expected a group of fields")
-    found = find_fields(group, where, os.path.getsize(group.file.filename))
-    rows = len(found["ppg"])
-
-    @lru_cache(maxsize=None)
-    def values(key):
-        if key in found:
-            return narrow(found[key][:])
-        parts = [narrow(found[part][:]) for part in DIFFERENCES.get(key, ()) if part in found]
-        return parts[0] - parts[1] if len(parts) == 2 else None
-
-    for key in sorted({k for rule in gate.ranges for k in rule if isinstance(k, str)}):
-        if values(key) is None:
-            raise DataError(f"{where}: no field {key!r}, which the quality gate needs; "
-                            "choose another condition")
-    finite = np.ones(rows, bool)
-    if "reason" not in found:               # ours were checked when they were written
-        for a in range(0, rows, 256):
-            block = narrow(found["ppg"][a:a + 256]).reshape(-1, SEGMENT_SAMPLES)
-            finite[a:a + 256] = np.isfinite(block).all(1)
-    rules = list(gate_rules(gate, values, finite))
-    passed = np.flatnonzero(np.all([mask for _, mask in rules], axis=0)).astype(np.int32)
-    storage = {key: find_storage(key, item) for key, item in found.items()}
-    shifts = storage["ppg"][1]
-    return Encounter(
-        patient, name, rows, passed, stored={key: offset for key, (offset, _) in storage.items()},
-        shifts=np.zeros(1, np.int32) if shifts is None else shifts[passed].astype(np.int32),
-        chunk_rows=found["ppg"].chunks[0] if found["ppg"].chunks else 1,
-        address=h5py.h5o.get_info(found["ppg"].id).addr), rules
+INDEX_MARK = "tpp_ppg_index_3"      # first array of a saved index; the number is its version
+LARGE_BYTES = 10 ** 9               # the index of data above this size is kept next to them
+MAX_OPEN = 200                      # files open at once in a process, as maps and by h5py each
+BLOCK_ROWS = 8192                   # compressed rows decoded and shuffled at a time: 118 MB
+SAMPLED_ROWS = 4096                 # of each waveform in a fingerprint
 
 
 # -------------------------------------------------------------------------------------------- index
@@ -412,25 +78,23 @@ def scan_encounter(encounters, where, gate, patient, name):
 class DatasetIndex:
     """The segments that passed the gate, as flat arrays: P patients, E encounters, S segments.
 
-    Segments are numbered 0..S-1 in the order of patients, encounters and rows: encounter e holds
-    the segments starts[e]:starts[e+1], segment s is row rows[s] of it. Row r of its PPG begins at
-    byte stored[ppg, e] + ROW_BYTES * r + row_shifts[s]. 64 million segments take 256 MB (512 MB
-    where each row is a chunk).
+    Encounter e holds the segments starts[e]:starts[e+1]; segment s is row rows[s] of it. Row r of
+    its PPG begins at byte stored[ppg, e] + ROW_BYTES * r. 64 million segments take 256 MB.
     """
     paths: list
     sizes: np.ndarray               # [files] bytes; when these or the times change, we are stale
     mtimes: np.ndarray              # [files] ns
-    condition: str
+    condition: str                  # the gate's canonical text
     patients: np.ndarray            # [P] str (MRNs)
     encounters: np.ndarray          # [E] str (CSNs)
+    places: np.ndarray              # [E, 2] int32: `Encounter.place`
     encounter_patient: np.ndarray   # [E] int32, ascending
     encounter_file: np.ndarray      # [E] int32
     fields: list                    # [K] names
     stored: np.ndarray              # [K, E] int64: byte offset of row 0, ENCODED or ABSENT
-    chunk_rows: np.ndarray          # [E] int32: rows that one read of the PPG decodes
+    chunk_rows: np.ndarray          # [E] int32: rows of PPG that are decoded together
     starts: np.ndarray              # [E + 1] int64
     rows: np.ndarray                # [S] int32
-    row_shifts: np.ndarray          # [S] int32, or [0] where they all are 0
 
     def __len__(self):
         return len(self.rows)
@@ -454,16 +118,15 @@ class DatasetIndex:
     def select_segments(self, keep):
         """The index of some segments alone, keep [S] bool: of the encounters and patients that
         still have one, renumbered in the same order."""
-        starts = self.starts.tolist()
-        counts = np.array([np.count_nonzero(keep[a:b]) for a, b in zip(starts, starts[1:])])
+        counts = np.diff(np.append(0, np.cumsum(keep))[self.starts])
         some = counts > 0
         patients, numbers = np.unique(self.encounter_patient[some], return_inverse=True)
         return replace(
             self, patients=self.patients[patients], encounters=self.encounters[some],
-            encounter_patient=numbers.astype(np.int32), encounter_file=self.encounter_file[some],
-            stored=self.stored[:, some], chunk_rows=self.chunk_rows[some], rows=self.rows[keep],
-            starts=np.append(0, np.cumsum(counts[some])).astype(np.int64),
-            row_shifts=self.row_shifts[keep] if len(self.row_shifts) else self.row_shifts)
+            places=self.places[some], encounter_patient=numbers.astype(np.int32),
+            encounter_file=self.encounter_file[some], stored=self.stored[:, some],
+            chunk_rows=self.chunk_rows[some], rows=self.rows[keep],
+            starts=np.append(0, np.cumsum(counts[some])))
 
     def sources(self, key):
         """The fields that `key` is read from: itself or, if it is absent, two to subtract."""
@@ -477,55 +140,36 @@ class DatasetIndex:
                         f"in {missing.sum()} of {len(missing)} encounters"
                         + (f" (did you mean {alike[0]!r}?)" if alike and missing.all() else ""))
 
-    def place(self, encounter, row=None):
-        """For messages: where in its file encounter e (or a row of it) is, without names."""
-        path = self.paths[self.encounter_file[encounter]]
-        patient = self.patients[self.encounter_patient[encounter]]
-        with reading(path), open_file(path) as file:
-            found = place(path, list(file).index(patient),
-                          list(file[patient]).index(self.encounters[encounter]))
-        return found if row is None else f"{found}, row {row}"
+    def place(self, encounter):
+        """For messages: where in its file encounter e is, without names."""
+        return place(self.paths[self.encounter_file[encounter]], *self.places[encounter])
 
-    def check_file(self, number, times=False):
-        """Raises DataError if a file is gone or is not the one that was indexed."""
-        path, size = self.paths[number], self.sizes[number]
+    def check_file(self, number):
+        """Raises DataError if a file is gone, or its size or time is not what it was."""
         try:
-            stat = os.stat(path)
+            stat = os.stat(self.paths[number])
+            same = (stat.st_size, stat.st_mtime_ns) == (self.sizes[number], self.mtimes[number])
         except OSError:
-            raise DataError(
-                f"{path}: no such file (it was there when the index was made)") from None
-        if stat.st_size != size:
-            raise DataError(f"{path}: {stat.st_size} bytes, {size} when the index was made; "
-                            "make the index again")
-        if times and stat.st_mtime_ns != self.mtimes[number]:
-            raise DataError(f"{path}: changed since the index was made; make the index again")
-
-    def fits(self):
-        """Whether the arrays have the types and sizes of an index, and point into one another."""
-        files, encounters, segments = len(self.paths), len(self.encounters), len(self.rows)
-        shapes = {"sizes": (files,), "mtimes": (files,), "encounter_patient": (encounters,),
-                  "encounter_file": (encounters,), "stored": (len(self.fields), encounters),
-                  "chunk_rows": (encounters,), "starts": (encounters + 1,), "rows": (segments,),
-                  "row_shifts": (segments if len(self.row_shifts) else 0,)}
-        arrays = [(getattr(self, name), shape) for name, shape in shapes.items()]
-        return (all(a.dtype.kind == "i" and a.shape == shape for a, shape in arrays)
-                and self.patients.dtype.kind == self.encounters.dtype.kind == "U"
-                and self.patients.ndim == self.encounters.ndim == 1 and encounters > 0
-                and set(self.fields) <= set(FIELDS) and self.stored.min() >= ABSENT
-                and set(self.encounter_file.tolist()) <= set(range(files))
-                and np.array_equal(np.unique(self.encounter_patient), range(self.n_patients))
-                and (np.diff(self.encounter_patient) >= 0).all()
-                and (np.diff(self.starts) > 0).all()
-                and self.starts[0] == 0 and self.starts[-1] == segments
-                and self.rows.min() >= 0 and self.chunk_rows.min() > 0)
+            same = False
+        if not same:
+            raise DataError(f"{self.paths[number]}: gone or changed since the index was made; make "
+                            "the index again")
 
     def save(self, savename):
-        """Writes the index as one `.npz` of plain arrays, complete or not at all."""
+        """Writes the index as one `.npz` of plain arrays, atomically and readable by its owner
+        alone, as it holds names. Raises DataError where a file of another kind is in its place."""
+        savename = os.fspath(savename)
+        if os.path.lexists(savename):
+            with reading(savename), open(savename, "rb") as file:
+                if INDEX_MARK[:-1].encode() not in file.read(64):
+                    raise DataError(f"{savename}: not a saved index; not overwritten")
+        for leftover in glob.glob(glob.escape(savename) + ".*.partial"):    # of killed processes
+            os.remove(leftover)
         temporary = f"{savename}.{os.getpid()}.partial"
         arrays = dict(vars(self), paths=[os.path.abspath(path) for path in self.paths])
         try:
-            with open(temporary, "wb") as out:
-                np.savez(out, version=INDEX_VERSION, **arrays)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                np.savez(out, **{INDEX_MARK: repr(FIELDS), **arrays})
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(temporary, savename)
@@ -534,89 +178,102 @@ class DatasetIndex:
                 os.remove(temporary)
 
 
-def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename=None, path=None):
+def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename=None,
+                         path=None) -> DatasetIndex:
     """Indexes the segments of one or several HDF5 files (`path`) that pass a quality gate.
 
-    mrn_to_csns: {MRN: [CSN, …]} to take only these, or None for all. condition: a name or a `Gate`
-    (`get_gate`). savename: also write the index to this `.npz`.
+    mrn_to_csns: {MRN: [CSN, …]} to take only these. condition: see `get_gate`. savename: also write
+    the index to this `.npz`. Without both, the index of data above 1 GB is kept next to the first
+    file (`<file>.index.npz`, if that can be written) until the files or the condition change.
     """
     if path is None:
         raise DataError("create_dataset_index needs path=, one HDF5 file or several")
+    gate, paths = get_gate(condition), as_paths(path)
+    plain = mrn_to_csns is None and savename is None
+    if plain and sum(os.path.getsize(one) for one in paths if os.path.isfile(one)) > LARGE_BYTES:
+        savename = paths[0] + ".index.npz"
+        with suppress(DataError):       # none yet, or stale: it is made again
+            index = load_dataset_index(savename)
+            if index.condition == str(gate) and index.paths == list(map(os.path.abspath, paths)):
+                return replace(index, paths=paths)
+    index = scan_files(paths, gate, mrn_to_csns)
+    with suppress(*(DataError, OSError) * plain):
+        if savename is not None:
+            index.save(savename)
+    return index
+
+
+def scan_files(paths, gate, mrn_to_csns=None):
+    """The `DatasetIndex` of files."""
     wanted = None if mrn_to_csns is None else {
         as_text(patient): set(map(as_text, csns)) for patient, csns in mrn_to_csns.items()}
-    paths, stats, found = as_paths(path), [], []
+    stats, found = [], []
     for number, one in enumerate(paths):
         open_file(one).close()
         stats.append(os.stat(one))          # before the scan: a change during it shows as well
-        found += [(number, encounter) for encounter, _ in scan(one, condition, wanted)]
+        found += [(number, encounter) for encounter, _ in scan(one, gate, wanted)]
     found.sort(key=lambda item: item[1].patient)    # stable: files and encounters keep their order
-    encounters, where = [encounter for _, encounter in found], ", ".join(paths)
-    if len({(e.patient, e.name) for e in encounters}) < len(encounters):
-        raise DataError(f"{where}: the same patient and encounter stand in two of the files")
-    if wanted is not None and len(encounters) < sum(map(len, wanted.values())):
-        raise DataError(f"{where}: {len(encounters)} of the {sum(map(len, wanted.values()))} "
-                        "encounters that were asked for are there")
-    files = [number for number, encounter in found if len(encounter.passed)]
-    if not files:
-        raise DataError(f"{where}: none of {sum(e.n_rows for e in encounters)} segments passes the "
-                        f"quality gate {condition!r}")
-    encounters = [e for e in encounters if len(e.passed)]
+    where = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    if len({(e.patient, e.name) for _, e in found}) < len(found):
+        raise DataError(f"{where}: the same patient and encounter are in two of the files")
+    asked = len(found) if wanted is None else sum(map(len, wanted.values()))
+    if len(found) < asked:
+        raise DataError(f"{where}: {len(found)} of the {asked} encounters asked for are there")
+    found = [(number, e) for number, e in found if len(e.passed)]
+    if not found:
+        raise DataError(f"{where}: no segment passes the quality gate {str(gate)!r}")
+    files, encounters = zip(*found)
     patients, patient_numbers = np.unique([e.patient for e in encounters], return_inverse=True)
     fields = sorted({key for e in encounters for key in e.stored})
-    row_shifts = np.zeros(0, np.int32)
-    if any(e.shifts.any() for e in encounters):
-        row_shifts = np.concatenate([np.broadcast_to(e.shifts, len(e.passed)) for e in encounters])
-    index = DatasetIndex(
+    return DatasetIndex(
         paths=paths, sizes=np.array([s.st_size for s in stats]),
-        mtimes=np.array([s.st_mtime_ns for s in stats]), condition=str(condition),
-        patients=patients, encounters=np.array([e.name for e in encounters]),
+        mtimes=np.array([s.st_mtime_ns for s in stats]), condition=str(gate), patients=patients,
+        encounters=np.array([e.name for e in encounters]),
+        places=np.array([e.place for e in encounters], np.int32),
         encounter_patient=patient_numbers.astype(np.int32),
         encounter_file=np.array(files, np.int32), fields=fields,
         stored=np.array([[e.stored.get(key, ABSENT) for e in encounters] for key in fields]),
         chunk_rows=np.array([e.chunk_rows for e in encounters], np.int32),
         starts=np.cumsum([0] + [len(e.passed) for e in encounters], dtype=np.int64),
-        rows=np.concatenate([e.passed for e in encounters]), row_shifts=row_shifts)
-    if savename is not None:
-        index.save(savename)
-    return index
+        rows=np.concatenate([e.passed for e in encounters]))
 
 
-def kept_dataset_index(condition=DEFAULT_CONDITION, path=None):
-    """`create_dataset_index`, kept beside the (first) file and used again while nothing changes."""
-    savename = f"{as_paths(path)[0]}.index.npz"
-    with suppress(DataError):       # none yet, or stale: it is made again
-        index = load_dataset_index(savename)
-        same = [os.path.abspath(one) for one in as_paths(path)] == index.paths
-        if same and index.condition == str(condition):
-            return index
-    return create_dataset_index(condition=condition, savename=savename, path=path)
-
-
-def load_dataset_index(savename):
+def load_dataset_index(savename) -> DatasetIndex:
     """Reads a saved index. Raises DataError if it is none, or its files are gone or changed."""
     try:
-        with zipfile.ZipFile(savename) as archive:
-            sizes = [(one.file_size, one.compress_size) for one in archive.infolist()]
-        if any(n != m for n, m in sizes) or sum(n for n, _ in sizes) > os.path.getsize(savename):
-            raise ValueError("its arrays are larger than the file")
         with np.load(savename, allow_pickle=False) as saved:
             values = {key: saved[key] for key in saved.files}
-        if values.pop("version") != INDEX_VERSION:
-            raise ValueError("of another version; make it again")
+        if str(values.pop(INDEX_MARK)) != repr(FIELDS):     # names and limits decide what passes
+            raise ValueError("of another version")
         values.update(paths=values["paths"].tolist(), fields=values["fields"].tolist(),
                       condition=str(values["condition"]))
         index = DatasetIndex(**values)
-        if not index.fits():
-            raise ValueError("its arrays do not fit one another")
-    except FileNotFoundError:
-        raise DataError(f"{savename}: no such file") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
-            MemoryError, zipfile.BadZipFile) as error:      # of foreign and of damaged files
-        reason = printable((str(error).splitlines() or [""])[0])
-        raise DataError(f"{savename}: not a saved index ({reason})") from None
-    for number in range(len(index.paths)):
-        index.check_file(number, times=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zlib.error,
+            zipfile.BadZipFile) as error:               # of foreign and of damaged files
+        raise DataError(
+            f"{savename}: not a saved index of this version ({type(error).__name__})") from None
+    check_unchanged(index)
     return index
+
+
+def check_unchanged(index: DatasetIndex) -> None:
+    """Raises DataError if a file is gone, or its size or time is not what it was when indexed."""
+    for number in range(len(index.paths)):
+        index.check_file(number)
+
+
+def fingerprint(index: DatasetIndex, keys: List[str]) -> str:
+    """A checksum of what a run reads, also of copies of the files: their sizes, the index, every
+    column among the keys, and SAMPLED_ROWS rows (59 MB) of a waveform, spread over the data."""
+    found = hashlib.sha256(repr((index.sizes.tolist(), list(keys))).encode())
+    for name in ("patients", "encounters", "encounter_patient", "encounter_file", "starts", "rows"):
+        found.update(np.ascontiguousarray(getattr(index, name)))
+    dataset = TPP_PPG_dataset(index, "segment", keys)
+    sample = np.unique(np.linspace(0, len(index) - 1, SAMPLED_ROWS).astype(np.int64))
+    for key in keys:
+        found.update(dataset.waveform(key, sample) if key in WAVEFORMS else
+                     dataset.column(key).numpy())
+    return found.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------- split
@@ -626,23 +283,21 @@ PARTS = ("train", "tune", "test")
 
 def split_hash(patients, split_seed):
     """[P] in [0, 1): each patient's place in a random order, a function of it and the seed."""
-    names = [f"{split_seed}/{patient}".encode() for patient in patients]
-    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
+    digests = [hashlib.blake2b(f"{split_seed}/{patient}".encode(), digest_size=8).digest()
+               for patient in patients]
     return np.array([int.from_bytes(digest, "big") / 2.0 ** 64 for digest in digests])
 
 
 def split_patients(patients, split_seed=0):
     """The part (0 train, 1 tune, 2 test) of each patient, [P] int8.
 
-    From 100 patients on by threshold of a hash, 80/10/10 in expectation: a function of (patient,
-    split_seed) alone, so a patient's part never changes when the file grows. Below, by the hash's
-    rank, so that no part is empty (stable only while the patients are the same).
+    From 100 patients on by threshold of a hash, 80/10/10 in expectation, so that a patient's part
+    never changes when the file grows. Below, by the hash's rank, so that no part is empty.
     """
     if len(patients) < len(PARTS):
         raise DataError(f"{len(patients)} patients with usable segments: expected at least "
                         f"{len(PARTS)}, one for each of train, tune and test")
-    position = split_hash(patients, split_seed)
-    tune, test = 0.8, 0.9
+    position, tune, test = split_hash(patients, split_seed), 0.8, 0.9
     if len(patients) < 100:
         tenth = max(1, round(len(patients) / 10))
         position = np.argsort(np.argsort(position))
@@ -654,9 +309,8 @@ def fold_patients(index, split_seed, folds):
     """The fold, 0 to folds - 1, in which each patient of an index is tested, [P].
 
     The patients of each source (the file of a patient's first encounter by name) are dealt out in
-    the order of `split_hash`, each source's from the fold where the one before ended; the sources
-    in the order of their first patients. So folds differ by one patient at most, also within a
-    source, whatever the order of files and rows (stable only while the patients are the same).
+    the order of `split_hash`, continuing where the source before ended, so that folds differ by one
+    patient at most, also within a source, whatever the order of files and rows.
     """
     by_name = np.lexsort((index.encounters, index.encounter_patient))
     first = by_name[np.searchsorted(index.encounter_patient, np.arange(index.n_patients))]
@@ -668,14 +322,12 @@ def fold_patients(index, split_seed, folds):
     return tested
 
 
-def split_index(index, split_seed=0, fold=None, folds=None):
+def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, DatasetIndex]:
     """{'train': index, 'tune': index, 'test': index}, no patient in two of them.
 
-    A function of the patients and split_seed alone, by `split_patients`. For cross-validation (then
-    also a function of which patients share a file) by `fold_patients`: of `folds` such splits, each
-    patient is in the test part of one; the tune part of split number `fold` (from 0 on) is the test
-    part of the next, and that of the last is the first's.
-    Raises DataError where there are too few patients, and for folds that there cannot be.
+    By `split_patients`; or number `fold` (from 0 on) of `folds` splits by `fold_patients`, in which
+    each patient is tested once: the tune part is the next fold's test part. Raises DataError where
+    there are too few patients, and for a fold that does not exist.
     """
     if fold is None and folds is None:
         of_patients = split_patients(index.patients.tolist(), split_seed)
@@ -690,12 +342,10 @@ def split_index(index, split_seed=0, fold=None, folds=None):
         of_patients = np.maximum(len(PARTS) - 1 - ahead, 0)
     part = of_patients[index.encounter_patient]
     parts = {name: index.select(part == number) for number, name in enumerate(PARTS)}
-    for name, other in parts.items():
-        if not len(other):
-            raise DataError(f"the {name} part of {index.n_patients} patients is empty; "
-                            "choose another --split-seed")
-    names = [set(p.patients.tolist()) for p in parts.values()]
-    assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
+    if not all(map(len, parts.values())):
+        raise DataError(f"a part of {index.n_patients} patients is empty; use another split seed")
+    names = np.concatenate([other.patients for other in parts.values()])
+    assert len(np.unique(names)) == len(names), "a patient in two parts"
     return parts
 
 
@@ -704,53 +354,49 @@ def split_index(index, split_seed=0, fold=None, folds=None):
 class TPP_PPG_dataset(Dataset):
     """Segments (or one random segment of each patient) as tuples of float32 tensors.
 
-    dataset_index: a `DatasetIndex`. level: 'segment', or 'patient' for one random segment of each
-    patient, drawn anew each epoch as a function of (seed, epoch, patient). keys_to_load: fields in
-    the order of the tuple, the label last. percentage: a random share of the segments or patients.
-    csns_to_skip: encounters to leave out. path: where the files lie now, if not where they did.
+    level: 'segment', or 'patient' for one random segment of each patient, drawn anew each epoch as
+    a function of (seed, epoch, patient). keys_to_load: fields in the order of the tuple, the label
+    last. percentage: a random share of the segments or patients. csns_to_skip: encounters to leave
+    out. path: where the files are now, if they were moved.
 
-    `dataset[i]` is one item: ppg [1, 3600] and scalars. `dataset[array]` is a batch in one read:
-    ppg [B, 1, 3600] and [B] each, which is what `make_loader` uses.
-    Files are opened by each process when it first reads. Raises DataError for a missing field and
-    when a file has changed since it was indexed.
+    `dataset[i]` is one item: ppg [1, 3600] and scalars; `dataset[array]` is a batch in one read.
+    Raises DataError for a missing field and when a file has changed since it was indexed.
     """
 
     def __init__(self, dataset_index, level, keys_to_load=None, percentage=100, csns_to_skip=None,
                  *, path=None, seed=0):
-        if level not in ("segment", "patient"):
-            raise DataError(f"level {level!r}: expected 'segment' or 'patient'")
-        if not 0 < percentage <= 100:
-            raise DataError(f"percentage {percentage}: expected more than 0 and at most 100")
-        index = dataset_index
+        index, self.level, self.seed = dataset_index, level, seed
+        self.keys_to_load = list(keys_to_load or ["ppg", "p_crit"])
+        if level not in ("segment", "patient") or not 0 < percentage <= 100:
+            raise DataError(f"level {level!r}, percentage {percentage}: expected 'segment' or "
+                            "'patient', and a percentage above 0 and up to 100")
         if path is not None:
-            if len(as_paths(path)) != len(index.paths):
-                raise DataError(f"{len(as_paths(path))} files for an index of {len(index.paths)}")
-            index = replace(index, paths=as_paths(path))
+            paths = find_files(as_paths(path))
+            if len(paths) != len(index.paths):
+                raise DataError(f"{len(paths)} files for an index of {len(index.paths)}")
+            times = np.array([os.stat(one).st_mtime_ns for one in paths])
+            index = replace(index, paths=paths, mtimes=times)
         if csns_to_skip:
             index = index.select(~np.isin(index.encounters, list(map(as_text, csns_to_skip))))
             if not len(index):
                 raise DataError("csns_to_skip leaves no segment")
-        self.keys_to_load = list(keys_to_load or ["ppg", "p_crit"])
         for key in self.keys_to_load:
             index.sources(key)
         self.count = len(index) if level == "segment" else index.n_patients
         if percentage < 100:
-            share = max(1, round(percentage / 100 * self.count))
             chosen = np.zeros(self.count, bool)
-            chosen[np.random.default_rng(seed).choice(self.count, share, replace=False,
+            self.count = max(1, round(percentage / 100 * self.count))
+            chosen[np.random.default_rng(seed).choice(len(chosen), self.count, replace=False,
                                                       shuffle=False)] = True
-            self.count = share
             index = index.select_segments(chosen if level == "segment" else
                                           chosen[index.segment_patients()])
-        self.index, self.level, self.seed = index, level, seed
-        self.epoch = torch.full((1,), -1, dtype=torch.int64).share_memory_()    # workers see it
-        self._columns, self._shared, self._process = {}, {}, None
+        self.index, self._columns, self._process = index, {}, None
+        self.epoch = torch.full((1,), -1, dtype=torch.int64)    # `make_loader` shares it
 
     def __len__(self):
         return self.count
 
-    def set_epoch(self, epoch):
-        """Level 'patient': takes the draw of this epoch. Never called, each read draws anew."""
+    def set_epoch(self, epoch):     # never called, level 'patient' draws anew at each read
         self.epoch.fill_(epoch)
 
     def segments(self, items):
@@ -774,7 +420,7 @@ class TPP_PPG_dataset(Dataset):
         """For messages: where in its file an item is, without names."""
         segment = self.segments([item])[0]
         encounter = np.searchsorted(self.index.starts, segment, "right") - 1
-        return self.index.place(encounter, self.index.rows[segment])
+        return f"{self.index.place(encounter)}, row {self.index.rows[segment]}"
 
     def __getitem__(self, item):
         if np.ndim(item):
@@ -802,23 +448,18 @@ class TPP_PPG_dataset(Dataset):
         self._open()
         index, values = self.index, np.empty(len(self.index), np.float32)
         offsets, starts = index.stored[index.fields.index(key)].tolist(), index.starts.tolist()
-        n_bytes = (4 * index.rows[index.starts[1:] - 1].astype(np.int64) + 4).tolist()  # last row's
+        n_rows = (index.rows[index.starts[1:] - 1] + 1).tolist()        # up to the last one used
         for number in np.unique(index.encounter_file):
-            encounters = np.flatnonzero(index.encounter_file == number).tolist()
+            index.check_file(number)
             # Plain reads: a map would read 128 kB around each of these short stretches.
             with reading(f"{index.paths[number]}: field {key!r}"), \
                     open(index.paths[number], "rb", buffering=0) as file:
-                if hasattr(os, "posix_fadvise"):    # a cold disk fetches them all, not one by one
-                    for e in encounters:
-                        if offsets[e] != ENCODED:
-                            os.posix_fadvise(file.fileno(), offsets[e], n_bytes[e],
-                                             os.POSIX_FADV_WILLNEED)
-                for e in encounters:
+                for e in np.flatnonzero(index.encounter_file == number).tolist():
                     if offsets[e] == ENCODED:
-                        column = self._read_encoded(e, key, slice(None))
+                        column = self._read_encoded(e, key)
                     else:
                         file.seek(offsets[e])
-                        column = np.frombuffer(file.read(n_bytes[e]), "<f4")
+                        column = np.frombuffer(file.read(4 * n_rows[e]), "<f4")
                     mine = slice(starts[e], starts[e + 1])
                     values[mine] = column[index.rows[mine]]
         return torch.from_numpy(values)
@@ -828,15 +469,11 @@ class TPP_PPG_dataset(Dataset):
         self._open()
         index = self.index
         encounters = np.searchsorted(index.starts, segments, "right") - 1
-        rows = index.rows[segments]
+        rows, files = index.rows[segments], index.encounter_file[encounters]
         offsets = index.stored[index.fields.index(key), encounters]
-        mapped = offsets != ENCODED
+        mapped, used = offsets != ENCODED, np.unique(files)
         offsets += ROW_BYTES * rows.astype(np.int64)
-        if key == "ppg" and len(index.row_shifts):
-            offsets += index.row_shifts[segments]
-        files = index.encounter_file[encounters]
-        used = np.unique(files)
-        for number in used:         # a file cut short under its map would kill the process
+        for number in used:         # reading a file cut short under its map would kill the process
             index.check_file(number)
         if len(used) == 1 and mapped.all():
             return self._gather(used[0], offsets)       # the fast path: no copy after the gather
@@ -844,81 +481,50 @@ class TPP_PPG_dataset(Dataset):
         for number in used:
             mine = np.flatnonzero((files == number) & mapped)
             out[mine] = self._gather(number, offsets[mine])
-        for i in np.flatnonzero(~mapped):
-            out[i] = self._decode(key, encounters[i], rows[i])
+        for i in np.flatnonzero(~mapped):       # the chunk is decoded, or was for a row before it
+            chunk, row = divmod(int(rows[i]), int(index.chunk_rows[encounters[i]]))
+            out[i] = self._chunk(int(encounters[i]), key, chunk)[row].ravel()
         return out
 
-    def chunks(self):
-        """The chunks that hold the items, in the items' order: (number of the first item [C], rows
-        that are decoded for it [C]), or None where nothing has to be decoded as a whole."""
+    def chunk_numbers(self):
+        """[S] the number of the chunk that is decoded for each item's PPG, or None without any."""
         index = self.index
-        encoded = (index.stored[index.fields.index("ppg")] == ENCODED) & (index.chunk_rows > 1)
-        if self.level == "patient" or not encoded.any():
+        if self.level == "patient" or index.chunk_rows.max() == 1:
             return None
-        per_chunk = np.where(encoded, index.chunk_rows, 1)
-        encounter = index.per_segment(np.arange(len(per_chunk), dtype=np.int32))
-        chunk = index.rows // index.per_segment(per_chunk)
-        begins = (encounter[1:] != encounter[:-1]) | (chunk[1:] != chunk[:-1])
-        first = np.append(0, np.flatnonzero(begins) + 1)
-        return first, per_chunk[encounter[first]]
+        encounter = index.per_segment(np.arange(len(index.encounters)))
+        chunk = index.rows // index.per_segment(index.chunk_rows)
+        return np.cumsum((np.diff(encounter, prepend=0) != 0) | (np.diff(chunk, prepend=0) != 0))
 
-    # What follows is of one process: files and maps are opened lazily and never cross a fork.
+    # Below, state of one process: files and maps are opened lazily and never cross a fork.
 
     def _open(self):
-        if self._process == os.getpid():
-            return
-        self._files, self._maps, self._decoded = {}, {}, {}
-        for number in np.unique(self.index.encounter_file):
-            self.index.check_file(number)
-            self._maps[number] = np.memmap(self.index.paths[number], np.uint8, "r")
-        self._process = os.getpid()
+        if self._process != os.getpid():
+            paths, most = self.index.paths, BLOCK_ROWS // int(self.index.chunk_rows.max())
+            self._map = lru_cache(MAX_OPEN)(lambda number: np.memmap(paths[number], np.uint8, "r"))
+            self._file = lru_cache(MAX_OPEN)(lambda number: open_file(paths[number]))
+            self._chunk = lru_cache(max(2, most))(self._read_encoded)
+            self._process = os.getpid()
 
     def _gather(self, number, offsets):
         """[B, 3600] float32: the rows that begin at these bytes of a file."""
-        data = self._maps[number]
-        # Item i of this view is the row that begins at byte i, aligned or not; nothing is copied.
-        rows = np.ndarray(max(0, len(data) - ROW_BYTES + 1), f"V{ROW_BYTES}", data, strides=1)
-        try:
+        with reading(self.index.paths[number]):
+            data = self._map(number)
+            # Item i of this view is the row that begins at byte i, aligned or not; without a copy.
+            rows = np.ndarray(max(0, len(data) - ROW_BYTES + 1), f"V{ROW_BYTES}", data, strides=1)
             return rows[offsets].view("<f4").reshape(-1, SEGMENT_SAMPLES)
-        except IndexError:
-            raise DataError(f"{self.index.paths[number]}: shorter than its rows; make the index "
-                            "again") from None
 
-    def _read_encoded(self, encounter, key, rows):
-        """Rows of a field of an encounter through h5py."""
-        index, number = self.index, self.index.encounter_file[encounter]
-        path = index.paths[number]
-        if number not in self._files:
-            self._files[number] = open_file(path)
+    def _read_encoded(self, encounter, key, chunk=None):
+        """A field of an encounter, or a chunk of it, through h5py."""
+        index, size = self.index, int(self.index.chunk_rows[encounter])
+        rows = slice(None) if chunk is None else slice(chunk * size, (chunk + 1) * size)
         patient = index.patients[index.encounter_patient[encounter]]
-        with reading(lambda: f"{index.place(encounter)}, field {key!r}"):
-            return narrow(self._files[number][patient][index.encounters[encounter]][key][rows])
-
-    def _decode(self, key, encounter, row):
-        """[3600]: one row through h5py; the latest chunks, a block's worth, stay decoded."""
-        per_chunk = int(self.index.chunk_rows[encounter])
-        decoded = self._decoded.setdefault(key, {})
-        chunk, row_in_chunk = divmod(int(row), per_chunk)
-        if (encounter, chunk) not in decoded:
-            span = slice(chunk * per_chunk, (chunk + 1) * per_chunk)
-            block = self._read_encoded(encounter, key, span).reshape(-1, SEGMENT_SAMPLES)
-            decoded[encounter, chunk] = block
-            while len(decoded) > max(1, -(-BLOCK_ROWS // per_chunk)):
-                del decoded[next(iter(decoded))]            # the oldest
-        return decoded[encounter, chunk][row_in_chunk]
+        with reading(f"{index.place(encounter)}, field {key!r}"):
+            file = self._file(index.encounter_file[encounter])
+            return narrow(file[patient][index.encounters[encounter]][key][rows])
 
     def __getstate__(self):
-        """For spawned workers: no handles; the segments' arrays as tensors, which PyTorch shares.
-        They stay with us: freed, they would close the shared memory before a worker opens it."""
-        for name in ("rows", "row_shifts"):
-            self._shared.setdefault(name, torch.from_numpy(getattr(self.index, name)))
-        state = {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
-        return dict(state, index=replace(self.index, rows=None, row_shifts=None),
-                    _columns=self._columns, _shared=self._shared)
-
-    def __setstate__(self, state):
-        shared = {name: tensor.numpy() for name, tensor in state["_shared"].items()}
-        self.__dict__.update(state, index=replace(state["index"], **shared), _process=None)
+        """For spawned workers: without handles."""
+        return dict(self.__dict__, _process=None, _map=None, _file=None, _chunk=None)
 
 
 # ------------------------------------------------------------------------------------------ loaders
@@ -927,11 +533,11 @@ class BatchOrder(Sampler):
     """The order of an epoch as batches of item numbers: a function of (seed, epoch), whatever the
     number of workers.
 
-    shuffle: a full permutation; of compressed data, whole chunks in random order, about BLOCK_ROWS
-    rows of them at a time in random order among themselves, so that each chunk is decoded once in
-    an epoch. drop_last drops an incomplete batch only behind a full one. With several processes
-    (rank of world) each takes its slice of every batch, so that a step sees the segments that one
-    process would have seen. Without `set_epoch`, each pass is the next epoch.
+    shuffle: a full permutation; of compressed data, chunks in random order, and the rows of about
+    BLOCK_ROWS of them shuffled, so that each chunk is decoded once an epoch. drop_last drops an
+    incomplete batch only after a full one. With several processes (rank of world) each takes its
+    slice of every batch, so that a step sees what one process would have seen. Without `set_epoch`,
+    each pass is the next epoch.
     """
 
     def __init__(self, dataset, batch_size, shuffle, seed=0, drop_last=False, rank=0, world=1):
@@ -952,125 +558,143 @@ class BatchOrder(Sampler):
         count = len(self.dataset)
         kind = "int32" if count < 2 ** 31 else "int64"
         rng = np.random.default_rng([self.seed, self.epoch])
-        chunks = self.dataset.chunks() if self.shuffle else None
-        if self.shuffle and chunks is None:     # in half of NumPy's time
+        if not self.shuffle:
+            return np.arange(count, dtype=kind)
+        chunks = self.dataset.chunk_numbers()
+        if chunks is None:                      # in half of NumPy's time
             source = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
             return torch.randperm(count, dtype=getattr(torch, kind), generator=source).numpy()
-        items = np.arange(count, dtype=kind)
-        if not self.shuffle:
-            return items
-        mixed = rng.permutation(len(chunks[0]))
-        sizes = np.diff(chunks[0], append=count)[mixed]
-        first, decoded = chunks[0][mixed], chunks[1][mixed]
-        ends = np.cumsum(sizes)
-        items += np.repeat((first - (ends - sizes)).astype(kind), sizes)
-        block = (np.cumsum(decoded) - decoded) // BLOCK_ROWS
-        for part in np.split(items, ends[np.flatnonzero(np.diff(block))]):
-            rng.shuffle(part)
+        place = rng.permutation(chunks[-1] + 1)[chunks]
+        items = np.argsort(place, kind="stable").astype(kind)           # chunk by chunk
+        per_block = max(1, BLOCK_ROWS // self.dataset.index.chunk_rows.max())
+        ends = np.searchsorted(place[items], np.arange(per_block, chunks[-1] + 1, per_block))
+        for block in np.split(items, ends):
+            rng.shuffle(block)
         return items
+
+    def slices(self):
+        """Yields this rank's slice of `order()` for each batch that is left of the epoch; then
+        turns to the next epoch."""
+        for batch in range(self.first_batch, len(self)):
+            start = batch * self.batch_size
+            share, rest = divmod(min(self.batch_size, len(self.dataset) - start), self.world)
+            start += self.rank * share + min(self.rank, rest)
+            yield slice(start, start + share + (self.rank < rest))
+        self.epoch, self.first_batch = self.epoch + 1, 0
 
     def __iter__(self):
         order = self.order()
-        for batch in range(self.first_batch, len(self)):
-            items = order[batch * self.batch_size:(batch + 1) * self.batch_size]
-            yield np.array_split(items, self.world)[self.rank] if self.world > 1 else items
-        self.epoch, self.first_batch = self.epoch + 1, 0
+        for batch in self.slices():
+            yield order[batch]
+
+
+class WorkerLoader(DataLoader):
+    """A DataLoader that raises errors of its workers as a DataError of one line."""
+    device = None                           # no device's memory holds the data
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except DataError as error:          # a worker's carries its traceback
+            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+        except (RuntimeError, OSError) as error:
+            if not self.num_workers:
+                raise
+            raise worker_error(error) from None
+
+
+class DeviceLoader:
+    """The batches of a WorkerLoader, gathered from a dataset that is all in a device's memory."""
+
+    def __init__(self, sampler, device):
+        self.sampler, self.dataset, self.device = sampler, sampler.dataset, device
+        count = len(self.dataset.index)
+        self.held = [torch.empty((count, *one.shape[1:]), device=device)
+                     for one in self.dataset.read(np.arange(1))]
+        for a in range(0, count, 1024):
+            batch = self.dataset.read(np.arange(a, min(a + 1024, count)))
+            for values, part in zip(self.held, batch):
+                values[a:a + 1024] = part
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        segments = torch.from_numpy(self.dataset.segments(self.sampler.order())).to(self.device)
+        for batch in self.sampler.slices():
+            yield tuple(values.index_select(0, segments[batch]) for values in self.held)
+
+
+def worker_error(error):
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+    return DataError(f"a loader worker failed ({reason}); often memory or /dev/shm is full: use "
+                     "fewer --workers (0 needs no shared memory), or enlarge /dev/shm")
+
+
+def fits_on(device, dataset):
+    """Whether a dataset takes at most half of a device's free memory."""
+    size, free = sum(one.numel() * 4 for one in dataset.read(np.arange(1))), 0
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2 * size * len(dataset.index) <= free
 
 
 def make_loader(dataset, batch_size, shuffle=False, seed=0, workers=0, drop_last=None,
-                pin_memory=False, rank=0, world=1):
-    """A DataLoader whose batches are tuples of tensors, each read from the file in one go.
+                pin_memory=False, rank=0, world=1, device_cache=None):
+    """A loader whose batches are tuples of tensors, each read from the file in one go.
 
-    Train (shuffle): shuffled, the last incomplete batch dropped behind a full one. Tune and test:
-    every segment, in order.
+    drop_last: default as shuffle. device_cache: a device; if the data fit in half of its free
+    memory, they are kept and batches made there (`loader.device` is then the device, else None).
+    `loader.sampler.set_epoch(epoch, first_batch)` chooses the epoch and resumes within it.
     """
+    order = BatchOrder(dataset, batch_size, shuffle, seed,
+                       shuffle if drop_last is None else drop_last, rank, world)
+    if device_cache is not None:
+        device = torch.device(device_cache)
+        if fits_on(device, dataset):
+            return DeviceLoader(order, device)
+        pin_memory = pin_memory or device.type == "cuda"
     if workers:
         for key in dataset.keys_to_load:
             if key not in WAVEFORMS:
                 dataset.column(key)         # before the workers start: they share it with us
-    order = BatchOrder(dataset, batch_size, shuffle, seed,
-                       shuffle if drop_last is None else drop_last, rank, world)
+        try:
+            dataset.epoch.share_memory_()   # so that workers see `set_epoch`
+        except (RuntimeError, OSError) as error:
+            raise worker_error(error) from None
     own = torch.Generator().manual_seed(seed)       # else dropout would depend on the workers
-    return DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, generator=own,
-                      collate_fn=tuple, pin_memory=pin_memory, persistent_workers=workers > 0,
-                      worker_init_fn=leave_talking_to_parent if workers else None)
+    return WorkerLoader(dataset, batch_size=None, sampler=order, num_workers=workers, generator=own,
+                        collate_fn=tuple, pin_memory=pin_memory, persistent_workers=workers > 0,
+                        worker_init_fn=quiet_worker if workers else None)
 
 
-def leave_talking_to_parent(_):
-    """In a loader's worker: Ctrl-C reaches all processes of a terminal, the parent acts on it; and
-    where the parent has ended, it has said why: a worker adds no traceback of its connection."""
+def quiet_worker(_):
+    """In a worker: the parent acts on Ctrl-C and says why it ends; the worker adds no traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    usual = sys.excepthook
-
-    def hook(kind, error, trace):
-        if not issubclass(kind, (ConnectionError, EOFError)):
-            usual(kind, error, trace)
-
-    sys.excepthook = hook
+    sys.excepthook = lambda kind, error, trace: (
+        None if issubclass(kind, (ConnectionError, EOFError))
+        else sys.__excepthook__(kind, error, trace))
 
 
-def fit_normaliser(dataset, keys):
+def fit_normaliser(dataset, keys) -> Dict[str, dict]:
     """{key: {'mean', 'sd', 'unit'}} over the dataset's segments (the train split's, always).
-
-    Raises DataError for a field that does not vary or is not finite throughout.
-    """
+    Raises DataError for a field that does not vary or is not finite throughout."""
     normaliser = {}
     for key in keys:
         values = dataset.column(key).numpy()
-        if not np.isfinite(values).all():
-            raise DataError(f"field {key!r} is not finite in {(~np.isfinite(values)).sum()} of "
-                            f"{len(values)} train segments, which the quality gate let through")
-        if values.min() == values.max():
-            raise DataError(f"field {key!r} has one value, {values[0]:g}, in all {len(values)} "
-                            "train segments")
+        wrong = (~np.isfinite(values)).sum()
+        if wrong or values.min() == values.max():
+            what = f"is not finite in {wrong} of" if wrong else f"has one value, {values[0]:g}, in"
+            raise DataError(f"field {key!r} {what} {len(values)} train segments")
         mean = float(values.mean(dtype=np.float64))
         blocks = (values[a:a + 2 ** 20].astype(np.float64) for a in range(0, len(values), 2 ** 20))
         variance = sum(float(((block - mean) ** 2).sum()) for block in blocks) / len(values)
-        normaliser[key] = {"mean": mean, "sd": variance ** 0.5, "unit": FIELDS[key][1]}
+        normaliser[key] = {"mean": mean, "sd": variance ** 0.5, "unit": FIELDS[key].unit}
     return normaliser
 
 
-# ----------------------------------------------------------------------------------- who is meant
-
-def hash_patients(patients, salt):
-    """Patients' names as salted hashes, which may leave the hospital."""
-    return [hashlib.sha256(f"{salt}/{patient}".encode()).hexdigest()[:16] for patient in patients]
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Names of the patients and encounters that messages give "
-        "by number or by hash: private, for the eyes of those who may see the data.")
-    parser.add_argument("file", help="an HDF5 file of the layout")
-    parser.add_argument("--who", nargs="+", required=True, metavar="WHO",
-                        help="17 (patient), 17/2 (patient/encounter) or 3f2a… (a patient's hash)")
-    parser.add_argument("--salt-file", metavar="FILE",
-                        help="of the hashes; default: tpp_ppg.salt beside the file")
-    options = parser.parse_args()
-    beside = os.path.join(os.path.dirname(options.file), "tpp_ppg.salt")
-    with open_file(options.file) as file:
-        with reading(f"{options.file}: its list of patients"):
-            names = member_names(file)
-        for who in options.who:
-            if re.fullmatch(r"\d{1,7}(/\d{1,7})?", who):
-                patient, *encounter = map(int, who.split("/"))
-                found = names[patient:patient + 1]
-                if found and encounter:
-                    with reading(place(options.file, patient)):
-                        group = member(file, found[0], h5py.Group)
-                        inside = member_names(group) if group else []
-                    found = [f"{found[0]}/{one}" for one in inside[encounter[0]:][:1]]
-            else:
-                with open(options.salt_file or beside, encoding="ascii", errors="replace") as saved:
-                    hashes = hash_patients(names, saved.read().strip())
-                found = [name for name, one in zip(names, hashes) if one.startswith(who)]
-            print(f"{who}: {', '.join(map(printable, found)) or 'not in this file'}")
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(look_up())

@@ -27,9 +27,8 @@ OPEN = """
 import sys, time; sys.path.insert(0, {root!r})
 import torch
 from datasets import *
-from datasets import kept_dataset_index
 start = time.time()
-index = kept_dataset_index("any", {path!r}); loaded = time.time()
+index = create_dataset_index(condition="any", path={path!r}); loaded = time.time()
 parts = split_index(index, 0); split = time.time()
 dataset = TPP_PPG_dataset(parts["train"], "segment", {keys!r})
 loader = iter(make_loader(dataset, 256, shuffle=True)); batch = next(loader); end = time.time()
@@ -111,7 +110,7 @@ def measure_ranks(folder, repeats):
                    "--epochs", "2", "--batch-size", str(batch), "--device", "cpu", "--fresh"]
         subprocess.run(command, cwd=folder, check=True, capture_output=True,
                        env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
-        with open(os.path.join(folder, "runs", name + "_log.csv")) as file:
+        with open(os.path.join(folder, "runs", name, "log.csv")) as file:
             seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
         return 1 / (seconds[1] - seconds[0])        # epochs a second, the first not counted
 

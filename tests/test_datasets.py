@@ -1,6 +1,8 @@
 """datasets.py on real files: published layout, every storage, gate, index, split, loaders."""
 import multiprocessing
 import os
+import shutil
+import stat
 import subprocess
 import sys
 
@@ -12,21 +14,26 @@ from conftest import ROOT, make_file
 from torch.utils.data import DataLoader
 
 import datasets
+import layout
 from datasets import (
+    LABELS,
     PUBLISHED_CONDITION,
+    VITALS,
     BatchOrder,
     DataError,
     Gate,
     TPP_PPG_dataset,
+    check_unchanged,
     create_dataset_index,
+    fingerprint,
     fit_normaliser,
     gate_report,
     get_gate,
-    kept_dataset_index,
     load_dataset_index,
     make_loader,
     split_index,
     split_patients,
+    vitals_of,
 )
 
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
@@ -75,11 +82,6 @@ def test_an_item_is_a_tuple_of_float32_tensors_in_the_order_of_the_keys(publishe
         dataset[len(dataset)]
 
 
-def test_the_default_keys_are_the_published_ones(published):
-    ppg, p_crit = TPP_PPG_dataset(create_dataset_index(path=published), "segment")[0]
-    assert ppg.shape == (1, 3600) and 20 <= p_crit <= 50
-
-
 def test_an_experiments_own_dataloader_works_as_published(published):
     dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
     loader = DataLoader(dataset, batch_size=32, shuffle=True, num_workers=2, drop_last=True)
@@ -124,8 +126,8 @@ def test_every_storage_is_right_within_one_batch_and_after_select(tmp_path):
     paths, serials = [], []
     layouts = (("rows", {}), ("lzf", {}), ("contiguous", {}), ("rows", {"userblock_size": 512}),
                ("contiguous", {"libver": "latest"}))       # 'latest' does not align data to 4 bytes
-    for number, (layout, options) in enumerate(layouts):
-        plain = make_file(tmp_path / "plain.h5", 3, layout=layout, seed=number)
+    for number, (storage, options) in enumerate(layouts):
+        plain = make_file(tmp_path / "plain.h5", 3, layout=storage, seed=number)
         with h5py.File(plain, "r") as source, \
                 h5py.File(tmp_path / f"{number}.h5", "w", **options) as target:
             for patient in source:
@@ -174,6 +176,7 @@ def test_a_damaged_chunk_is_an_error_that_names_its_file(tmp_path):
     with open(path, "r+b") as file:
         file.seek(chunk.byte_offset + 50)
         file.write(bytes(200))
+    os.utime(path, ns=(0, int(dataset.index.mtimes[0])))        # as when the disk, not a program
     with pytest.raises(DataError, match=r"f.h5: patient 0, encounter 0 .*'ppg' cannot be read"):
         dataset[0]
 
@@ -196,7 +199,7 @@ def test_empty_encounters_and_unusual_names_do_no_harm(tmp_path):
         create_dataset_index(path=path)
     with h5py.File(tmp_path / "none.h5", "w") as file:
         file.create_dataset("p/e/ppg", (0, 3600), "f4")
-    with pytest.raises(DataError, match="none of 0 segments"):
+    with pytest.raises(DataError, match="no segment passes"):
         create_dataset_index(path=tmp_path / "none.h5", condition="any")
 
 
@@ -228,7 +231,7 @@ def test_a_file_cut_short_after_indexing_is_an_error_and_not_a_bus_error(publish
     dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
     dataset[0]
     os.truncate(published, 50_000)
-    with pytest.raises(DataError, match="50000 bytes, .* when the index was made"):
+    with pytest.raises(DataError, match="gone or changed since"):
         dataset[90]
 
 
@@ -242,16 +245,6 @@ def test_percentage_takes_a_share_and_csns_to_skip_leaves_encounters_out(publish
     assert torch.equal(serials, again[np.arange(48)][0][:, 0, 0])
     fewer = TPP_PPG_dataset(index, "segment", KEYS, csns_to_skip=["CSN0000"])
     assert len(fewer) == 88 and fewer[0][0][0, 0] == 8
-
-
-def test_percentage_of_patients_takes_whole_patients_and_rounds_to_the_nearest(published):
-    index = create_dataset_index(path=published)
-    half = TPP_PPG_dataset(index, "patient", KEYS, percentage=50, seed=1)
-    assert len(half) == half.index.n_patients == 3
-    fitted = fit_normaliser(half, ["hr"])["hr"]["mean"]
-    assert fitted == pytest.approx(half.column("hr").double().mean().item())
-    few = TPP_PPG_dataset(index.select(np.arange(12) < 7), "segment", KEYS, percentage=58)
-    assert len(few) == 32                                   # 0.58 * 56 = 32.48
 
 
 def test_names_may_be_bytes_or_numbers(tmp_path):
@@ -294,26 +287,58 @@ def test_patient_level_draws_follow_the_epoch_into_workers(published):
         assert torch.equal(with_workers, torch.cat([batch[0][:, 0, 0] for batch in plain]))
 
 
-@pytest.mark.parametrize("level, keys, percentage, message", [
-    ("minute", KEYS, 100, "level 'minute'"),
-    ("segment", ["ppg", "sodium"], 100, "no field 'sodium' in 12 of 12 encounters"),
-    ("segment", KEYS, 0, "percentage 0")])
-def test_wrong_arguments_are_named(published, level, keys, percentage, message):
-    with pytest.raises(DataError, match=message):
-        TPP_PPG_dataset(create_dataset_index(path=published), level, keys, percentage)
-
-
 # ------------------------------------------------------------------------------------------ gate
 
 def test_the_default_gate_is_the_published_one_without_its_100_minutes():
     published, default = get_gate(PUBLISHED_CONDITION), get_gate("default")
-    assert published.ranges == default.ranges and len(default.ranges) == 6
+    assert published.comparisons == default.comparisons and len(default.comparisons) == 6
     assert (published.min_minutes, default.min_minutes) == (100, 0)
+    assert str(default) == "default" and str(published) == "default, minutes >= 100"
     other = get_gate("rmse_lt_3_and_pcrit_gt_0_pcrit_lt_map_pp_gt_10")
-    assert len(other.ranges) == 4 and other.ranges[0] == ("fit_rmse", None, 3)
-    for wrong in ("r2_gt_6", "r2_gt_5_and_nonsense", "r2_gt_5_", "r2_gt_5r2_gt_5", "", 5):
-        with pytest.raises(DataError, match="expected 'default'"):
-            get_gate(wrong)
+    assert other.comparisons[0] == ("fit_rmse", "<", 3) and other.min_minutes == 100
+
+
+@pytest.mark.parametrize("condition, text", [
+    (["r2 > 0.5", "p_crit<map"], "r2 > 0.5, p_crit < map"), ("any", "any"),
+    (["default", "p_crit_se <= 5.5"], "default, p_crit_se <= 5.5"), ("r2_gt_5", "r2 > 0.5"),
+    ("p_crit_se < 5, p_crit > 5, ppg_quality >= -1e-1",         # names that begin like another's
+     "p_crit_se < 5, p_crit > 5, ppg_quality >= -0.1"), (Gate((("hr", "<", 90.0),)), "hr < 90")])
+def test_a_gate_is_written_as_comparisons_and_reads_its_own_text(condition, text):
+    gate = get_gate(condition)
+    assert str(gate) == text and get_gate(text) == gate
+
+
+@pytest.mark.parametrize("wrong", ["", "r2 >", "r2 = 1", "r2 > 0.5x", "sodium > 3", "ppg > 0",
+                                   "r2 > nan", "r2_gt_6", "minutes < 5", "r2 > 0.5 map < 3", []])
+def test_a_condition_that_cannot_be_read_names_the_fields(wrong):
+    with pytest.raises(DataError, match="such as 'r2 > 0.5' .* map, sbp, .* p_crit, r2"):
+        get_gate(wrong)
+
+
+@pytest.mark.parametrize("sign, kept", [(">", 2), (">=", 3), ("<", 7), ("<=", 8)])
+def test_bounds_are_open_or_closed_as_written(tmp_path, sign, kept):
+    path = make_file(tmp_path / "f.h5", 1, 1, 10)
+    with h5py.File(path, "r+") as file:
+        file["MRN000/CSN0000/hr"][:] = 60 + np.arange(10)
+    assert len(create_dataset_index(path=path, condition=f"hr {sign} 67")) == kept
+
+
+def test_roles_say_what_is_an_input_and_what_must_be_finite():
+    assert VITALS == ("map", "sbp", "dbp", "pp", "hr") and LABELS == ("tpp", "p_crit")
+    assert vitals_of(["ppg", "map", "hr", "tpp"]) == ["map", "hr"]
+    with pytest.raises(DataError, match="'r2' cannot be an input: expected ppg, map"):
+        vitals_of(["ppg", "r2", "tpp"])
+
+
+@pytest.mark.parametrize("key, value", [("map", -32768), ("hr", 0), ("hr", 8388607), ("dbp", 95),
+                                        ("sbp", 65), ("pp", 2)])
+def test_vitals_that_no_person_has_are_refused_by_every_gate(tmp_path, key, value):
+    path = make_file(tmp_path / "f.h5", 1, 1, 10)
+    with h5py.File(path, "r+") as file:
+        file["MRN000/CSN0000"][key][3] = value
+    rows = create_dataset_index(path=path, condition="any").rows
+    assert rows.tolist() == [0, 1, 2, *range(4, 10)]
+    assert {rule: broken for rule, broken, _ in gate_report(path, "any")}["plausible vitals"] == 1
 
 
 def test_each_rule_refuses_its_segments_and_the_report_counts_them(tmp_path):
@@ -325,17 +350,19 @@ def test_each_rule_refuses_its_segments_and_the_report_counts_them(tmp_path):
         for row, (key, value) in wrong.items():
             group[key][row] = value
         group["ppg"][6, 0, 1234] = np.inf
+        group["sbp"][4] = 125
     index = create_dataset_index(path=path)
     assert len(index) == 30 - 8
     report = {rule: (broken, left) for rule, broken, left in gate_report(path)}
     assert report["all segments"] == (0, 30)
     assert report["finite PPG"] == (1, 29)
     assert report["finite vitals and label"] == (2, 27)
+    assert report["plausible vitals"] == (1, 27)                # infinite pressure, again
     assert report["r2 > 0.5"] == (1, 26) and report["p_crit > 0"] == (1, 25)
     assert report["p_crit < map"] == (1, 24) and report["p_crit < 100"][1] == 22
-    with pytest.raises(DataError, match="none of 30 segments passes"):
+    with pytest.raises(DataError, match="no segment passes"):
         create_dataset_index(path=path, condition=PUBLISHED_CONDITION)
-    assert len(create_dataset_index(path=path, condition=Gate((("map", 70, None),)))) == 27
+    assert len(create_dataset_index(path=path, condition="map > 70")) == 27
 
 
 def test_only_the_encounters_asked_for_are_indexed(published):
@@ -360,25 +387,72 @@ def test_a_saved_index_is_an_npz_without_pickles_and_gives_the_same_rows(tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
-def test_a_kept_index_is_used_again_until_file_or_gate_change(tmp_path, published):
-    made = kept_dataset_index(path=published)
+def test_the_index_of_large_data_is_kept_by_itself_until_file_or_gate_change(
+        tmp_path, published, monkeypatch):
     kept = tmp_path / "published.h5.index.npz"
+    create_dataset_index(path=published)
+    assert not kept.exists()                                        # small data
+    monkeypatch.setattr(datasets, "LARGE_BYTES", 0)
+    (tmp_path / "published.h5.index.npz.1.partial").write_bytes(b"names")       # of a killed run
+    made = create_dataset_index(path=published)
     first = kept.stat().st_mtime_ns
-    assert np.array_equal(kept_dataset_index(path=published).rows, made.rows)
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["published.h5", "published.h5.index.npz"]
+    assert np.array_equal(create_dataset_index(path=published).rows, made.rows)
     assert kept.stat().st_mtime_ns == first                         # read, not made again
-    assert kept_dataset_index(Gate((("map", 80, None),)), published).rows.size < made.rows.size
-    second = kept.stat().st_mtime_ns
-    assert second > first
+    assert len(create_dataset_index(path=published, condition="map > 80")) < len(made)
     with h5py.File(published, "r+") as file:
         file["MRN001/CSN0010/r2"][0] = 0.1
-    assert len(kept_dataset_index(path=published)) == len(made) - 1
-    assert kept.stat().st_mtime_ns > second
+    assert len(create_dataset_index(path=published)) == len(made) - 1
+    kept.write_bytes(kept.read_bytes()[:-200])                      # damaged: made again
+    assert len(create_dataset_index(path=published)) == len(made) - 1
+    assert len(load_dataset_index(kept)) == len(made) - 1
+
+
+def test_a_file_that_is_no_index_is_never_overwritten(tmp_path, published, monkeypatch):
+    monkeypatch.setattr(datasets, "LARGE_BYTES", 0)
+    mine = tmp_path / "published.h5.index.npz"
+    np.savez(mine, my_array=np.zeros(3))
+    before = mine.read_bytes()
+    assert len(create_dataset_index(path=published)) == 96
+    with pytest.raises(DataError, match="not a saved index; not overwritten"):
+        create_dataset_index(path=published, savename=published)
+    assert mine.read_bytes() == before and len(create_dataset_index(path=published)) == 96
+
+
+def test_an_index_of_an_older_table_of_fields_is_made_again(tmp_path, published, monkeypatch):
+    create_dataset_index(path=published, savename=tmp_path / "index.npz")
+    spo2 = dict(datasets.FIELDS, spo2=layout.Field("f4", "%", "vital", 40, 100))
+    monkeypatch.setattr(datasets, "FIELDS", spo2)
+    with pytest.raises(DataError, match="not a saved index of this version"):
+        load_dataset_index(tmp_path / "index.npz")
+
+
+@pytest.mark.parametrize("what", ["ppg", "map", "tpp", "rows"])
+def test_the_fingerprint_covers_every_key_that_is_read(tmp_path, published, what):
+    index = create_dataset_index(path=published)
+    before = fingerprint(index, KEYS)
+    copy = tmp_path / "copy.h5"
+    shutil.copy(published, copy)
+    assert fingerprint(create_dataset_index(path=copy), KEYS) == before
+    assert fingerprint(index, KEYS[1:]) != before
+    if what == "rows":
+        changed = create_dataset_index(path=published, condition="r2 > 0.61")
+    else:
+        with h5py.File(published, "r+") as file:
+            values = file["MRN003/CSN0031"][what]
+            values[...] = values[:][..., ::-1].copy() if what == "ppg" else values[:] + 1
+        with pytest.raises(DataError, match="changed since the index was made"):
+            check_unchanged(index)
+        changed = create_dataset_index(path=published)
+    assert len(changed) == 96 or what == "rows"
+    assert fingerprint(changed, KEYS) != before
 
 
 def test_a_saved_index_is_refused_when_its_file_changed_and_when_it_is_none(tmp_path, published):
     create_dataset_index(path=published, savename=tmp_path / "index.npz")
     os.utime(published, ns=(0, 0))
-    with pytest.raises(DataError, match="changed since the index was made"):
+    with pytest.raises(DataError, match="gone or changed since"):
         load_dataset_index(tmp_path / "index.npz")
     whole = (tmp_path / "index.npz").read_bytes()
     np.save(tmp_path / "array.npy", np.zeros(3))
@@ -389,7 +463,7 @@ def test_a_saved_index_is_refused_when_its_file_changed_and_when_it_is_none(tmp_
             (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name}: not a saved index"):
             load_dataset_index(tmp_path / name)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="absent.npz: not a saved index"):
         load_dataset_index(tmp_path / "absent.npz")
 
 
@@ -504,22 +578,81 @@ def test_compressed_data_are_decoded_once_in_an_epoch_and_well_mixed(tmp_path, m
     monkeypatch.setattr(datasets, "BLOCK_ROWS", 32)         # 8 chunks of 4 rows
     index = create_dataset_index(path=make_file(tmp_path / "f.h5", 8, layout="lzf"))
     for percentage in (100, 60):
-        dataset = TPP_PPG_dataset(index, "segment", ["ppg", "abp", "tpp"], percentage)
-        count, reads = len(dataset), []
-
-        def counted(*args, plain=dataset._read_encoded, reads=reads):
-            reads.append(args[1])
-            return plain(*args)
-
-        dataset._read_encoded = counted
+        dataset = TPP_PPG_dataset(index, "segment", ["ppg", "tpp"], percentage)
+        chunks = dataset.chunk_numbers()
         order = BatchOrder(dataset, 10, shuffle=True).order()
-        assert sorted(order) == list(range(count))
-        first, decoded = dataset.chunks()
-        chunk = np.searchsorted(first, order, "right") - 1
-        assert len(set(chunk[:10])) > 4 and (decoded == 4).all()
+        assert sorted(order) == list(range(len(dataset))) and len(set(chunks[order[:10]])) > 4
         for batch in make_loader(dataset, 10, shuffle=True, drop_last=False):
             assert batch[0].shape[1:] == (1, 3600)
-        assert reads.count("ppg") == len(first)
+        assert dataset._chunk.cache_info().misses == chunks[-1] + 1
+
+
+@pytest.mark.parametrize("level", ["segment", "patient"])
+def test_batches_made_on_a_device_are_those_of_the_plain_loader(published, level):
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), level, KEYS)
+    how = {"shuffle": True, "seed": 3, "rank": 1, "world": 2}
+    plain, cached = (make_loader(dataset, 10, **how, device_cache=device)
+                     for device in (None, "cpu"))
+    assert plain.device is None and cached.device.type == "cpu" and len(plain) == len(cached)
+    for epoch, first_batch in ((0, 0), (1, 0), (1, len(plain) - 1)):
+        batches = []
+        for loader in (plain, cached):
+            loader.sampler.set_epoch(epoch, first_batch)
+            batches.append(list(loader))
+        assert len(batches[0]) == len(batches[1]) == len(plain) - first_batch
+        assert all(torch.equal(a, b) for one, other in zip(*batches) for a, b in zip(one, other))
+
+
+def test_data_larger_than_half_of_the_device_are_read_as_usual(published, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    dataset = TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+    assert make_loader(dataset, 10, device_cache="cpu").device is None
+
+
+def run_here(code, path, *shell):
+    """The last line that Python code prints in a shell with these preparations."""
+    code = f"import sys; sys.path[:0] = [{ROOT!r}]\nfrom datasets import *\nP = {path!r}\n{code}"
+    shell = "; ".join([*shell, f'exec {sys.executable} -c "$CODE"'])
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True,
+                          env=dict(os.environ, CODE=code))
+    return (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+READ_ALL = """
+try:
+    data = TPP_PPG_dataset(create_dataset_index(path=P), 'segment', ['ppg', 'map', 'tpp'])
+    loader = make_loader(data, 32, shuffle=True, drop_last=False, workers=WORKERS)
+    print(sum(len(batch[0]) for epoch in range(2) for batch in loader))
+except DataError as error:
+    print('DataError:', error)
+"""
+
+
+def test_more_files_than_may_be_open_are_read(tmp_path):
+    paths = []
+    for number in range(40):
+        paths.append(str(tmp_path / f"{number}.h5"))
+        with h5py.File(make_file(tmp_path / "plain.h5", 1, 1, 2), "r") as source, \
+                h5py.File(paths[-1], "w") as target:
+            source.copy("MRN000", target, name=f"p{number}")
+            if number % 2:                                  # these are read by h5py
+                group = target[f"p{number}/CSN0000"]
+                ppg = group["ppg"][:].astype("f8")
+                del group["ppg"]
+                group["ppg"] = ppg
+    code = "import datasets; datasets.MAX_OPEN = 5\n" + READ_ALL.replace("WORKERS", "0")
+    assert run_here(code, paths, "ulimit -n 30") == "160"
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not os.path.exists("/dev/shm"), reason="needs mount")
+@pytest.mark.parametrize("workers, expected", [(0, "192"), (2, "DataError: a loader worker")])
+def test_a_full_dev_shm_is_one_line_and_no_matter_without_workers(published, workers, expected):
+    fill = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/x"
+    script = f"unshare -m bash -c '{fill}; exec {sys.executable} -c \"$CODE\"' && exit"
+    if subprocess.run(["unshare", "-m", "true"]).returncode:
+        pytest.skip("needs unshare")
+    got = run_here(READ_ALL.replace("WORKERS", str(workers)), published, script)
+    assert got.startswith(expected) and (not workers or "--workers" in got)
 
 
 def test_without_set_epoch_each_pass_is_another_epoch(published):
@@ -584,7 +717,7 @@ def test_the_normaliser_is_that_of_the_segments_it_is_fitted_on(published):
     assert fitted["hr"]["unit"] == "beats/min"
 
 
-@pytest.mark.parametrize("value, message", [(70.1, "has one value, 70.1, in all 96"),
+@pytest.mark.parametrize("value, message", [(70.1, "has one value, 70.1, in 96"),
                                             (np.nan, "not finite in 96 of 96")])
 def test_a_field_that_cannot_be_normalised_is_refused(published, value, message):
     with h5py.File(published, "r+") as file:
@@ -614,12 +747,16 @@ def break_file(path, how):
         elif how == "text":
             del group["map"]
             group["map"] = [b"a"] * 8
-        elif how == "dataset at the top":
-            file["MRN1"] = np.zeros(3)
+        elif how == "scaled":
+            group["map"].attrs["scale_factor"] = 0.1
+        elif how == "not written":
+            del group["map"]
+            group.create_dataset("map", (8,), "f4")
+        elif how == "nothing":
+            for name in list(file):
+                del file[name]
         elif how == "other rate":
             file.attrs["fs"] = 125
-        elif how == "link to itself":
-            file["MRN1"] = h5py.SoftLink("/MRN001")
 
 
 @pytest.mark.parametrize("how, message", [
@@ -628,8 +765,9 @@ def break_file(path, how):
     ("short vital", r"field 'map': shape \(3,\), expected \(8,\)"),
     ("wrong ppg", r"field 'ppg': shape \(8, 3000\)"),
     ("text", "field 'map': expected plain numbers"),
-    ("dataset at the top", "no group at the top"), ("other rate", "segments of 60 s at 60 Hz"),
-    ("link to itself", "no group at the top")])
+    ("scaled", "field 'map': scaled by its attribute 'scale_factor'"),
+    ("not written", "field 'map': 8 rows, but this file holds fewer"),
+    ("other rate", "segments of 60 s at 60 Hz"), ("nothing", "found no encounter")])
 def test_a_malformed_file_is_refused_in_one_line_without_identifiers(published, how, message):
     break_file(published, how)
     with pytest.raises(DataError, match=message) as error:
@@ -644,25 +782,22 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
             create_dataset_index(path=tmp_path / name)
 
 
-def test_links_out_of_the_file_are_not_followed(tmp_path, published):
-    other = make_file(tmp_path / "other.h5")
+def test_what_is_no_patient_beside_the_patients_is_ignored(tmp_path, published):
+    other = make_file(tmp_path / "other.h5", seed=1)
     with h5py.File(published, "r+") as file:
-        del file["MRN001/CSN0010/map"]
-        file["MRN001/CSN0010/map"] = h5py.ExternalLink(other, "/MRN001/CSN0010/map")
-    with pytest.raises(DataError, match="no field 'map'"):
-        create_dataset_index(path=published)
-    third = make_file(tmp_path / "third.h5")
-    with h5py.File(third, "r+") as file:
-        file["MRN1"] = h5py.ExternalLink(other, "/MRN001")
-    with pytest.raises(DataError, match="no group at the top"):
-        create_dataset_index(path=third)
-    with h5py.File(published, "r+") as file:
-        del file["MRN001/CSN0010/map"]
-        raw = tmp_path / "raw.bin"
-        raw.write_bytes(bytes(32))
-        file["MRN001/CSN0010"].create_dataset("map", (8,), "f4", external=[(str(raw), 0, 32)])
-    with pytest.raises(DataError, match="stored in this file"):
-        create_dataset_index(path=published)
+        file["AAA notes"] = "written by hand"
+        file["AAB/settings/table"] = np.zeros(3)
+        file["MRN000/age"] = 71
+        file["MRN000/AA/lactate"] = np.zeros(8)
+        file["MRN000/CSN0000/map"].attrs.update(units="mmHg", gain=1.0)
+        file["MRN1"] = h5py.SoftLink("/MRN001")             # or one patient would be two
+        file["MRN2"] = h5py.ExternalLink(other, "/MRN001")
+    index = create_dataset_index(path=published)
+    assert len(index) == 96 and index.patients.tolist() == [f"MRN{n:03d}" for n in range(6)]
+    position = index.place(0).split("--who ")[1].rstrip(")")
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "datasets.py"), published, "--who",
+                           position, "99"], capture_output=True, text=True)
+    assert done.stdout == f"{position}: MRN000/CSN0000\n99: not in this file\n"
 
 
 def test_the_writer_makes_a_file_that_reads_back_and_refuses_what_does_not_fit(tmp_path):
@@ -677,6 +812,8 @@ def test_the_writer_makes_a_file_that_reads_back_and_refuses_what_does_not_fit(t
             out.write("p", "e", fields)
         with pytest.raises(DataError, match="without '/'"):
             out.write("p", "e/4", fields)
+        with pytest.raises(DataError, match="'ppg' and 'reason'"):
+            out.write("p", "e2", {"ppg": fields["ppg"]})
         with pytest.raises(DataError, match="'sodium'"):
             out.write("p", "e2", dict(fields, sodium=np.zeros(3)))
         with pytest.raises(DataError, match="non-finite"):
@@ -688,6 +825,20 @@ def test_the_writer_makes_a_file_that_reads_back_and_refuses_what_does_not_fit(t
     with h5py.File(path, "r") as file:
         assert file.attrs["origin"] == "recordings" and file.attrs["fs"] == 60
         assert file["p/e/ppg"].chunks is None and file["p/e/reason"].dtype == np.uint32
+
+
+def test_a_full_disk_is_an_error_in_one_line_and_not_a_crash(tmp_path):
+    code = """
+import numpy as np
+try:
+    with LayoutWriter(P, 'recordings', 'published', 'foot', ['a']) as out:
+        for i in range(30):
+            out.write(f'p{i}', 'e', {'ppg': np.zeros((4, 3600)), 'reason': np.zeros(4)})
+except OSError as error:
+    print(error)
+"""
+    path = str(tmp_path / "f.h5")
+    assert run_here(code, path, "ulimit -f 300") == f"[Errno 27] File too large: {path!r}"
 
 
 def test_importing_does_no_work():
