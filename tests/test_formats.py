@@ -1,0 +1,474 @@
+"""formats.py: WFDB, VitalDB, EDF and HDF5, whole and in spans; damaged files get one line."""
+import gzip
+import inspect
+import os
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+import formats
+import recordings
+from formats import RecordingError
+
+RATES = {"ABP": 250, "PLETH": 125}
+GAP_S = (85, 92)
+ROUNDING = {"wfdb": 0.005, "edf": 400 / 65535, "vital": 1e-4, "packed.vital": 1e-4, "csv": 5e-4,
+            "parquet": 1e-9, "hdf5": 1e-9}  # a step or half of one, in each file's own unit
+
+
+def opened(path, file_fs=None):
+    return recordings._open(str(path), file_fs)
+
+
+def whole(path, file_fs=None):
+    """{name: Channel} of a file."""
+    reader = opened(path, file_fs)
+    return reader.read(list(reader.channels), 0, np.inf)
+
+
+def write_wfdb(folder, name, samples, fs=125, unit="/mmHg", signal="ABP", gain=100):
+    """A one-signal WFDB record in format 16, NaN included, without the wfdb package."""
+    digital = np.where(np.isfinite(samples), np.rint(np.nan_to_num(samples) * gain), -32768)
+    digital.astype("<i2").tofile(os.path.join(folder, name + ".dat"))
+    with open(os.path.join(folder, name + ".hea"), "w") as file:
+        file.write(f"{name} 1 {fs} {len(samples)}\n"
+                   f"{name}.dat 16 {gain}{unit} 16 0 0 0 0 {signal}\n")
+    return os.path.join(folder, name + ".hea")
+
+
+# ----------------------------------------------------------------------- one recording, all formats
+
+@pytest.fixture(scope="module")
+def signals():
+    """200 s of pulses at two rates, with a gap."""
+    made = {}
+    for name, fs in RATES.items():
+        t = np.arange(200 * fs) / fs
+        made[name] = (90 + 25 * np.sin(2 * np.pi * 1.3 * t) + 9 * np.sin(2 * np.pi * 2.6 * t + 1)
+                      + t / 9)
+        made[name][GAP_S[0] * fs:GAP_S[1] * fs] = np.nan
+    return made
+
+
+def write_edf(path, signals):
+    """By pyedflib; then EDF+D, without the data records (of 1 s) in which there is nothing."""
+    pyedflib = pytest.importorskip("pyedflib")
+    with pyedflib.EdfWriter(str(path), len(signals), file_type=pyedflib.FILETYPE_EDFPLUS) as file:
+        for i, name in enumerate(signals):
+            file.setSignalHeader(i, {
+                "label": name, "dimension": {"ABP": "mmHg"}.get(name, "NU"),
+                "sample_frequency": RATES[name], "physical_min": -50, "physical_max": 350,
+                "digital_min": -32768, "digital_max": 32767, "transducer": "", "prefilter": ""})
+        file.writeSamples([np.nan_to_num(samples) for samples in signals.values()])
+    data = path.read_bytes()
+    size = 256 * (2 + len(signals))
+    body = np.frombuffer(data[size:], np.uint8).reshape(int(data[236:244]), -1)
+    kept = np.isfinite(signals["ABP"].reshape(len(body), -1)).all(axis=1)
+    if not kept.all():
+        header = data[:192] + b"EDF+D" + data[197:236] + b"%-8d" % kept.sum() + data[244:size]
+        path.write_bytes(header + body[kept].tobytes())
+
+
+def write_vital(path, signals, packed, start=1.6e9 + 0.123, drift=0.0):
+    """Blocks of 1 s, as monitors send them; heart rates every 2 s."""
+    vitaldb = pytest.importorskip("vitaldb")
+    file = vitaldb.VitalFile()
+    file.dtstart = file.dtend = start
+    for name, samples in signals.items():
+        blocks = [{"dt": start + i * (1 + drift), "val": block.astype(np.float32)}
+                  for i, block in enumerate(samples.reshape(-1, RATES[name]))
+                  if np.isfinite(block).all()]
+        file.add_track("SNUADC/" + name, blocks, srate=RATES[name],
+                       unit={"ABP": "mmHg"}.get(name, ""))
+    file.add_track("Solar8000/HR", [{"dt": start + 2.0 * i, "val": 60.0 + i} for i in range(100)])
+    can_pack = "packed" in inspect.signature(file.to_vital).parameters  # vitaldb 1.6
+    file.to_vital(str(path), **({"packed": packed} if can_pack else {}))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, signals):
+    """{format: path} of one recording in every format."""
+    folder = tmp_path_factory.mktemp("formats")
+    frames = np.column_stack([signals["ABP"].reshape(-1, 2), signals["PLETH"]])
+    digital = np.where(np.isfinite(frames), np.rint(np.nan_to_num(frames) * 100), -32768)
+    digital.astype("<i2").tofile(folder / "r.dat")
+    (folder / "r.hea").write_text(f"r 2 125 {len(frames)}\nr.dat 16x2 100/mmHg 16 0 0 0 0 ABP\n"
+                                  "r.dat 16 100/NU 16 0 0 0 0 PLETH\n")
+    write_edf(folder / "r.edf", signals)
+    write_vital(folder / "r.vital", signals, packed=False)
+    write_vital(folder / "p.vital", signals, packed=True)
+    with h5py.File(folder / "r.h5", "w") as file:
+        for name, samples in signals.items():
+            file[f"waves/{name}"] = samples
+            file[f"waves/{name}"].attrs["fs"] = RATES[name]
+    slow = np.full(signals["ABP"].size, np.nan)
+    slow[::2] = signals["PLETH"]  # in every second row
+    table = pd.DataFrame({"time_s": np.arange(slow.size) / 250, "ABP": signals["ABP"],
+                          "PLETH": slow})[np.isfinite(signals["ABP"])]
+    table.to_csv(folder / "r.csv", index=False, float_format="%.3f")
+    table["time"] = pd.Timestamp("2020-01-01") + pd.to_timedelta(table.time_s, "s")
+    table.drop(columns="time_s").to_parquet(folder / "r.parquet")
+    names = {"wfdb": "r.hea", "packed.vital": "p.vital", "hdf5": "r.h5"}
+    return {form: str(folder / names.get(form, f"r.{form}")) for form in ROUNDING}
+
+
+def named(reader, name):
+    return next(own for own in reader.channels if own.endswith(name))
+
+
+@pytest.mark.parametrize("form", sorted(ROUNDING))
+def test_every_format_gives_the_same_samples_at_the_same_times(files, signals, form):
+    reader = opened(files[form])
+    for name in RATES:
+        own = named(reader, name)
+        channel = reader.read([own], 0, np.inf)[own]
+        assert reader.end_s == pytest.approx(200, abs=1e-6)
+        assert (channel.fs, channel.start_s, channel.first) == (RATES[name], 0, 0)
+        np.testing.assert_allclose(channel.samples, signals[name], rtol=1e-6, atol=ROUNDING[form])
+
+
+@pytest.mark.parametrize("form", sorted(ROUNDING))
+def test_spans_put_together_are_the_whole(files, form):
+    reader = opened(files[form])
+    names = [named(reader, name) for name in RATES]
+    expected = reader.read(names, 0, np.inf)
+    parts = [reader.read(names, a, a + 13.337) for a in np.arange(0, 200, 13.337)]
+    for name in names:
+        got = np.concatenate([part[name].samples for part in parts])
+        np.testing.assert_array_equal(got, expected[name].samples)
+        ends = np.cumsum([part[name].samples.size for part in parts])
+        assert [part[name].first for part in parts] == [0, *ends[:-1]]
+
+
+@pytest.mark.parametrize("form", sorted(ROUNDING))
+def test_every_format_gives_the_same_windows(files, signals, form):
+    recorded = recordings.read_windows(files[form], fs=60, seconds=60, limits={})
+    (minutes,) = list(recorded)
+    assert minutes.start_s.tolist() == pytest.approx([0, 92 + 1 / 60], abs=1.5 / 60)
+    for name, got in (("ABP", minutes.abp), ("PLETH", minutes.ppg)):
+        channel = formats.Channel(signals[name], RATES[name], "")
+        expected = recordings.resample(channel, 60, 3 * 3600)
+        first = np.rint(minutes.start_s * 60).astype(int)
+        np.testing.assert_allclose(got, expected[first[:, None] + np.arange(3600)], rtol=1e-5,
+                                   atol=3 * ROUNDING[form])
+    assert (recorded.gaps, recorded.left_over_s) == (1, pytest.approx(80, abs=1e-6))
+
+
+@pytest.mark.parametrize("form", ["wfdb", "edf", "vital", "parquet", "hdf5", "csv"])
+def test_a_damaged_file_gives_its_samples_or_one_line(tmp_path, files, form):
+    """Cut short, or with bytes changed: never another exception, never a print."""
+    path, rng = files[form], np.random.default_rng(3)
+    with open(path, "rb") as file:
+        data = file.read()
+    packed = form == "vital"  # damage lies inside, as gzip's own check would find it
+    data = gzip.decompress(data) if packed else data
+    if form == "wfdb":
+        os.link(os.path.splitext(path)[0] + ".dat", tmp_path / "r.dat")
+    target = tmp_path / os.path.basename(path)
+    complaints = 0
+    for trial in range(25):
+        damaged = bytearray(data)
+        if trial % 3 == 0:
+            damaged = damaged[:rng.integers(len(data))]
+        else:
+            for _ in range(6):
+                damaged[rng.integers(min(len(data), 3000))] = rng.integers(256)
+        target.write_bytes(gzip.compress(damaged, 1) if packed else damaged)
+        try:
+            list(recordings.read_windows(str(target), fs=60, seconds=60, limits={}))
+        except RecordingError as error:
+            complaints += 1
+            assert "\n" not in str(error) and str(tmp_path) not in error.what
+    assert complaints
+
+
+# --------------------------------------------------------------------------------------------- WFDB
+
+def test_a_header_may_leave_the_length_to_the_data_file(tmp_path):
+    path = write_wfdb(tmp_path, "r", 80 + np.arange(500) / 10)
+    header = (tmp_path / "r.hea").read_text()
+    (tmp_path / "r.hea").write_text(header.replace("r 1 125 500", "r 1 125"))
+    np.testing.assert_allclose(whole(path)["ABP"].samples, 80 + np.arange(500) / 10)
+    assert opened(path).end_s == 4
+
+
+@pytest.mark.parametrize("form", ["8", "16", "24", "32", "61", "80", "160", "212", "310", "311"])
+def test_windows_of_every_storage_format_equal_the_whole(tmp_path, form):
+    import wfdb
+
+    rng = np.random.default_rng(1)
+    steps = rng.integers(-50, 51, (1 << 16) + 6)
+    low, high = (-100, 100) if form == "80" else (-400, 400)
+    x = np.clip(np.cumsum(steps), low, high)
+    x = (np.cumsum(np.diff(x, prepend=x[0]).clip(-100, 100)) + x[0]).clip(low, high)
+    write = {"8": lambda: np.diff(x, prepend=x[0]).astype("i1").tofile(tmp_path / "r.dat"),
+             "61": lambda: x.astype(">i2").tofile(tmp_path / "r.dat"),
+             "160": lambda: (x + 32768).astype("<u2").tofile(tmp_path / "r.dat")}
+    if form in write:
+        write[form]()
+        (tmp_path / "r.hea").write_text(f"r 1 125 {len(x)}\n"
+                                        f"r.dat {form} 2/mmHg 16 0 {x[0]} 0 0 ABP\n")
+    else:
+        try:
+            wfdb.wrsamp("r", 125, ["mmHg"], ["ABP"], d_signal=x[:, None], fmt=[form],
+                        adc_gain=[2.0], baseline=[0], write_dir=str(tmp_path))
+        except (NotImplementedError, ValueError):
+            pytest.skip("wfdb does not write this format")
+    reader = opened(tmp_path / "r.hea")
+    got = np.concatenate([reader.read(["ABP"], a, a + 31.7)["ABP"].samples
+                          for a in np.arange(0, len(x) / 125, 31.7)])
+    np.testing.assert_allclose(got, x / 2)
+
+
+@pytest.mark.parametrize("layout", ["fixed", "variable"])
+def test_segments_are_joined_their_gaps_are_nan_and_their_units_may_differ(tmp_path, layout):
+    first, last = 80 + np.arange(500) / 10, 90 + np.arange(250) / 10
+    write_wfdb(tmp_path, "m_0001", first)
+    write_wfdb(tmp_path, "m_0002", last / 7.50062, unit="/kPa", gain=2000)
+    segments = ["m_0001 500", "~ 250", "m_0002 250"]
+    if layout == "variable":
+        (tmp_path / "m_layout.hea").write_text(
+            "m_layout 2 125 0\n~ 0 100/mmHg 16 0 0 0 0 ABP\n~ 0 1/NU 16 0 0 0 0 PLETH\n")
+        segments.insert(0, "m_layout 0")
+    (tmp_path / "m.hea").write_text(
+        f'm/{len(segments)} {len(segments) - 2 if layout == "variable" else 1} 125 1000\n'
+        + "\n".join(segments) + "\n")
+    abp = whole(tmp_path / "m.hea")["ABP"].samples
+    np.testing.assert_allclose(abp, np.concatenate([first, np.full(250, np.nan), last]), atol=0.01)
+
+
+def test_a_channel_that_only_a_later_segment_has_is_found(tmp_path):
+    write_wfdb(tmp_path, "m_1", np.full(500, 80.0))
+    write_wfdb(tmp_path, "m_2", np.full(500, 3.0), signal="PLETH", unit="/NU")
+    (tmp_path / "m.hea").write_text("m/2 1 125 1000\nm_1 500\nm_2 500\n")
+    channels = whole(tmp_path / "m.hea")
+    np.testing.assert_array_equal(np.isnan(channels["ABP"].samples), np.arange(1000) >= 500)
+    np.testing.assert_array_equal(np.isnan(channels["PLETH"].samples), np.arange(1000) < 500)
+
+
+def test_a_record_with_upper_case_endings_is_read(tmp_path):
+    write_wfdb(tmp_path, "R", np.arange(100.0))
+    text = (tmp_path / "R.hea").read_text().replace("R.dat", "R.DAT")
+    (tmp_path / "R.HEA").write_text(text)
+    os.remove(tmp_path / "R.hea")
+    os.rename(tmp_path / "R.dat", tmp_path / "R.DAT")
+    (found,) = recordings.find_recordings([tmp_path])
+    np.testing.assert_allclose(whole(found.path)["ABP"].samples, np.arange(100))
+
+
+@pytest.mark.parametrize("name", ["../secret.dat", "/etc/passwd", "..", "c:\\x.dat", "a::b"])
+def test_a_header_that_names_a_file_outside_its_folder_is_refused_unopened(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    np.zeros(100, "<i2").tofile(tmp_path / "secret.dat")
+    for text in (f"r 1 125 100\n{name} 16 1/mmHg 16 0 0 0 0 ABP\n", f"m/1 1 125 100\n{name} 100\n"):
+        (tmp_path / "in" / "r.hea").write_text(text)
+        with pytest.raises(RecordingError, match="outside its own folder"):
+            opened(tmp_path / "in" / "r.hea")
+
+
+@pytest.mark.parametrize("header, complaint", [
+    ("", "no record line"),
+    ("r 0 125 100\n", "no signals"),
+    ("r 1 125 100\n", "unreadable number of signals"),
+    ("r 1 x 100\nr.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "unreadable number of signals, frequency"),
+    ("r 1 125 100\nabsent.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "data file is missing"),
+    ("r 1 125 900\nr.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "shorter than its header"),
+    ("r 1 125 99999999999\nr.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "shorter than its header"),
+    ("r 1 0 100\nr.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "unreadable number of signals, frequency"),
+    ("r 1 125 100\nr.dat banana\n", "unreadable number of signals, frequency"),
+    ("r/1 1 125 100\nabsent 100\n", "one of its segments is missing"),
+    ("r/1 1 125 100\nr 100\n", "has segments itself"),
+])
+def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
+    np.zeros(100, "<i2").tofile(tmp_path / "r.dat")
+    (tmp_path / "r.hea").write_text(header)
+    with pytest.raises(RecordingError, match=complaint) as caught:
+        whole(tmp_path / "r.hea")
+    assert "\n" not in str(caught.value) and str(tmp_path) not in caught.value.what
+
+
+# ---------------------------------------------------------------------------------- VitalDB and EDF
+
+def test_numbers_of_a_vital_file_keep_their_times(files):
+    reader = opened(files["vital"])
+    listed = {name: channel.fs for name, channel in reader.channels.items()}
+    assert listed == {"SNUADC/ABP": 250, "SNUADC/PLETH": 125, "Solar8000/HR": 1}
+    samples = reader.read(["Solar8000/HR"], 0, np.inf)["Solar8000/HR"].samples
+    np.testing.assert_array_equal(samples[::2], 60 + np.arange(100))
+    assert np.isnan(samples[1::2]).all()
+
+
+def test_a_drifting_clock_of_a_vital_file_does_not_shift_what_comes_late(tmp_path, signals):
+    hour = {"ABP": np.tile(signals["ABP"][:80 * 250], 45)}
+    write_vital(tmp_path / "d.vital", hour, packed=False, drift=50e-6)
+    channel = whole(tmp_path / "d.vital")["SNUADC/ABP"]
+    assert np.isfinite(channel.samples).all() and channel.samples.size == hour["ABP"].size
+    assert channel.fs == pytest.approx(250 / (1 + 50e-6), rel=1e-7)
+
+
+def test_integer_tracks_of_a_vital_file_are_scaled_and_their_gaps_are_nan(tmp_path):
+    vitaldb = pytest.importorskip("vitaldb")
+    file = vitaldb.VitalFile()
+    file.dtstart = file.dtend = 1.6e9
+    blocks = [{"dt": 1.6e9 + i, "val": np.arange(100, dtype="<i2")} for i in (0, 1, 3)]
+    track = file.add_track("Bx50/IBP1", blocks, srate=100, unit="mmHg")
+    track.fmt, track.gain, track.offset = 5, 0.5, 10  # 16-bit
+    file.to_vital(str(tmp_path / "i.vital"))
+    expected = np.tile(10 + 0.5 * np.arange(100), 4)
+    expected[200:300] = np.nan
+    np.testing.assert_allclose(whole(tmp_path / "i.vital")["Bx50/IBP1"].samples, expected)
+
+
+def test_a_vital_file_that_ends_early_is_refused(tmp_path, files):
+    with open(files["vital"], "rb") as file:
+        data = file.read()
+    (tmp_path / "cut.vital").write_bytes(data[:len(data) // 2])
+    with pytest.raises(RecordingError, match="not a whole .vital file"):
+        opened(tmp_path / "cut.vital")
+
+
+@pytest.fixture
+def edf(tmp_path, signals):
+    """(path, its bytes) of a continuous EDF+ file of 80 s."""
+    write_edf(tmp_path / "c.edf", {name: samples[:80 * RATES[name]]
+                                   for name, samples in signals.items()})
+    return tmp_path / "c.edf", (tmp_path / "c.edf").read_bytes()
+
+
+def test_edf_samples_are_those_of_pyedflib(edf):
+    pyedflib = pytest.importorskip("pyedflib")
+    got = whole(edf[0])
+    with pyedflib.EdfReader(str(edf[0])) as file:
+        for i, name in enumerate(RATES):
+            np.testing.assert_allclose(got[name].samples, file.readSignal(i), atol=1e-9)
+            assert got[name].unit == file.getPhysicalDimension(i)
+        assert opened(edf[0]).start_time == file.getStartdatetime()
+
+
+@pytest.mark.parametrize("first, width, text", [
+    (168, 8, b"00.00.00"), (176, 8, b"10:20:30"), (8, 12, b"M\xfcller, J\xf6rg"),
+    (8, 3, b"\x00\x00\x00"), (236, 8, b"-1      "), (256 + 3 * 96 + 8, 8, b"\xb5V      "),
+    (256 + 3 * 104 + 8, 16, b"0       0       "), (256 + 3 * 120 + 16, 8, b"-       "),
+])
+def test_an_odd_field_that_the_wanted_channel_does_not_need_is_no_obstacle(edf, first, width, text):
+    path, data = edf
+    expected = whole(path)["ABP"].samples
+    path.write_bytes(data[:first] + text + data[first + width:])
+    reader = opened(path)
+    np.testing.assert_array_equal(reader.read(["ABP"], 0, np.inf)["ABP"].samples, expected)
+
+
+@pytest.mark.parametrize("first, text, complaint", [
+    (252, b"x   ", "unreadable header"), (236, b"900     ", "shorter than its header"),
+    (244, b"0       ", "no signals"), (256 + 3 * 104, b"x       ", "limits of a wanted channel"),
+])
+def test_a_bad_edf_file_gets_one_line(edf, first, text, complaint):
+    path, data = edf
+    path.write_bytes(data[:first] + text + data[first + len(text):])
+    with pytest.raises(RecordingError, match=complaint):
+        whole(path)
+
+
+# --------------------------------------------------------------------------------------------- HDF5
+
+def test_the_rate_of_hdf5_is_an_attribute_of_the_dataset_or_above_or_given(tmp_path):
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file["a/pressure"] = np.arange(50, dtype="f4")
+        file["a/light"] = np.arange(50, dtype="i2")[None]
+        file["b/light"] = np.arange(50.0)
+        file["a"].attrs["sampling_rate"] = 50
+    path = tmp_path / "w.h5"
+    assert {name: c.fs for name, c in opened(path, 25).channels.items()} == dict.fromkeys(
+        ("a/light", "a/pressure", "b/light"), 25)
+    reader = opened(path)
+    np.testing.assert_array_equal(reader.read(["a/light"], 0, 9)["a/light"].samples, np.arange(50))
+    assert reader.channels["a/pressure"].fs == 50
+    with pytest.raises(RecordingError, match="give the rate: --fs HZ"):
+        reader.read(["b/light"], 0, 9)
+
+
+@pytest.mark.parametrize("attributes, shift", [
+    ({"scale_factor": 0.01}, 0), ({"scale_factor": 0.01, "add_offset": 5.0}, 5),
+    ({"gain": 0.01}, 0), ({"gain": np.array([0.01]), "offset": 5}, 5), ({"gain": 100.0}, 0),
+    ({"adc_gain": 100, "baseline": 500}, -5), ({"gain": 100, "baseline": 500}, -5),
+])
+def test_integers_of_hdf5_are_scaled_by_their_attributes(tmp_path, attributes, shift):
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file["abp"] = np.array([8000, 8100, -32768, 8250], "<i2")
+        file["abp"].attrs.update({"fs": 125, "_FillValue": np.int16(-32768), **attributes})
+    got = whole(tmp_path / "w.h5")["abp"].samples
+    np.testing.assert_allclose(got, np.array([80, 81, np.nan, 82.5]) + shift)
+
+
+def test_nothing_in_an_hdf5_file_leads_out_of_it_or_round_in_circles(tmp_path):
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["abp"] = np.arange(9.0)
+    np.arange(9.0).tofile(tmp_path / "raw")
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file["external"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "abp")
+        file["soft"] = h5py.SoftLink("/own")
+        file["loop/again"] = file
+        file.create_dataset("raw", (9,), "f8", external=[(str(tmp_path / "raw"), 0, 72)])
+        layout = h5py.VirtualLayout((9,), "f8")
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "abp", (9,))
+        file.create_virtual_dataset("virtual", layout)
+        file["text"] = ["a", "b"]
+        file["complex"] = np.zeros(9, complex)
+        file["table"] = np.zeros((9, 9))
+        file["own"] = np.arange(9.0)
+    assert list(opened(tmp_path / "w.h5").channels) == ["own"]
+
+
+def test_a_name_inside_a_file_cannot_command_the_terminal(tmp_path):
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file["a\x1b[31m\nb"] = np.arange(9.0)
+        file["a\x1b[31m\nb"].attrs["units"] = "\x1b[2J"
+    reader = opened(tmp_path / "w.h5")
+    (name, channel), = reader.channels.items()
+    assert (name, channel.unit) == ("a?[31m b", "?[2J")
+    with pytest.raises(RecordingError) as caught:
+        reader.read([name], 0, 9)
+    assert str(caught.value).isprintable()
+
+
+# ---------------------------------------------------------------------------- more than it can hold
+
+def huge_hdf5(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("abp", (10**12,), "f4", chunks=(10**6,)).attrs["fs"] = 125
+
+
+def huge_chunk(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("abp", (10,), "f4", chunks=(10**9,), maxshape=(None,),
+                            compression="gzip").attrs["fs"] = 125
+
+
+def huge_vital(path):
+    path.write_bytes(gzip.compress(b"VITA") + 40 * gzip.compress(bytes(10 << 20)))
+
+
+def huge_wfdb_gap(path):
+    write_wfdb(path.parent, "s", np.zeros(100))
+    path.write_text("h/3 1 125 100000200\ns 100\n~ 100000000\ns 100\n")
+
+
+def huge_null_signal(path):
+    path.write_text("h 1 125 99999999999\n~ 0 1/mmHg 16 0 0 0 0 ABP\n")
+
+
+def huge_csv_jump(path):
+    path.write_text("time,abp\n" + "".join(f"{i / 5000},80\n" for i in range(9))
+                    + "600000,80\n600000.0002,80\n600000.0004,80\n")
+
+
+@pytest.mark.parametrize("ending, write", [
+    (".h5", huge_hdf5), (".h5", huge_chunk), (".vital", huge_vital), (".hea", huge_wfdb_gap),
+    (".hea", huge_null_signal), (".csv", huge_csv_jump)])
+def test_a_small_file_that_promises_absurd_amounts_is_refused_at_a_stated_limit(tmp_path, ending,
+                                                                                write):
+    write(tmp_path / ("h" + ending))
+    with pytest.raises(RecordingError, match="(may hold [0-9,]+ at most|unpacks to over [0-9,]+)"):
+        opened(tmp_path / ("h" + ending))
