@@ -438,8 +438,11 @@ def render(template: str, **context) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined,
         autoescape=jinja2.select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(table_cells=tk_utils.table_cells, metrics=metrics, counted=counted,
-                               of_ci95=of_ci95, named=named)
+    environment.globals.update(
+        {function.__name__: function for function in (
+            tk_utils.table_cells, counted, of_ci95, named, tiles, headline, score_table, runs_table,
+            error_rows, standard_rows, trend_rows, detection_rows, interval_rows, strata_rows,
+            check_rows, provenance_rows, true_text, novelty_text, interval_text, rmse_of_patients)})
     environment.filters.update(shown=shown, percent=percent)
     return environment.get_template(template).render({"note": None, "warnings": [], **context})
 
@@ -472,7 +475,7 @@ def write_report(results, arrays, path, checkpoints: dict) -> None:
     title = f"TPP from the PPG: {name}" + (" on SIMULATED patients" if results["simulated"] else "")
     write_page(path, "evaluation.html", title=title, note=results["note"],
                warnings=warning_lines(results), results=results, figures=figures, runs=runs,
-               checkpoint=first, report=page_helpers(results, runs, checkpoints))
+               checkpoints=checkpoints)
     print(f"wrote {path} and figures_resnet/{name}_*.png and .pdf "
           f"({counted(len(figures), 'figure')})")
     if not runs and results["split"] == "test":
@@ -490,20 +493,6 @@ def read_logs(checkpoints) -> dict:
         if os.path.exists(log):
             logs[os.path.splitext(os.path.basename(path))[0]] = pd.read_csv(log)
     return logs
-
-
-def page_helpers(results, runs, checkpoints) -> dict:
-    """Tables and sentences that the page shows."""
-    return {"tiles": tiles(results), "headline": headline(results),
-            "score_table": score_table(results), "runs_table": runs_table(runs) if runs else None,
-            "error_rows": error_rows(results), "standard_rows": standard_rows(results["standards"]),
-            "trend_rows": trend_rows(results), "detection_rows": detection_rows(results),
-            "interval_rows": interval_rows(results), "strata_rows": strata_rows(results),
-            "check_rows": check_rows(results),
-            "provenance_rows": provenance_rows(results, checkpoints),
-            "true_text": true_text(results["true"]) if "true" in results else None,
-            "novelty_text": novelty_text(results), "interval_text": interval_text(results),
-            "patients_text": rmse_of_patients(results["patients"])}
 
 
 def tiles(results) -> list:
@@ -672,17 +661,6 @@ def provenance_rows(results, checkpoints):
 
 # ---------------------------------------------------------------- model card
 
-# Items of TRIPOD+AI (doi 10.1136/bmj-2023-078378) that only a person can write, or complete.
-FOR_A_PERSON = (
-    "2 abstract", "3a-c background: healthcare context, intended use, health inequalities",
-    "5a-b why these data, whom they represent, their dates", "6a-c centres, eligibility, treatment",
-    "10 why the sample is large enough", "14 fairness: error by age, sex, skin tone (not in the "
-    "data)", "17 ethics approval and consent", "18a-e funding, interests, protocol, registration, "
-    "how to get the data", "19 patient and public involvement", "20a-c participants: flow, "
-    "characteristics, those scored compared with those trained on", "25 interpretation",
-    "26 further limitations", "27b-c use in care: by whom, with what expertise; next steps")
-
-
 def model_card(results, checkpoint) -> str:
     """The model card in Markdown: the TRIPOD+AI items a program can fill, and a list of the others.
 
@@ -699,7 +677,7 @@ def model_card(results, checkpoint) -> str:
         half_width=interval_90(results).get("half_width"), novelty=novelty_of(results),
         headline=headline(results),
         patients_text=rmse_of_patients(results["patients"]) if "patients" in results else "–",
-        limitations=limitations(results), for_a_person=FOR_A_PERSON)
+        limitations=limitations(results))
 
 
 def limitations(results) -> str:
