@@ -1,0 +1,278 @@
+"""kernels.py and cuda_graph.py against models.py and the plain step."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_models import batch
+from torch import nn
+
+import kernels
+from cuda_graph import capture_inference, capture_step, feed
+from kernels import accelerate, convolve_by_fft
+from models import get_model_v3
+
+SMALL = {"widths": (24, 24, 40), "kernel_sizes": (7, 9, 11), "strides": (2, 3)}
+
+
+def twins(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    plain, ours = get_model_v3(3, **options).to(dtype), get_model_v3(3, **options).to(dtype)
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+@pytest.mark.parametrize("fft", [True, False])
+@pytest.mark.parametrize("as_rows", [True, False])
+def test_twenty_float64_steps_stay_with_the_plain_network_to_1e_9(fft, as_rows):
+    # constant kernels have gradients near 0, whose rounding Adam would amplify
+    plain, ours = twins(torch.float64, constant_kernels=False)
+    if as_rows:
+        kernels.store_weights_as_rows(ours)
+    inputs = batch(2, 1200, dtype=torch.float64)
+    target = torch.tensor([30.0, 50.0], dtype=torch.float64)
+    for model in (plain, ours):
+        run = accelerate(ours, fft=fft) if model is ours else plain
+        model.outputs = []
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for _ in range(20):
+            optimizer.zero_grad()
+            out = run(*inputs)[:, 0]
+            ((out - target) ** 2).mean().backward()
+            optimizer.step()
+            model.outputs.append(out.detach())
+    for expected, got in zip(plain.outputs, ours.outputs):
+        assert (got - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+@pytest.mark.parametrize("length, options", [
+    (600, {}), (601, {}), (1837, {}), (3600, {}), (903, SMALL), (700, {"in_channels": 2}),
+    (1201, {"kernel_sizes": 17})])
+def test_any_length_and_shape_has_the_plain_networks_output_and_gradients(length, options):
+    plain, ours = twins(torch.float64, **options)
+    ppg, *vitals = batch(2, length, dtype=torch.float64)
+    ppg = ppg.expand(-1, options.get("in_channels", 1), -1)
+    outputs = []
+    for run in (plain, accelerate(ours)):
+        outputs.append(run(ppg, *vitals))
+        (outputs[-1] ** 2).sum().backward()
+    assert torch.allclose(*outputs, rtol=1e-10)
+    whole = max(p.grad.abs().max() for p in plain.parameters())
+    for (name, p), q in zip(plain.named_parameters(), ours.parameters()):
+        assert (p.grad - q.grad).abs().max() <= 1e-10 * whole, name
+
+
+def test_float32_gradients_are_the_plain_networks_to_1e_4():
+    plain, ours = twins()
+    inputs = batch(4, offset=1.0)
+    (plain(*inputs) ** 2).sum().backward()
+    (accelerate(ours)(*inputs) ** 2).sum().backward()
+    whole = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
+    for (name, p), q in zip(plain.named_parameters(), ours.parameters()):
+        # a bias that a norm behind it cancels has a gradient of 0, rounding aside: hence the floor
+        assert (p.grad - q.grad).norm() <= 1e-4 * max(p.grad.norm(), 1e-2 * whole), name
+
+
+def test_biases_that_a_norm_cancels_have_a_gradient_of_zero_not_none():
+    _, ours = twins()
+    (accelerate(ours)(*batch(2, 1200)) ** 2).sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+    for module in ours.layers.modules():
+        if isinstance(module, nn.Conv1d):
+            assert (module.bias.grad == 0).all()
+
+
+def test_features_and_inference_are_the_plain_networks():
+    plain, ours = twins(torch.float64, dropout=0.5)
+    inputs = batch(2, 900, dtype=torch.float64)
+    fast = accelerate(ours.eval())
+    with torch.no_grad():
+        assert torch.allclose(fast.features(*inputs), plain.eval().features(*inputs), rtol=1e-9)
+        evaluated = fast(*inputs)
+        assert not torch.equal(accelerate(ours.train())(*inputs), evaluated)    # dropout acts
+
+
+def test_in_bf16_autocast_it_is_near_the_plain_network():
+    plain, ours = twins()
+    inputs = batch(4, 1200)
+    exact = plain(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        short = accelerate(ours)(*inputs)
+    assert short.dtype == torch.bfloat16
+    assert (short - exact).abs().max() <= 0.03 * exact.abs().max()
+
+
+def test_other_networks_stay_as_they_are():
+    class Another(type(get_model_v3(0))):
+        pass
+
+    changed = get_model_v3(3)
+    changed.layers[2] = nn.Sequential(nn.Conv1d(64, 128, 3, 4))
+    for network in (nn.Linear(3, 1), get_model_v3(2, in_channels=0), Another(1, 2), changed):
+        assert accelerate(network) is network
+
+
+def test_the_gradient_of_the_input_is_still_available():
+    plain, ours = twins(torch.float64)
+    ppg, *vitals = batch(1, 600, dtype=torch.float64)
+    gradients = []
+    for run in (plain, accelerate(ours)):
+        leaf = ppg.clone().requires_grad_()
+        gradients += torch.autograd.grad(run(leaf, *vitals).sum(), leaf)
+    assert torch.allclose(*gradients)
+
+
+@pytest.mark.parametrize("samples, kernel", [(900, 15), (225, 15), (150, 9), (601, 31)])
+def test_the_convolution_by_fft_is_the_direct_one(samples, kernel):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, samples, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, kernel, dtype=torch.float64, requires_grad=True)
+    fast = convolve_by_fft(x, weight)
+    plain = nn.functional.conv1d(x, weight, padding=kernel // 2)
+    assert (fast - plain).abs().max() < 1e-12
+    weights = torch.randn_like(plain)
+    for ours, theirs in zip(*(torch.autograd.grad((y * weights).sum(), (x, weight))
+                              for y in (fast, plain))):
+        assert (ours - theirs).abs().max() < 1e-11
+
+
+def test_the_triton_kernels_are_their_plain_twins_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    code = """
+import torch, kernels
+plan = kernels.Strided(100, 4, 8, 1, 4, 25, 112)
+ppg, filters = torch.randn(2, 100), torch.randn(2, 16, 20)
+for dtype in (torch.float32, torch.float16):    # (the interpreter cannot multiply bfloat16)
+    grad, x = torch.randn(2, 112, 20).to(dtype), torch.randn(2, 100, 20).to(dtype)
+    gain, shift = torch.randn(20), torch.randn(20)
+    def run():
+        return [kernels.patch_moments(ppg, 15), kernels.patches_relu(ppg, filters, plan, dtype),
+                kernels.patches_relu_backward(grad, ppg, filters, plan),
+                kernels.norm_relu_rows(x, gain, shift, 1e-5, 8, 112),
+                *kernels.norm_relu_rows_backward(grad, x, gain, shift, 1e-5, 8)]
+    torch.backends.cudnn.allow_tf32 = False
+    assert kernels.use_triton(x)
+    by_triton = run()
+    triton, kernels.triton = kernels.triton, None
+    for ours, plain in zip(by_triton, run()):
+        limit = 1e-5 if dtype == torch.float32 else 1e-2
+        assert (ours - plain).abs().max() <= limit * plain.abs().max(), (dtype, ours.shape)
+    kernels.triton = triton
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=dict(os.environ, TRITON_INTERPRET="1"), timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------ cuda_graph.py
+
+def stand_in(run):
+    """Records like a CUDA graph: a few calls to warm up, one static output, replays by calling."""
+    for _ in range(3):
+        output = run()
+
+    def replay():
+        output.copy_(run())
+    return replay, output
+
+
+class Training:
+    """A small network, its optimiser, and the step that is captured."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        self.seen = torch.zeros(())
+
+    def step(self, x, label):
+        loss = ((self.model(x)[:, 0] - label) ** 2).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.seen += len(x)
+        return loss.detach()
+
+    def train(self, step):
+        generator = torch.Generator().manual_seed(1)
+        scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.5)
+        losses = []
+        for n in (8, 8, 8, 8, 3, 8):        # a short batch among the others
+            losses.append(step(torch.randn(n, 5, generator=generator),
+                               torch.randn(n, generator=generator)))
+            scheduler.step()
+        return losses, [p.detach().clone() for p in self.model.parameters()]
+
+
+def test_on_cpu_the_step_stays_as_it_is():
+    training = Training()
+    assert capture_step(training.step, (torch.zeros(8, 5), torch.zeros(8))) == training.step
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_captured_step_trains_as_the_plain_one_to_the_bit(begun):
+    """With schedules, short batches, and whether or not the optimiser already has a state."""
+    results = []
+    for captured in (False, True):
+        run = Training()
+        if begun:
+            run.step(torch.ones(8, 5), torch.ones(8))
+        step = run.step if not captured else capture_step(
+            run.step, (torch.ones(8, 5), torch.ones(8)), model=run.model, optimizer=run.optimizer,
+            tensors=[run.seen], record=stand_in)
+        assert isinstance(run.optimizer.param_groups[0]["lr"], float)
+        results.append((*run.train(step), run.seen))
+    (losses, weights, seen), (captured_losses, captured_weights, captured_seen) = results
+    assert seen == captured_seen
+    # (the rate passes through a float32 tensor: other last digits)
+    for one, other in zip(losses + weights, captured_losses + captured_weights):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_recording_changes_neither_weights_nor_the_optimisers_state():
+    run = Training()
+    run.step(torch.ones(8, 5), torch.ones(8))
+    tensors = lambda: [t.detach().clone() for t in (*run.model.parameters(), *(
+        v for state in run.optimizer.state.values() for v in state.values()))]
+    before = tensors()
+    capture_step(run.step, (torch.ones(8, 5), torch.zeros(8)), model=run.model,
+                 optimizer=run.optimizer, record=stand_in)
+    assert all(torch.equal(one, other) for one, other in zip(before, tensors()))
+
+
+def test_each_call_returns_a_tensor_of_its_own():
+    inference = capture_inference(lambda x: x + 1, [torch.zeros(2)], record=stand_in)
+    first, second = inference(torch.tensor([1.0, 2.0])), inference(torch.tensor([3.0, 4.0]))
+    assert first.tolist() == [2.0, 3.0] and second.tolist() == [4.0, 5.0]
+
+
+def test_where_recording_fails_the_step_goes_on_eagerly_and_a_line_says_why(capsys):
+    def record(run):
+        run()
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    run = Training()
+    before = [p.detach().clone() for p in run.model.parameters()]
+    step = capture_step(run.step, (torch.ones(8, 5), torch.zeros(8)), model=run.model,
+                        optimizer=run.optimizer, record=record)
+    assert step == run.step
+    assert all(torch.equal(one, p) for one, p in zip(before, run.model.parameters()))
+    assert "not permitted when stream is capturing" in capsys.readouterr().out
+
+
+def test_feed_yields_every_batch_on_the_device():
+    batches = [(torch.full((2,), float(i)), torch.tensor([i])) for i in range(3)]
+    got = list(feed(iter(batches), torch.device("cpu")))
+    assert [one.tolist() for _, one in got] == [[0], [1], [2]]
+
+
+def test_the_gpu_benchmark_runs_at_toy_size_on_cpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "benchmarks", "gpu.py"), "--device",
+                           "cpu", "--json", str(out), "--ablate-kernels"], capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout, done.stdout
+    assert out.exists()
