@@ -12,14 +12,14 @@ from torch import nn
 import kernels
 from cuda_graph import capture_inference, capture_step, feed
 from kernels import accelerate, convolve_by_fft
-from models import get_model_v3
+from models import MODELS, get_model_v3
 
 SMALL = {"widths": (24, 24, 40), "kernel_sizes": (7, 9, 11), "strides": (2, 3)}
 
 
-def twins(dtype=torch.float32, **options):
+def twins(dtype=torch.float32, build=get_model_v3, **options):
     torch.manual_seed(0)
-    plain, ours = get_model_v3(3, **options).to(dtype), get_model_v3(3, **options).to(dtype)
+    plain, ours = build(3, **options).to(dtype), build(3, **options).to(dtype)
     ours.load_state_dict(plain.state_dict())
     return plain, ours
 
@@ -27,8 +27,7 @@ def twins(dtype=torch.float32, **options):
 @pytest.mark.parametrize("fft", [True, False])
 @pytest.mark.parametrize("as_rows", [True, False])
 def test_twenty_float64_steps_stay_with_the_plain_network_to_1e_9(fft, as_rows):
-    # constant kernels have gradients near 0, whose rounding Adam would amplify
-    plain, ours = twins(torch.float64, constant_kernels=False)
+    plain, ours = twins(torch.float64)
     if as_rows:
         kernels.store_weights_as_rows(ours)
     inputs = batch(2, 1200, dtype=torch.float64)
@@ -49,7 +48,8 @@ def test_twenty_float64_steps_stay_with_the_plain_network_to_1e_9(fft, as_rows):
 
 @pytest.mark.parametrize("length, options", [
     (600, {}), (601, {}), (1837, {}), (3600, {}), (903, SMALL), (700, {"in_channels": 2}),
-    (1201, {"kernel_sizes": 17})])
+    (1201, {"kernel_sizes": 17}), (1203, {"build": MODELS["resnet_spread"]}),
+    (700, {"build": MODELS["resnet_spread"], "in_channels": 2})])
 def test_any_length_and_shape_has_the_plain_networks_output_and_gradients(length, options):
     plain, ours = twins(torch.float64, **options)
     ppg, *vitals = batch(2, length, dtype=torch.float64)

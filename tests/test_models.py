@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import models
-from models import MODELS, MyFirstResNet, get_model_v3, init_constant_kernels, receptive_field
+from models import MODELS, MyFirstResNet, get_model_v3, receptive_field
 
 
 def batch(n, length=3600, vitals=3, dtype=torch.float32, offset=0.0):
@@ -140,25 +140,21 @@ def test_verbose_prints_depth_parameters_and_receptive_field(capsys):
     assert "5965 samples (99.4 s at 60 Hz)" in printed
 
 
-def test_initial_weights_are_moving_averages_and_give_the_vitals_the_features_weight():
+def test_the_vitals_begin_with_the_weight_of_all_features():
     torch.manual_seed(0)
-    plain = get_model_v3(3, constant_kernels=False)
-    before = [block.conv2.weight.std().item() for block in plain.layers[1:]]
-    vitals = plain.projection.weight[:, 256:].detach().clone()
-    model = init_constant_kernels(plain)
-    for block, spread in zip(model.layers[1:], before):
-        assert (block.conv2.weight == block.conv2.weight[..., :1]).all()
-        assert block.conv2.weight.std().item() == pytest.approx(spread, rel=0.05)
-    assert not (model.layers[0].conv.weight == model.layers[0].conv.weight[..., :1]).all()
-    assert torch.allclose(model.projection.weight[:, 256:], vitals * (256 / 3) ** 0.5)
+    plain = MyFirstResNet(num_discrete=3).projection.weight
+    torch.manual_seed(0)
+    balanced = get_model_v3(3).projection.weight
+    assert torch.equal(balanced[:, :256], plain[:, :256])
+    assert torch.allclose(balanced[:, 256:], plain[:, 256:] * (256 / 3) ** 0.5)
 
 
-def test_these_initial_weights_are_the_default():
-    torch.manual_seed(0)
-    plain = init_constant_kernels(get_model_v3(3, constant_kernels=False))
-    torch.manual_seed(0)
-    for name, weights in MODELS["resnet_v3"](3).state_dict().items():
-        assert torch.equal(weights, plain.state_dict()[name])
+@pytest.mark.parametrize("build", MODELS.values())
+def test_every_architecture_has_features_a_forward_pass_and_a_form_without_waveform(build):
+    model, inputs = build(3), batch(2, 900)
+    assert model(*inputs).shape == (2, 1)
+    assert model.features(*inputs).shape == (2, model.projection.in_features)
+    assert build(2, in_channels=0)(*inputs[1:3]).shape == (2, 1)
 
 
 def test_the_example_in_the_docstring_runs_and_learns_in_a_folder_with_models_py_alone(tmp_path):
