@@ -200,7 +200,7 @@ class SpreadResNet(MyFirstResNet):
 
 
 def log_spread(x, dim: int = 2):
-    """Logarithm of each channel's SD over time, x [B, C, L] -> [B, C]; finite for a flat channel."""
+    """Logarithm of each channel's SD over time, [B, C, L] -> [B, C]; finite where it is flat."""
     return 0.5 * torch.log(x.var(dim, unbiased=False) + 1e-5)
 
 
