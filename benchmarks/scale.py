@@ -40,7 +40,7 @@ FEED = """
 import sys; sys.path.insert(0, {root!r})
 import torch
 from training_header import *
-from training_header import keep_freed_memory
+from kernels import keep_freed_memory
 keep_freed_memory()
 index = create_dataset_index(path={path!r})
 dataset = TPP_PPG_dataset(index, "segment", {keys!r})
@@ -63,7 +63,8 @@ def python(code, **values):
 
 def measure_index(folder, repeats):
     path = os.path.join(folder, "huge.h5")
-    vitals = np.random.default_rng(0).uniform(30, 90, (4, ROWS)).astype("f4")
+    ranges = [(60, 90), (30, 60), (50, 90), (20, 50)]           # of map, dbp, hr and p_crit
+    vitals = [np.random.default_rng(0).uniform(*one, ROWS).astype("f4") for one in ranges]
     with h5py.File(path, "w") as file:
         for e in range(ENCOUNTERS):
             group = file.create_group(f"{e // 2:06d}/{e % 2}")
@@ -129,8 +130,9 @@ def measure_wait(folder, repeats):
     import torch
 
     from datasets import TPP_PPG_dataset, create_dataset_index, fit_normaliser, make_loader
+    from kernels import keep_freed_memory
     from models import get_model_v3
-    from training_header import NormalisedModel, keep_freed_memory
+    from training_header import NormalisedModel
     keep_freed_memory()
     path = os.path.join(folder, "wait.h5")
     write_file(path, 400, None)
