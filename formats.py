@@ -127,7 +127,7 @@ def span(start_s, stop_s, fs, n):
 
 class Header(NamedTuple):
     fs: float               # Hz, of the frames
-    units: List[str]        # of the signals; '' where the header states none
+    units: List[str]        # of the signals; '' if none is stated, 'uncalibrated' without a gain
     formats: List[str]
     data_files: List[str]
     segments: List[tuple]   # (name, frames)
@@ -158,8 +158,9 @@ def read_header(path) -> Header:
     except (ValueError, IndexError, AttributeError):
         raise RecordingError(path, "not a WFDB header: unreadable number of signals, frequency, "
                                    "length or format") from None
-    units = [words[2].split("/", 1)[1] if len(words) > 2 and "/" in words[2] else ""
-             for words in others]
+    gains = [words[2] if len(words) > 2 else "0" for words in others]
+    units = ["uncalibrated" if re.match(r"0*\.?0*([(/]|$)", gain) else
+             gain.partition("/")[2] for gain in gains]
     files = sorted({words[0] for words in others if words[0] != "~"})
     return Header(fs, units, formats, files, [], frames)
 

@@ -20,20 +20,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from formats import (
-    MAX_GAPS_S,
-    MIN_WAVE_HZ,
-    NO_UNIT,
-    PRESSURE,
-    RATE,
-    RecordingError,
-    check_size,
-    listed,
-    plain_unit,
-    span,
-    unique,
-    unit_in_name,
-)
+import formats
+from formats import MIN_WAVE_HZ, PRESSURE, RATE, RecordingError, check_size, plain_unit, span
 
 TIME = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3,
         "millisecond": 1e-3, "milliseconds": 1e-3, "us": 1e-6, "µs": 1e-6, "microseconds": 1e-6,
@@ -154,10 +142,10 @@ class CsvFile:
             names = names[:width]
         elif rows and width != len(names):
             self._refuse_width(begin + 1, width, len(names))
-        self.width, self.names = len(names), unique(names)
+        self.width, self.names = len(names), formats.unique(names)
         self.numbers = [name for name in self.names[skip:] if name]
         units = dict(zip(self.names, [*units, *[""] * self.width]))
-        self.units = {name: units[name].strip("'\"[]() ") or unit_in_name(name)
+        self.units = {name: units[name].strip("'\"[]() ") or formats.unit_in_name(name)
                       for name in self.names}
         self.sample = {name: [row[i] for row in rows if i < len(row) and row[i]]
                        for i, name in enumerate(self.names)}
@@ -192,8 +180,9 @@ class CsvFile:
 
     def time_columns(self):
         """[name] of the time column, [date, clock time] where two hold it, [] if there is none."""
-        plain = {name: re.sub(r"[^a-zµ]", "", _without(name, unit_in_name(name, TIME)).lower())
-                 or plain_unit(unit_in_name(name, TIME)) for name in self.names if name}
+        time_units = {name: formats.unit_in_name(name, TIME) for name in self.names if name}
+        plain = {name: re.sub(r"[^a-zµ]", "", _without(name, unit).lower()) or plain_unit(unit)
+                 for name, unit in time_units.items()}
         found = [name for known in TIME_NAMES for name in plain if plain[name] == known]
         text = [name for name in found if self.is_text(name)]
         dates = [name for name in text if plain[name] == "date"]
@@ -205,7 +194,7 @@ class CsvFile:
         return found[:1]
 
     def time_unit(self, name):
-        return unit_in_name(name, TIME) or self.units.get(name, "")
+        return formats.unit_in_name(name, TIME) or self.units.get(name, "")
 
     def is_text(self, name):
         return bool(self.sample[name]) and not _is_number(self.sample[name][0])
@@ -315,7 +304,7 @@ def _is_value(cell):
 
 def _is_unit(cell):
     cell = plain_unit(cell.strip("'\""))
-    return cell in {**PRESSURE, **RATE, **TIME} or cell in NO_UNIT or "hh:mm" in cell
+    return cell in {**PRESSURE, **RATE, **TIME} or cell in formats.NO_UNIT or "hh:mm" in cell
 
 
 def _without(name, unit):
@@ -338,7 +327,7 @@ class ParquetFile(CsvFile):
         self.dates = [one.name for one in fields if types.is_temporal(one.type)]
         self.texts = [one.name for one in fields if types.is_string(one.type)
                       or types.is_large_string(one.type)]
-        self.units = {name: unit_in_name(name) for name in self.names}
+        self.units = {name: formats.unit_in_name(name) for name in self.names}
         self.sample = {name: [""] for name in self.names}
 
     def is_text(self, name):
@@ -481,6 +470,7 @@ class Stamps:
         self.times, self.base = np.empty(0), 0      # the last stamps; the row of the first of them
         self.period, self.coarse_s = None, 0.0      # s; what stamps are rounded to, if to > 1 row
         self.n_rows, self.done, self.run = 0, 0, 0  # rows added; looked at; first row of the run
+        self.n_wild = 0         # stamps over a second from where their neighbours put them
         self.jumps = []         # (row, s by which it and all later ones are late)
         self.sums = np.zeros(2)     # of i * t and i * i about the means of parts of runs
         self.blocks = []        # (row, its time, the run): every RATE_BLOCK_S
@@ -509,6 +499,9 @@ class Stamps:
         if gaps:
             self.notes.append(f"times: {fs:.6g} rows/s, {len(gaps)} gaps of {sum(gaps) / fs:.6g} s "
                               f"together ({sum(gaps):,} rows missing)")
+        if self.n_wild:
+            self.notes.append(f"times: {self.n_wild:,} stamps do not fit those around them; their "
+                              "rows were placed by their neighbours")
         if len(jumps) > len(gaps):
             n_left = -sum(by for _, by in jumps if by < 0)
             self.notes.append(f"times: {n_left:,} rows repeat the time of others; left out")
@@ -553,7 +546,7 @@ class Stamps:
             if by < -max(1.0, 2 * p):
                 raise RecordingError(self.path, f"line {self.line(row)}: time does not increase, "
                                                 f"but goes back by {-by:.6g} s; {GIVE_RATE}")
-            if by > MAX_GAPS_S:
+            if by > formats.MAX_GAPS_S:
                 raise RecordingError(
                     self.path, f"line {self.line(row)}: jumps in time of over a week "
                     f"({by / 86400:.3g} days); is time in seconds?")
@@ -575,9 +568,15 @@ class Stamps:
     def _take(self, end):
         """Takes the rows from the last ones looked at to `end`, one run, into the rate."""
         t = self.times[self.done - self.base:end - self.base]
-        if len(t) > 1:
-            i = np.arange(len(t)) - (len(t) - 1) / 2
-            self.sums += i @ (t - t.mean()), i @ i
+        if not len(t):
+            return
+        i = np.arange(len(t))
+        late_s = t - self.period * i
+        good = np.abs(late_s - np.median(late_s)) < max(1.0, 5 * self.period, 2 * self.coarse_s)
+        self.n_wild += np.count_nonzero(~good)
+        if good.sum() > 1:
+            i = i[good] - i[good].mean()
+            self.sums += i @ (t[good] - t[good].mean()), i @ i
         size = max(self._far(), int(RATE_BLOCK_S / self.period))
         self.blocks += [(self.done + at, float(np.median(
             t[at:at + FAR_ROWS] - self.period * np.arange(FAR_ROWS))), self.run)
@@ -623,7 +622,7 @@ class Table:
         self.notes = list(dict.fromkeys(self.file.notes + extra))
         check_size(path, n, os.path.getsize(path))
         self.end_s = n / self.fs
-        self.channels = {name: listed(self.fs, self.file.units[name])
+        self.channels = {name: formats.listed(self.fs, self.file.units[name])
                          for name in self.file.numbers if name not in times}
         self.every = {}     # {name: (k, phase)}: a slower channel has a cell in every k-th row
         self.names, self.begin_s = None, np.inf

@@ -222,6 +222,20 @@ def test_windows_of_every_storage_format_equal_the_whole(tmp_path, form):
     np.testing.assert_allclose(got, x / 2)
 
 
+@pytest.mark.parametrize("gain, complaint", [
+    ("100", ""), ("100(0)", ""), ("0", "unit is not known"), ("0(0)/mmHg", "unit is not known")])
+def test_a_pressure_without_a_unit_is_mmhg_and_one_without_a_gain_is_refused(tmp_path, gain,
+                                                                             complaint):
+    write_wfdb(tmp_path, "r", np.full(9000, 80.0))
+    (tmp_path / "r.hea").write_text(f"r 1 125 9000\nr.dat 16 {gain} 16 0 0 0 0 ABP\n")
+    if not complaint:
+        recorded = recordings.read_windows(str(tmp_path / "r.hea"), fs=60, seconds=60, limits={})
+        assert recorded.chosen == {"abp": "ABP"}
+        return
+    with pytest.raises(RecordingError, match=complaint):
+        recordings.read_windows(str(tmp_path / "r.hea"), fs=60, seconds=60, limits={})
+
+
 @pytest.mark.parametrize("layout", ["fixed", "variable"])
 def test_segments_are_joined_their_gaps_are_nan_and_their_units_may_differ(tmp_path, layout):
     first, last = 80 + np.arange(500) / 10, 90 + np.arange(250) / 10

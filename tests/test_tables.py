@@ -199,6 +199,10 @@ def test_a_repeated_row_a_backward_stamp_and_a_wrong_one_shift_nothing(tmp_path)
     times[3000] += 500                  # a slip
     read = table(tmp_path / "a.csv", rows(times, values))
     np.testing.assert_array_equal(whole(read)["abp"], values)
+    times[4000:4002] += 1e7             # two from a clock that was not set
+    read = table(tmp_path / "a.csv", rows(times, values))
+    np.testing.assert_array_equal(whole(read)["abp"], values)
+    assert read.fs == 60 and "times: 3 stamps do not fit those around them" in read.notes[0]
     times = np.round(np.arange(6000) / 60, 3)
     twice = np.sort(np.append(np.arange(6000), 2500))   # a whole row twice
     read = table(tmp_path / "a.csv", rows(times[twice], values[twice]))
