@@ -1,50 +1,69 @@
-"""A checkpoint and a new recording -> TPP minute by minute, with its interval and its quality.
+"""A checkpoint and new recordings -> TPP minute by minute, with interval, vitals and quality.
 
     python predict.py runs/M1.5.pth RECORDING --out tpp.csv --figure tpp.png
     python predict.py runs/M1.5.pth RECORDING --map 75 --dbp 55         # no arterial line
     python predict.py runs/M1.5.pth RECORDING --vitals cuff.csv         # time_s,map,dbp
-    python predict.py runs/M1.5.pth growing.csv --watch --out live.csv  # or a folder, until Ctrl-C
+    python predict.py runs/M1.5.pth FOLDER --out tpp.csv                # all of its recordings
     python predict.py runs/M1.5.pth --export model.onnx                 # for other programs
 
-Each vital that the checkpoint needs comes, minute by minute, from the first of these that has it:
-an option, the CSV of --vitals, the recording's numbers, its arterial pressure, and the heart rate
-from the PPG itself. Where there is arterial pressure, the label is put beside the prediction.
+    table = predict_recording("runs/M1.5.pth", "night.csv", map=75, dbp=55)     # from Python
+
+Each vital that the network needs comes, minute by minute, from the first of these that has it: an
+option, the CSV of --vitals, the arterial waveform, the monitor's numbers of the arterial line,
+those of a cuff, and, for the heart rate, the PPG. Where there is an arterial waveform, the label is
+computed as well.
+
+Needs training_header (and what it needs), recordings, signals, labels, metrics beside it.
 """
+
 import argparse
-import contextlib
-import csv
-import math
+import datetime
+import inspect
+import io
 import os
-import signal
 import sys
-import threading
+import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Dict
 
 import numpy as np
+import pandas as pd
+import torch
+from pandas.api.types import is_numeric_dtype
 
 import labels
 import metrics
+import prepare
 import recordings
+import report
+import signals
 import tk_utils
+import training_header as header
+from datasets import (
+    FIELDS,
+    FS,
+    SEGMENT_SAMPLES,
+    SEGMENT_SECONDS,
+    VITALS,
+    WINDOW,
+    DataError,
+    get_gate,
+    passes_gate,
+)
 from recordings import RecordingError
+from tk_utils import counted
 
-FS, SEGMENT_SECONDS, SEGMENT_SAMPLES = 60, 60, 3600     # of the network's input
-BLOCK_MINUTES = 32              # read and predicted at a time: what bounds the memory
-WAVEFORMS = ("ppg", "abp")
-VITALS = {"map": "mmHg", "sbp": "mmHg", "dbp": "mmHg", "pp": "mmHg", "hr": "beats/min"}
-NUMBERS = ("map", "sbp", "dbp", "hr")       # that monitors give; pp is their difference
-HIGHEST = 400                   # mmHg or beats/min; above lies a slip of the keyboard
+MAX_AGE_S = 30 * 60.0           # how long a reading or a monitor's number is held
+MAX_TPP = 500.0                 # mmHg; a larger answer is not a perfusion pressure
 EXPORT_LEVEL = 0.9
 EXPORT_TOLERANCE = 1e-3         # mmHg
 EXPORT_OPSET = 17               # the highest that PyTorch 2.0 writes
 EXPORT_SEGMENTS = 64            # that an export is checked with
-PRIVATE_LINE = "# private: contains true file names; do not share"
 
 
 class PredictError(ValueError):
-    """What was asked for cannot be done; the message is one line."""
+    """The request cannot be fulfilled; the message is one line."""
 
 
 def parse_arguments(arguments=None):
@@ -52,705 +71,620 @@ def parse_arguments(arguments=None):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="runs/<name>.pth, as train_resnet.py writes it")
-    add("recording", nargs="?", metavar="RECORDING",
-        help="a file of any format that prepare.py reads; with --watch also a folder")
+    add("recordings", nargs="*", metavar="RECORDING",
+        help="recordings in any format that prepare.py reads, or folders of them")
     add("--out", metavar="CSV", help="write a row for each minute (default: print a table)")
-    add("--figure", metavar="PNG", help="draw TPP with its band, and MAP and HR under it")
-    add("--device", help="cpu, cuda, ... (default: CUDA where present)")
+    add("--figure", metavar="PNG", help="draw TPP and the vitals over time (.png, .pdf, .svg)")
+    add("--model", metavar="NAME", help="the network, if it is one of your own: file.py:Name")
+    add("--export", metavar="ONNX", help="write the network: raw units in, mmHg out; checked on "
+        "RECORDING's minutes, or on simulated ones")
     add = parser.add_argument_group("vitals").add_argument
-    for key, unit in VITALS.items():
+    for key in ("map", "dbp", "hr"):
+        unit = FIELDS[key].unit
         add(f"--{key}", type=float, metavar=unit.split("/")[0].upper(),
             help=f"{key.upper()} of all minutes, {unit}")
     add("--vitals", metavar="CSV", help="readings: time_s (from the recording's start) and any of "
-        "map, sbp, dbp, pp, hr; interpolated")
-    add("--max-age", type=float, default=30, metavar="MIN",
-        help="how long a reading holds, minutes (default: 30)")
-    add = parser.add_argument_group("the recording").add_argument
-    add("--abp-channel", metavar="NAME",
-        help="default: by its usual names; none: as if there were no arterial line")
-    add("--ppg-channel", metavar="NAME", help="default: by its usual names")
-    add("--csv-rate", type=float, metavar="HZ",
-        help="a table's rows are evenly spaced at this rate; its time column is not used")
-    add("--abp", metavar="PATH", help="HDF5: the ABP's dataset, mmHg")
-    add("--ppg", metavar="PATH", help="HDF5: the PPG's dataset")
-    add("--fs", type=float, metavar="HZ", help="HDF5: samples per second of both")
-    add = parser.add_argument_group("other ways to run").add_argument
-    add("--watch", action="store_true", help="follow a growing CSV or WFDB record, or a folder "
-        "that gets new files, and add a row to --out for each minute")
-    add("--poll", type=float, default=5, metavar="S",
-        help="--watch: seconds between two looks (default: 5)")
-    add("--export", metavar="ONNX", help="write the model, raw units in, mmHg out; checked on "
-        "RECORDING's minutes, or simulated ones")
+        f"{', '.join(VITALS)}; each is held until the next, at most {MAX_AGE_S / 60:g} minutes")
+    prepare.add_channel_options(parser)
     options = parser.parse_args(arguments)
-    if not options.recording and not options.export:
+    if not options.recordings and not options.export:
         parser.error(f"expected CHECKPOINT RECORDING (or --export FILE), got {options.checkpoint}")
-    for name in (*VITALS, "csv_rate", "fs", "max_age", "poll"):
-        value, most = getattr(options, name), HIGHEST if name in VITALS else 1e6
-        if value is not None and not 0 < value < most:
-            parser.error(f'--{name.replace("_", "-")} {value:g}: expected more than 0 and less '
-                         f"than {most:g}")
-    if options.watch and (not options.out or options.figure or options.export):
-        parser.error("--watch needs --out, and goes with neither --figure nor --export")
+    for name, endings in (("figure", (".png", ".pdf", ".svg")), ("export", (".onnx",)),
+                          ("out", (".csv",))):
+        path = getattr(options, name)
+        if path and not path.lower().endswith(endings):
+            parser.error(f"--{name} {path}: expected a name that ends in {' or '.join(endings)}")
     return options
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    from training_header import choose_device, load_checkpoint
-    checkpoint = load_checkpoint(options.checkpoint)
-    predictor = Predictor(checkpoint, options)
+    model = header.load_model(options.checkpoint, header.choose_device(), options.model)
+    predictor = Predictor(model, options.checkpoint, {
+        key: getattr(options, key) for key in ("map", "dbp", "hr")
+        if getattr(options, key) is not None}, options.vitals, **prepare.channel_options(options))
+    found = recordings.find_recordings(options.recordings) if options.recordings else []
+    outputs = [options.out, options.figure, options.export]
+    outputs += [names_path(options.out)] if options.out else []
+    prepare.check_outputs(outputs, found, [options.checkpoint, options.vitals])
+    for path in outputs[:1] + outputs[3:]:
+        check_ours(path)
     if options.export:
-        return export(predictor, checkpoint["provenance"]["origin"], options)
+        export(predictor, found, options.export)
+        print(*predictor.remarks, sep="\n")
+        return 0
+    if options.figure and len(found) > 1:
+        raise PredictError(f"--figure draws one recording, and {len(found)} are given")
     if predictor.simulated:
         print("*** MODEL TRAINED ON SIMULATED PATIENTS ***")
-    predictor.model.to(choose_device(options.device))
-    if options.watch:
-        return watch(predictor, options)
-    found = recordings.find_recordings([options.recording])
-    if len(found) > 1:
-        raise PredictError(f"{options.recording}: holds {len(found)} recordings; name one of them, "
-                           "or follow the folder with --watch --out CSV")
-    source = predictor.open(found[0].path)
-    predictor.check_vitals(options.recording, source.channels)
-    tables = []
-    with tk_utils.progress(desc="predicting", unit="min") as bar:
-        for table in filter(None, predictor.tables(source)):
-            tables.append(table)
-            bar.update(len(table["tpp"]))
-    if not tables:
-        raise PredictError(f"{options.recording}: lasts less than a minute")
-    table = {key: np.concatenate([one[key] for one in tables]) for key in predictor.columns}
-    tell(table, predictor.needed)
-    texts = as_text(table)
+    table = predictor.table(found)
+    print_summary(table, predictor)
+    print(*predictor.remarks, sep="\n")
     if options.out:
-        with tk_utils.atomic_file(options.out, newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(texts)
-            writer.writerows(zip(*texts.values()))
+        write_csv(table, options.out)
         print(f"written: {options.out}")
     else:
-        texts = {key: cells for key, cells in texts.items() if any(cells)}
-        tk_utils.print_table(list(zip(*texts.values())), list(texts))
+        print_minutes(table, predictor)
     if options.figure:
-        draw(table, predictor, options.figure)
+        tk_utils.save_figure(draw(table, predictor), options.figure)
         print(f"written: {options.figure}")
-    return 0
+    unopened = sum(problem for _, _, problem in found.skipped)
+    if unopened:
+        print(f"{counted(unopened, 'folder')} could not be opened and skipped", file=sys.stderr)
+    return int(bool(table.attrs["failed"]) or unopened > 0)
 
 
-def read_calibration(path, checkpoint):
-    """(the checkpoint's calibration or {}, its levels with an interval); says what it lacks."""
-    calibration = checkpoint.get("calibration") or {}
-    if not calibration:
-        print("no intervals and no flag for unusual inputs: this checkpoint was saved without a "
-              "calibration (train it again)", file=sys.stderr)
-        return {}, []
-    levels, left = [], []
-    for level, half in zip(calibration["levels"], calibration["half_widths"]):
-        if not (isinstance(level, float) and isinstance(half, (float, type(None)))):
-            raise PredictError(f"{path}: its calibration is none of this project")
-        (left if half is None else levels).append(level)
-    if left:
-        print(f"no interval at {', '.join(f'{100 * v:g} %' for v in left)}: the "
-              f"{calibration['n_patients']} tune patients are too few", file=sys.stderr)
-    return calibration, levels
+def check_ours(path):
+    """Raises PredictError if a table is in the way that this program has not written."""
+    if path and os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            first = file.readline(1000)
+        if first.rstrip() != prepare.PRIVATE_LINE and "tpp," not in first:
+            raise PredictError(f"{path}: was not written by predict.py; give another --out")
 
 
-def label_options(provenance):
-    """How the labels were made that the checkpoint learned: arguments of `label_segments`."""
-    method, beats = provenance.get("label_method", "published"), provenance.get("beats", "foot")
-    if method in labels.METHODS and beats in ("foot", "peak"):
-        return {"method": method, "beats": beats}
-    print(f"how the network's labels were made ({method}, {beats}) is not known here: those beside "
-          "the predictions are 'published', foot to foot", file=sys.stderr)
-    return {}
+# -------------------------------------------------------------------------------------- from Python
 
+def predict_recording(model_or_path, recording, map=None, dbp=None, hr=None, vitals=None,
+                      channels=None, units=None, fs=None, network=None) -> pd.DataFrame:
+    """TPP of each minute of a recording.
 
-# ---------------------------------------------------------------- one recording
+    model_or_path: a `NormalisedModel` or a checkpoint; network: your own module, if the checkpoint
+    holds its weights. recording: a path, a folder, or a list of them. map, dbp (mmHg), hr
+    (beats/min): for all minutes; vitals: path of a CSV of readings. channels: {'abp': name or
+    'none', 'ppg': name}; units: {channel: unit}; fs: Hz.
 
-@dataclass
-class Source:
-    """A recording that is being read."""
-    windows: recordings.Windows
-    channels: dict              # {'ppg': name, and where found 'abp', 'map', 'sbp', 'dbp', 'hr'}
-    last: dict                  # {vital: (time in s, value) of the last number so far}
+    Returns a row a minute: start_s; clock (time of day, where the recording has it); tpp and
+    low_90, high_90, … (mmHg; NaN in refused minutes); refused (reasons); unlike_training ('yes',
+    'no'); each needed vital with <vital>_from and <vital>_age_s; values_refused (implausible values
+    in that minute); and where there is an arterial line tpp_abp, r2_abp, abp_in_gate, abp_refused.
+    Several recordings: also `recording` (as given, or numbered if found in a folder; the numbers'
+    paths are in .attrs['recordings']).
+
+    Raises PredictError, RecordingError, CheckpointError, DataError.
+    """
+    model, name = model_or_path, "the model"
+    if not isinstance(model, header.NormalisedModel):
+        name, model = os.fspath(model), header.load_model(model, network=network)
+    given = {key: value for key, value in (("map", map), ("dbp", dbp), ("hr", hr))
+             if value is not None}
+    predictor = Predictor(model, name, given, vitals, channels=channels or {}, units=units or {},
+                          file_fs=fs)
+    inputs = recording if isinstance(recording, (list, tuple)) else [recording]
+    table = predictor.table(recordings.find_recordings(inputs))
+    for line in predictor.remarks:
+        warnings.warn(line, stacklevel=2)
+    return table
 
 
 class Predictor:
-    """A checkpoint with the options of a run. A table is a dict of its `columns`, [minutes] each.
+    """A model with the options of a run.
 
-    needed: the vitals that the network gets, and MAP where it predicts Pcrit: TPP = MAP - Pcrit.
+    needed: the vitals that the network takes, and MAP where it predicts Pcrit: TPP = MAP - Pcrit.
+    remarks: what the user must know about intervals and labels.
     """
 
-    def __init__(self, checkpoint, options):
-        from training_header import get_gate, load_model
-        keys, provenance = checkpoint["keys"], checkpoint["provenance"]
-        if keys[0] != "ppg":
-            raise PredictError(f"{options.checkpoint}: this network was trained without the PPG; "
-                               "evaluate.py is for it")
-        self.inputs = keys[1:-1]
+    def __init__(self, model, name, given, vitals_path, **reading):
+        """reading: channels, units and file_fs of recordings.read_windows."""
+        self.model, self.name, self.reading, self.remarks = model, name, reading, []
+        if not model.with_ppg:
+            raise PredictError(f"{name}: this network was trained without the PPG; use evaluate.py")
+        self.inputs = list(model.keys[1:-1])
         unknown = [key for key in self.inputs if key not in VITALS]
         if unknown:
-            raise PredictError(f"{options.checkpoint}: needs {', '.join(unknown)}, which no "
-                               "recording gives")
-        self.gives_p_crit = keys[-1] == "p_crit"
+            raise PredictError(f"{name}: needs {', '.join(unknown)}, which no recording gives")
+        self.gives_p_crit = model.keys[-1] == "p_crit"
         self.needed = list(dict.fromkeys(self.inputs + ["map"] * self.gives_p_crit))
-        self.model, self.options = load_model(checkpoint), options
-        self.calibration, self.levels = read_calibration(options.checkpoint, checkpoint)
-        self.simulated = "simulated" in provenance["origin"]
-        self.label_options = label_options(provenance)
-        # of a minute alone: its rules, without the one on the length of the encounter
-        self.gate = replace(get_gate(checkpoint["config"]["condition"]), min_minutes=0)
-        self.given = {key: getattr(options, key) for key in VITALS
-                      if getattr(options, key) is not None}
-        levels = [f"{end}_{100 * level:g}" for level in self.levels for end in ("low", "high")]
-        self.columns = ["start_s", "tpp", *levels, "refused", "unlike_training", *self.needed,
-                        "vitals_from", "vitals_age_s", "tpp_abp", "r2_abp", "abp_in_gate",
-                        "abp_refused"]
+        self.given, self.vitals_path = check_given(given), vitals_path
+        about = describe(model)
+        self.simulated = "simulated" in about["origin"]
+        self.method = about["label_method"]
+        if self.method not in labels.METHODS:
+            self.remarks.append(f"the network's labels were made with {self.method!r}, which is "
+                                "unknown here; labels beside predictions are 'published'")
+            self.method = "published"
+        # the rules for a single minute, without the one on the length of the encounter
+        self.gate = replace(get_gate(about["condition"]), min_minutes=0)
+        self.calibration, self.levels = self.usable_calibration(
+            about["calibration"], about["origin"] or "unknown")
 
-    def open(self, path, growing=False):
-        """The Source of a recording."""
-        o, channels = self.options, {}
+    def usable_calibration(self, calibration, origin):
+        """(calibration or {}, levels with an interval); adds to the remarks."""
+        if not calibration:
+            self.remarks.append(
+                "no intervals, and no flag for inputs unlike the training data: the model has no "
+                "calibration (make one: evaluate.py CHECKPOINT --calibrate DATA)")
+            return {}, []
+        if not calibration.get("novelty"):
+            self.remarks.append("no flag for inputs unlike the training data: the network has no "
+                                "features()")
+        refusal = report.domain_refusal({"origin": origin, **calibration}, "recordings")
+        if refusal:
+            self.remarks.append(f"no prediction intervals: {refusal}")
+            return calibration, []
+        levels = [level for level, half in zip(calibration["levels"], calibration["half_widths"])
+                  if half is not None]
+        missing = [f"{level:.0%}" for level in calibration["levels"] if level not in levels]
+        if missing:
+            self.remarks.append(f"no interval at {', '.join(missing)}: calibrated on "
+                                f"{counted(calibration['n_patients'], 'patient')}, too few")
+        return calibration, levels
 
-        def choose(names):
-            for kind in (*WAVEFORMS, *NUMBERS):
-                asked = {"abp": o.abp_channel, "ppg": o.ppg_channel}.get(kind)
-                if kind == "abp" and (asked or "").lower() == "none":
-                    continue
-                name = recordings.choose_channel(names, kind, asked)
-                if name is None and (kind == "ppg" or asked):
-                    raise RecordingError(path, f"no {kind.upper()} channel " + (
-                        f"named {asked}" if asked else "with a usual name")
-                        + f" (--{kind}-channel)", "it has " + (", ".join(names) or "none"))
-                if name is not None and name not in channels.values():
-                    channels[kind] = name
-            return list(channels.values())
+    def table(self, found) -> pd.DataFrame:
+        """The rows of all recordings. One that cannot be used raises; of several, it costs a line
+        on stderr and stands in .attrs['failed']."""
+        tables, failed, names = [], [], {}
+        for number, item in enumerate(found, 1):
+            in_folder = prepare.is_in_folder(item)
+            name = str(number) if in_folder else item.typed
+            try:
+                table = self.one_table(item)
+            except (RecordingError, PredictError) as error:
+                if len(found) == 1:
+                    raise
+                what = error.what if isinstance(error, RecordingError) else error
+                print(f"{prepare.shown(found, number - 1)}: {tk_utils.printable(what)}",
+                      file=sys.stderr)
+                failed.append(name)
+                continue
+            if len(found) > 1:
+                table.insert(0, "recording", name)
+                names.update({name: item.path} if in_folder else {})
+            tables.append(table)
+        if not tables:
+            raise PredictError("none of the recordings could be used")
+        table = pd.concat(tables, ignore_index=True)
+        table.attrs.update(recordings=names, failed=failed)
+        return table
 
-        hdf5 = {"abp": o.abp, "ppg": o.ppg, "fs": o.fs}
-        if any(hdf5.values()) and recordings.reader_of(path)[0] != "h5py":
-            raise RecordingError(path, "--abp, --ppg and --fs are for HDF5 alone",
-                                 "--abp-channel and --ppg-channel name the channels of others")
-        windows = recordings.Windows(path, choose, o.csv_rate, hdf5, growing)
-        windows.read(0, 1)          # which chooses
-        return Source(windows, channels, {})
+    def one_table(self, item):
+        """The DataFrame of one recording."""
+        parts = []
+        with tk_utils.progress(desc="predicting", unit="min") as bar:
+            for ppg, table in self.blocks(item):
+                parts.append(self.predict(ppg, table))
+                bar.update(len(parts[-1]))
+        if not parts:
+            raise RecordingError(item.path, "has no uninterrupted minute")
+        return pd.concat(parts, ignore_index=True)
 
-    def cuff(self):
-        """The readings, which may have become more since the last call."""
-        return read_cuff(self.options.vitals, self.options.watch)
+    def blocks(self, item):
+        """Yields (PPG [n, samples], table of n rows without the predictions)."""
+        recorded = recordings.read_windows(item.path, **WINDOW, **self.reading,
+                                           polarity=signals.ppg_polarity)
+        if "ppg" not in recorded.chosen:
+            raise RecordingError(item.typed, f"no PPG: {recorded.reasons['ppg']}; see prepare.py "
+                                             "--list-channels and --ppg-channel")
+        readings = {}
+        if self.vitals_path:
+            readings = recordings.read_vitals(self.vitals_path, limits=WINDOW["limits"],
+                                              units=self.reading["units"],
+                                              start_time=recorded.start_time)
+        self.check_vitals(item.typed, recorded.chosen, readings)
+        for minutes in recorded:
+            yield minutes.ppg, self.block(recorded, minutes, readings)
+        self.remarks += [f"{item.typed}: {note}" for note in recorded.notes]
 
-    def check_vitals(self, shown, channels):
-        """Raises where the recording can never give what the checkpoint needs."""
-        have = {"hr"}
-        for source in (channels, self.given, self.cuff()):
-            have |= {*source, *(["pp"] if {"sbp", "dbp"} <= set(source) else [])}
+    def check_vitals(self, shown, chosen, readings):
+        """Raises PredictError if the recording cannot give what the network needs."""
+        if chosen.get("abp"):
+            return
+        have = {"hr", *self.given, *readings,
+                *(kind.replace("cuff_", "") for kind in chosen)}
+        have |= {"pp"} if {"sbp", "dbp"} <= have else set()
         missing = [key for key in self.needed if key not in have]
-        if missing and "abp" not in channels:
-            give = " ".join(f"--{key} {VITALS[key].split('/')[0].upper()}" for key in missing)
+        if missing:
+            give = " ".join(f"--{key} {FIELDS[key].unit.split('/')[0].upper()}" for key in missing
+                            if key in ("map", "dbp", "hr"))
             raise PredictError(
                 f"{shown}: no arterial pressure, and nothing that gives "
-                f"{', '.join(key.upper() for key in missing)}, which this checkpoint needs; add "
-                f"{give}, or --vitals CSV with the columns time_s,{','.join(missing)}")
+                f"{', '.join(key.upper() for key in missing)}, which this network needs; add "
+                + f"{give}, or ".lstrip(", or") * bool(give)
+                + f"--vitals CSV with the columns time_s,{','.join(missing)}")
 
-    def tables(self, source):
-        """Yields the tables of a recording; a thread reads on while the network works."""
-        import torch
-
-        from training_header import keep_freed_memory
-        keep_freed_memory()
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))      # a core for the thread
-        with ThreadPoolExecutor(1) as thread:
-            first, ended, reading = 0, False, thread.submit(self.read, source, 0)
-            while not ended:
-                ppg, table, ended = reading.result()
-                first += BLOCK_MINUTES
-                if not ended:
-                    reading = thread.submit(self.read, source, first)
-                yield self.predict(ppg, table)
-
-    def minutes(self, source, first):
-        """(table of the minutes from number `first` on, at most BLOCK_MINUTES, {} if there is none;
-        is it the recording's end?)."""
-        ppg, table, ended = self.read(source, first)
-        return self.predict(ppg, table), ended
-
-    def read(self, source, first):
-        """(PPG [n, 3600], the table without the predictions, is it the end?), as `minutes`."""
-        from datasets import passes_gate
-        margin, start_s = recordings.WINDOW_MARGIN_S, first * SEGMENT_SECONDS
-        stop_s = start_s + BLOCK_MINUTES * SEGMENT_SECONDS
-        recording, ended = source.windows.read(max(0, start_s - margin), stop_s + margin)
-        channels = {kind: recording.channels[name] for kind, name in source.channels.items()
-                    if name in recording.channels}
-        n = BLOCK_MINUTES
-        if ended:
-            waves = [channels[kind] for kind in WAVEFORMS if kind in channels]
-            end_s = max((wave.start_s + wave.samples.size / wave.fs for wave in waves), default=0.0)
-            end_s -= margin * source.windows.growing
-            n = int(np.clip((end_s - start_s + 1e-6) // SEGMENT_SECONDS, 0, BLOCK_MINUTES))
-        if n == 0:
-            return np.empty((0, SEGMENT_SAMPLES)), {}, ended
-        begin_s = start_s + SEGMENT_SECONDS * np.arange(n, dtype=float)
-        ppg, abp = (on_grid(channels.get(kind), kind, start_s, n) for kind in WAVEFORMS)
-        label = labels.label_segments(abp, FS, **self.label_options)
-        quality = labels.signal_quality(abp, ppg, FS)
-        max_age_s = 60 * self.options.max_age
-        constant = {key: np.full(n, value) for key, value in self.given.items()}
-        table = choose_vitals(self.needed, n, [
-            ("option", constant, {}),
-            ("cuff", *cuff_at(begin_s + SEGMENT_SECONDS / 2, self.cuff(), max_age_s)),
-            ("numbers", *numbers_at(begin_s, channels, source.last, max_age_s)),
-            ("abp", label, {}), ("ppg", {"hr": quality["ppg_hr"]}, {})])
-        reasons = [labels.reason_names(mask) for mask in quality["reason"]]
+    def block(self, recorded, minutes, readings) -> pd.DataFrame:
+        """The vitals, labels and quality of some minutes."""
+        n = len(minutes.start_s)
+        label = labels.label_segments(minutes.abp, FS, method=self.method)
+        quality = signals.signal_quality(minutes.abp, minutes.ppg, FS)
+        sources = [("option", {key: np.full(n, value) for key, value in self.given.items()}, {}),
+                   ("vitals", *held(readings, minutes.start_s)),
+                   ("abp", {key: label[key] for key in VITALS if key in label}, {}),
+                   *numbers_of(minutes), ("ppg", {"hr": quality["ppg_hr"]}, {})]
+        table = choose_vitals(self.needed, n, sources)
+        reasons = [signals.reason_names(mask) for mask in quality["reason"]]
         for key in self.needed:
             for i in np.flatnonzero(~np.isfinite(table[key])):
                 reasons[i].append(f"no_{key}")
-        table.update(start_s=begin_s, refused=np.array([" ".join(names) for names in reasons]),
-                     tpp_abp=label["tpp"], r2_abp=label["r2"],
-                     abp_in_gate=np.full(n, ""), abp_refused=np.full(n, ""))
-        if "abp" in source.channels:
+        if {"map", "dbp"} <= set(self.needed):
+            for i in np.flatnonzero(table["dbp"] >= table["map"]):
+                reasons[i].append("dbp_above_map")
+        table.insert(0, "start_s", minutes.start_s)
+        if recorded.start_time is not None:
+            table.insert(1, "clock", [
+                (recorded.start_time + datetime.timedelta(seconds=float(s))).strftime("%H:%M:%S")
+                for s in minutes.start_s])
+        table["refused"] = [" ".join(names) for names in reasons]
+        refused = Counter()     # {vital: [n] readings that no person has}
+        for key, counts in minutes.refused.items():
+            refused[key.replace("cuff_", "")] = refused[key.replace("cuff_", "")] + counts
+        for key, times_s in getattr(readings, "refused", {}).items():
+            within = (times_s >= minutes.start_s[:, None]) & (
+                times_s < minutes.start_s[:, None] + SEGMENT_SECONDS)
+            refused[key] = refused[key] + within.sum(1)
+        table["values_refused"] = [
+            " ".join(f"{key} {refused[key][i]}" for key in VITALS if np.any(refused[key])
+                     and refused[key][i]) for i in range(n)]
+        if recorded.chosen.get("abp"):
             fields = {**quality, **label, "reason": label["reason"] | quality["reason"]}
-            in_gate = passes_gate(self.gate, fields.get, np.ones(n, bool))
-            table.update(abp_in_gate=np.where(in_gate, "yes", "no"), abp_refused=np.array(
-                [" ".join(labels.reason_names(mask)) for mask in label["reason"]]))
-        return ppg, table, ended
+            passes = passes_gate(self.gate, fields.get, np.isfinite(minutes.ppg).all(1))
+            table["tpp_abp"], table["r2_abp"] = label["tpp"], label["r2"]
+            table["abp_in_gate"] = np.where(passes, "yes", "no")
+            table["abp_refused"] = [" ".join(signals.reason_names(mask))
+                                    for mask in label["reason"]]
+        return table
 
-    def predict(self, ppg, table):
-        """Adds the predictions to the table of `read`: its needed vitals, its minutes not refused.
-        """
-        if not table:
-            return {}
-        import torch
-
-        from training_header import watch_features
-        fine = table["refused"] == ""
-        device, kept = self.model.label_mean.device, []
-        inputs = [torch.from_numpy(np.asarray(values[fine], np.float32)).to(device)
-                  for values in (ppg[:, None], *(table[key] for key in self.inputs))]
-        answer, unlike = np.full((len(fine), 2), np.nan), np.full(len(fine), "", "U3")
+    def predict(self, ppg, table) -> pd.DataFrame:
+        """The table of `block` with tpp, intervals and unlike_training."""
+        fine = (table["refused"] == "").to_numpy()
+        answer, unlike = np.full((len(table), 2), np.nan), np.full(len(table), "", object)
+        novelty = self.calibration.get("novelty") or {}
         if fine.any():
-            with torch.no_grad(), watch_features(self.model, kept.append):
-                found = self.model(*inputs).cpu().numpy()
-            answer[fine, :found.shape[1]] = found
-            novelty = self.calibration.get("novelty") or {}
-            if novelty.get("threshold") is not None:
-                new = metrics.novelty(np.concatenate(kept), novelty) > novelty["threshold"]
-                unlike[fine] = np.where(new, "yes", "no")
-        tpp = table["map"] - answer[:, 0] if self.gives_p_crit else answer[:, 0]
-        table.update(tpp=tpp, unlike_training=unlike)
+            inputs = [torch.from_numpy(np.asarray(values[fine], np.float32)).to(
+                next(self.model.buffers()).device)
+                for values in (ppg[:, None], *(table[key].to_numpy() for key in self.inputs))]
+            with torch.no_grad():
+                found, features = self.model.with_features(*inputs)     # [minutes, 1 or 2], [., F]
+            answer[fine, :found.shape[1]] = found.cpu().numpy()
+            if features is not None and novelty.get("threshold") is not None:
+                away = metrics.novelty(features.cpu().numpy(), novelty) > novelty["threshold"]
+                unlike[fine] = np.where(away, "yes", "no")
+        tpp = table["map"].to_numpy() - answer[:, 0] if self.gives_p_crit else answer[:, 0]
+        if not (np.abs(tpp[fine]) <= MAX_TPP).all():
+            worst = tpp[fine][np.argmax(~(np.abs(tpp[fine]) <= MAX_TPP))]
+            raise header.CheckpointError(
+                f"{self.name}: its answer is {worst:.6g} mmHg, which is no tissue perfusion "
+                "pressure; the network is damaged or not trained")
+        at = table.columns.get_loc(self.needed[0]) if self.needed else len(table.columns)
+        columns = {"tpp": tpp}
         for level in self.levels:
-            spread = answer[:, 1] if self.calibration["spread"] else None
-            low, high = metrics.interval(tpp, self.calibration, level, spread)
-            table.update({f"low_{100 * level:g}": low, f"high_{100 * level:g}": high})
+            ends = metrics.interval(tpp, self.calibration, level,
+                                    answer[:, 1] if self.calibration.get("spread") else None)
+            columns.update(zip((f"low_{100 * level:g}", f"high_{100 * level:g}"), ends))
+        columns["refused"] = table.pop("refused")
+        if novelty:
+            columns["unlike_training"] = unlike
+        for name, values in reversed(list(columns.items())):
+            table.insert(at, name, values)
         return table
 
 
-def on_grid(channel, kind, start_s, n):
-    """[n, 3600] float32: minutes of a Channel, NaN where there is none."""
-    if channel is None:
-        return np.full((n, SEGMENT_SAMPLES), np.nan, np.float32)
-    if channel.fs < labels.MIN_FS_HZ:
-        raise PredictError(f"the {kind.upper()} channel has {channel.fs:g} samples/s; a "
-                           f"waveform needs {labels.MIN_FS_HZ} or more")
-    samples = channel.samples * (recordings.mmhg_per_unit(channel.unit) if kind == "abp" else 1)
-    moved = recordings.Channel(samples, channel.fs, "", channel.start_s - start_s)
-    return recordings.resample(moved, FS, n * SEGMENT_SAMPLES).reshape(n, SEGMENT_SAMPLES)
+def describe(model) -> Dict:
+    """origin, label_method, condition and calibration of the model's checkpoint, if it has one."""
+    checkpoint = getattr(model, "checkpoint", None) or {}
+    provenance = checkpoint.get("provenance") or {}
+    return {"origin": provenance.get("origin", ""),
+            "label_method": provenance.get("label_method", "published"),
+            "condition": (checkpoint.get("config") or {}).get("condition", "default"),
+            "calibration": checkpoint.get("calibration") or {}}
 
 
-# ---------------------------------------------------------------- vitals
+# ------------------------------------------------------------------------------------------- vitals
 
-def choose_vitals(needed, n, sources):
-    """The vitals' columns: `needed`, vitals_from, vitals_age_s (the greatest). `sources`, the best
-    first, are (name, {vital: [n]}, {vital: [n] age in s}); where one has SBP and DBP, it has PP."""
-    values = {key: np.full(n, np.nan) for key in needed}
-    came_from = {key: np.full(n, "", "U7") for key in needed}
-    ages = np.full(n, np.nan)
-    for name, found, age_s in sources:
-        if {"sbp", "dbp"} <= set(found) and "pp" not in found:
-            found = {**found, "pp": found["sbp"] - found["dbp"]}
-            age_s = {"pp": np.fmax(age_s["sbp"], age_s["dbp"]), **age_s} if age_s else {}
-        for key in set(needed) & set(found):
-            new = ~np.isfinite(values[key]) & np.isfinite(found[key])
-            values[key][new], came_from[key][new] = found[key][new], name
-            if key in age_s:
-                ages[new] = np.fmax(ages[new], age_s[key][new])
-    told = [" ".join(f"{key}={came_from[key][i]}" for key in needed if came_from[key][i])
-            for i in range(n)]
-    return {**values, "vitals_from": np.array(told, str), "vitals_age_s": ages}
+def check_given(given) -> Dict[str, float]:
+    """Vitals given as options; raises PredictError if no person has them."""
+    for key, value in given.items():
+        low, high = WINDOW["limits"][key]
+        if not low <= value <= high:
+            raise PredictError(f"--{key} {value:g}: expected {low:g} to {high:g} "
+                               f"{FIELDS[key].unit}")
+    if {"map", "dbp"} <= set(given) and given["dbp"] >= given["map"]:
+        raise PredictError(f"--dbp {given['dbp']:g}: expected less than --map {given['map']:g}")
+    return given
 
 
-def numbers_at(begin_s, channels, last, max_age_s):
-    """({vital: [n]}, {vital: [n] age in s}): the mean of the monitor's numbers in each minute from
-    begin_s [n] on; where it holds none, the last one before, if not too old. Updates `last`."""
-    found, ages = {}, {}
-    edges = np.append(begin_s, begin_s[-1] + SEGMENT_SECONDS) - 1e-6
-    for key in set(NUMBERS) & set(channels):
-        channel, (last_s, last_value) = channels[key], last.get(key, (-np.inf, np.nan))
-        known = np.flatnonzero(np.isfinite(channel.samples))
-        known = known[channel.start_s + known / channel.fs > last_s]
-        times = np.append(last_s, channel.start_s + known / channel.fs)
-        values = channel.samples[known] * (
-            1 if key == "hr" else recordings.mmhg_per_unit(channel.unit))
-        values = np.append(last_value, values)
-        at = np.searchsorted(times, edges)
-        newest, count = at - 1, np.diff(at)         # before each edge, in each minute
-        total = np.diff(np.append(0, values[1:]).cumsum()[newest])
-        age_s = begin_s - times[newest[:-1]]
-        held = (count == 0) & (age_s <= max_age_s)
-        found[key] = np.where(held, values[newest[:-1]], np.nan)
-        found[key][count > 0] = (total / np.maximum(count, 1))[count > 0]
-        ages[key] = np.where(held, age_s, np.nan)
-        last[key] = times[newest[-1]], values[newest[-1]]
-    return found, ages
+def held(readings, start_s):
+    """({vital: [n] values}, {vital: [n] ages in s}): the last reading before the end of each minute
+    that begins at start_s [n]. Ages are at the minute's end."""
+    values, ages = {}, {}
+    end_s = np.asarray(start_s) + SEGMENT_SECONDS
+    for key, (times_s, numbers) in readings.items():
+        last = np.searchsorted(times_s, end_s, side="left") - 1
+        values[key] = np.where(last >= 0, numbers[np.maximum(last, 0)], np.nan)
+        ages[key] = np.where(last >= 0, end_s - times_s[np.maximum(last, 0)], np.nan)
+    return values, ages
 
 
-def cuff_at(times_s, readings, max_age_s):
-    """({vital: [n]} between readings by straight lines, {vital: [n] s since the last reading});
-    NaN where no reading is within max_age_s."""
-    found, ages = {}, {}
-    for key, (at_s, values) in readings.items():
-        nearest = np.abs(times_s[:, None] - at_s).min(1)
-        found[key] = np.where(nearest <= max_age_s, np.interp(times_s, at_s, values), np.nan)
-        before = np.searchsorted(at_s, times_s, side="right") - 1
-        ages[key] = times_s - at_s[np.maximum(before, 0)]       # negative before the first
-    return found, ages
+def numbers_of(minutes):
+    """The monitor's numbers as sources: those of the arterial line, then those of a cuff."""
+    for name, is_cuff in (("numbers", False), ("cuff", True)):
+        keys = [key for key in minutes.numbers if key.startswith("cuff_") == is_cuff]
+        yield (name, {key.replace("cuff_", ""): minutes.numbers[key] for key in keys},
+               {key.replace("cuff_", ""): minutes.number_age_s[key] for key in keys})
 
 
-def read_cuff(path, growing):
-    """{vital: (times in s, values)} of a CSV, where cells may be empty; {} without one."""
-    if path is None:
-        return {}
-    names, _, blocks = recordings.open_csv(path, growing)
-    short = [recordings.plain_name(name) for name in names]
-    times = [name for name, plain in zip(names, short) if plain in recordings.TIME_NAMES]
-    columns = {key: recordings.choose_channel(names, key) for key in NUMBERS}
-    columns["pp"] = names[short.index("pp")] if "pp" in short else None
-    columns = {key: name for key, name in columns.items() if name}
-    if not times or not columns:
-        raise RecordingError(path, "expected the columns time_s (seconds from the recording's "
-                             "start) and any of " + ", ".join(VITALS))
-    parts, readings = [], {}
-    for part, ended in blocks([times[0], *columns.values()]):
-        parts.append(part)
-        if ended:
-            break
-    at_s, *values = map(np.concatenate, zip(*parts))
-    for key, column in zip(columns, values):
-        known = ~np.isnan(column)
-        wrong = known & ~(np.isfinite(at_s) & (column > 0) & (column < HIGHEST))
-        if wrong.any():
-            raise RecordingError(path, f"row {wrong.argmax() + 1}, {key}: expected a time in s and "
-                                       f"a number above 0 and below {HIGHEST}")
-        if (np.diff(at_s[known]) <= 0).any():
-            raise RecordingError(path, f"column {key}: times do not increase")
-        if known.any():
-            readings[key] = at_s[known], column[known]
-    return readings
-
-
-# ---------------------------------------------------------------- what is told
-
-def as_text(table):
-    """{column: its cells}: numbers with two decimals, nothing for what is not known."""
-    def cell(value, decimals):
-        if isinstance(value, str):
-            return value
-        return "" if math.isnan(value) else f"{value:.{decimals}f}"
-    return {key: [cell(value, 0 if key.endswith("_s") else 2) for value in column]
-            for key, column in table.items()}
-
-
-def tell(table, needed):
-    """Prints what the minutes say together."""
-    tpp = table["tpp"]
-    done = np.isfinite(tpp)
-    counts = Counter(" ".join(table["refused"]).split())
-    print(f"{len(tpp):,} minutes, {done.sum():,} with TPP"
-          + (f", median {np.median(tpp[done]):.1f} mmHg" if done.any() else "")
-          + (f"; refused: {', '.join(f'{name} {n:,}' for name, n in counts.items())}" if counts
-             else ""))
-    counts = Counter(" ".join(table["vitals_from"]).split())
+def choose_vitals(needed, n, sources) -> pd.DataFrame:
+    """[n] rows: each needed vital with <vital>_from and <vital>_age_s, from the first source that
+    has it, plausible and at most MAX_AGE_S old. sources: (name, {vital: [n]}, {vital: [n] age in
+    s}); SBP and DBP of one source give PP."""
+    columns = {}
     for key in needed:
-        sources = [f"{name.split('=')[1]} ({n:,} min)" for name, n in counts.items()
-                   if name.startswith(f"{key}=")]
-        print(f"{key} from: " + (", ".join(sources) or "nothing"))
-    new = np.sum(table["unlike_training"] == "yes")
-    if new:
-        print(f"{new:,} of {done.sum():,} minutes are unlike the training data (1 in 20 would be "
-              "usual): do not trust them")
-    both = done & np.isfinite(table["tpp_abp"]) & (table["abp_in_gate"] == "yes")
-    if both.any():
-        score = metrics.scores(table["tpp_abp"][both], tpp[both])
-        print(f"against the arterial line's label in {both.sum():,} minutes that pass the gate: "
-              f"RMSE {score['rmse']:.1f}, bias {score['bias']:+.1f} mmHg (fair only if the "
-              "checkpoint was not trained on this patient)")
+        value, came_from, age = (np.full(n, np.nan), np.full(n, "", object), np.full(n, np.nan))
+        for name, found, ages in sources:
+            if key == "pp" and "pp" not in found and {"sbp", "dbp"} <= set(found):
+                found = {"pp": found["sbp"] - found["dbp"]}
+                ages = {"pp": np.fmax(ages["sbp"], ages["dbp"])} if ages else {}
+            if key not in found:
+                continue
+            low, high = WINDOW["limits"].get(key, (-np.inf, np.inf))
+            age_s = ages.get(key, np.zeros(n))
+            new = np.isnan(value) & (found[key] >= low) & (found[key] <= high)
+            new &= age_s <= MAX_AGE_S
+            value[new], came_from[new] = found[key][new], name
+            age[new] = age_s[new] if key in ages else np.nan
+        columns.update({key: value, f"{key}_from": came_from, f"{key}_age_s": age})
+    return pd.DataFrame(columns, index=range(n))
 
 
-def draw(table, predictor, path):
-    """TPP with its band and the label, vitals below, over hours; what was refused is shaded."""
-    hours = (table["start_s"] + SEGMENT_SECONDS / 2) / 3600
+# ------------------------------------------------------------------------------------------- output
+
+def names_path(out):
+    return os.path.splitext(out)[0] + "_recordings.csv"
+
+
+def write_csv(table, path):
+    """The table as CSV, two decimals; names of files found in a folder go to a private file."""
+    cells = {name: column.astype(np.float64).round(2) if is_numeric_dtype(column)
+             else column.map(prepare.safe_cell) for name, column in table.items()}
+    with tk_utils.atomic_file(path, newline="") as file:
+        pd.DataFrame(cells).to_csv(file, index=False, lineterminator="\n")
+    names = table.attrs.get("recordings")
+    if names:
+        with tk_utils.atomic_file(names_path(path), newline="") as file:
+            file.write(prepare.PRIVATE_LINE + "\n")
+            pd.DataFrame(list(names.items()), columns=["recording", "path"]).to_csv(
+                file, index=False, lineterminator="\n")
+        print(f"written: {names_path(path)}, which is private: the recordings' names")
+
+
+def print_minutes(table, predictor):
+    """A line a minute, at most 100 columns."""
+    levels = [name[4:] for name in table if name.startswith("low_")]
+    level = "90" if "90" in levels else levels[0] if levels else None
+    columns = {}
+    for name in ("recording", "clock"):
+        if name in table:
+            columns[name] = table[name]
+    if "clock" not in table:
+        columns["minute"] = [f"{s / 60:g}" if s % 60 == 0 else f"{s / 60:.2f}"
+                             for s in table["start_s"]]
+    columns["TPP"] = [one_decimal(value) for value in table["tpp"]]
+    if level:
+        columns[f"{level} % interval"] = [
+            f"{low:.1f} to {high:.1f}" if np.isfinite(low) else ""
+            for low, high in zip(table[f"low_{level}"], table[f"high_{level}"])]
+    for key in predictor.needed:
+        columns[key.upper()] = [one_decimal(value) for value in table[key]]
+    columns["from"] = [" ".join(dict.fromkeys(filter(None, sources))) for sources in zip(
+        *(table[f"{key}_from"] for key in predictor.needed))] if predictor.needed else ""
+    if "tpp_abp" in table:
+        columns["label"] = [one_decimal(value) + ("" if gate == "yes" else "*")
+                            if np.isfinite(value) else ""
+                            for value, gate in zip(table["tpp_abp"], table["abp_in_gate"])]
+    if "unlike_training" in table:
+        columns["unlike"] = table["unlike_training"].replace("no", "")
+    columns["refused"] = table["refused"]
+    columns = {name: list(values) for name, values in columns.items()
+               if name in ("minute", "clock", "TPP") or any(values)}
+    tk_utils.print_table(list(zip(*columns.values())), list(columns))
+    if any(text.endswith("*") for text in columns.get("label", [])):
+        print("* this minute's label does not pass the gate")
+
+
+def one_decimal(value):
+    return f"{value:.1f}" if np.isfinite(value) else "\u2013"
+
+
+def print_summary(table, predictor):
+    """What the minutes say together."""
+    done = np.isfinite(table["tpp"])
+    reasons = Counter(" ".join(table["refused"]).split())
+    print(f"{counted(len(table), 'minute')}, {done.sum():,} with TPP"
+          + (f", median {table['tpp'][done].median():.1f} mmHg" if done.any() else "")
+          + ("; refused: " + ", ".join(f"{name} {n:,}" for name, n in reasons.items())
+             if reasons else ""))
+    for key in predictor.needed:
+        counts = table[f"{key}_from"][table[f"{key}_from"] != ""].value_counts()
+        age_s = table[f"{key}_age_s"].max()
+        print(f"{key.upper()} from: "
+              + (", ".join(f"{name} ({n:,} min)" for name, n in counts.items()) or "nothing")
+              + (f"; held for up to {age_s / 60:.0f} min" if age_s > SEGMENT_SECONDS else ""))
+    wrong = Counter()
+    for text in table["values_refused"]:
+        words = text.split()
+        wrong.update(dict(zip(words[::2], map(int, words[1::2]))))
+    if wrong:
+        print("implausible values refused (by minute in the column values_refused): "
+              + ", ".join(f"{key.upper()} {n:,}" for key, n in wrong.items()))
+    if "unlike_training" in table and (table["unlike_training"] == "yes").any():
+        print(f"{(table['unlike_training'] == 'yes').sum():,} of {counted(done.sum(), 'minute')} "
+              "are unlike the training data (1 in 20 would be usual): do not rely on them")
+    if "tpp_abp" in table:
+        both = done & np.isfinite(table["tpp_abp"]) & (table["abp_in_gate"] == "yes")
+        if both.any():
+            score = metrics.scores(table["tpp_abp"][both].to_numpy(), table["tpp"][both].to_numpy())
+            print(f"against the label, where it passes the gate ({counted(both.sum(), 'minute')}): "
+                  f"RMSE {score['rmse']:.1f}, bias {score['bias']:+.1f} mmHg (fair only "
+                  "if this patient was not in the training data)")
+
+
+def draw(table, predictor):
+    """TPP with its intervals and the label, vitals below; refused minutes are shaded."""
+    from matplotlib.ticker import MaxNLocator
+    scale, unit = (60.0, "minutes") if table["start_s"].iloc[-1] < 7200 else (3600.0, "hours")
     lower = {}                  # {unit: vitals}
     for key in predictor.needed:
-        lower.setdefault(VITALS[key], []).append(key)
+        lower.setdefault(FIELDS[key].unit, []).append(key)
     figure = tk_utils.new_figure(9, 3 + 1.5 * len(lower))
     axes = figure.subplots(1 + len(lower), 1, sharex=True, squeeze=False,
                            gridspec_kw={"height_ratios": [2.2] + [1] * len(lower)})[:, 0]
-    top, half = axes[0], SEGMENT_SECONDS / 7200
-    edges = np.stack([hours - half, hours + half], 1).ravel()   # a minute is a step of its width
+    start = table["start_s"].to_numpy()
+    # a minute is a step of its width; NaN between minutes that do not follow one another
+    after_gap = np.flatnonzero(np.diff(start) > SEGMENT_SECONDS * 1.001) + 1
+    edges = np.insert(np.stack([start, start + SEGMENT_SECONDS], 1).ravel() / scale,
+                      2 * after_gap, np.nan)
+
+    def steps(values):
+        return np.insert(np.asarray(values, float).repeat(2), 2 * after_gap, np.nan)
+
+    top = axes[0]
     for level, alpha in ((0.9, 0.2), (0.5, 0.3)):
         if level in predictor.levels:
-            low, high = (table[f"{end}_{100 * level:g}"].repeat(2) for end in ("low", "high"))
-            top.fill_between(edges, low, high, color=tk_utils.TRAIN_COLOUR, alpha=alpha, lw=0,
+            ends = (steps(table[f"{end}_{100 * level:g}"]) for end in ("low", "high"))
+            top.fill_between(edges, *ends, color=tk_utils.TRAIN_COLOUR, alpha=alpha, lw=0,
                              label=f"{level:.0%} interval")
-    top.plot(edges, table["tpp"].repeat(2), color=tk_utils.TRAIN_COLOUR, lw=1, label="TPP")
-    label = np.where(table["abp_in_gate"] == "yes", table["tpp_abp"], np.nan)
-    if np.isfinite(label).any():
-        top.plot(hours, label, ".", color="black", ms=3,
-                 label="label from the arterial line,\nwhere the gate passes")
-    new = hours[table["unlike_training"] == "yes"]
-    if len(new):
-        top.plot(new, np.full(len(new), 0.02), "|", color="#b3261e", ms=5,
+    top.plot(edges, steps(table["tpp"]), color=tk_utils.TRAIN_COLOUR, lw=1.2, label="TPP")
+    middle = (start + SEGMENT_SECONDS / 2) / scale
+    if "tpp_abp" in table:
+        label = np.where(table["abp_in_gate"] == "yes", table["tpp_abp"], np.nan)
+        top.plot(middle, label, ".", color="black", ms=4,
+                 label="label from the arterial\nline (passes the gate)")
+    if "unlike_training" in table:
+        unlike = middle[(table["unlike_training"] == "yes").to_numpy()]
+        top.plot(unlike, np.full(len(unlike), 0.02), "|", color="#b3261e", ms=6,
                  transform=top.get_xaxis_transform(), label="unlike the training data")
+    top.axhline(metrics.LOW_TPP, color="0.4", lw=0.9, ls="--", label=f"{metrics.LOW_TPP:g} mmHg")
     top.set_ylabel("TPP (mmHg)")
-    for axis, (unit, keys) in zip(axes[1:], lower.items()):
+    for axis, (vital_unit, keys) in zip(axes[1:], lower.items()):
         for key in keys:
-            axis.plot(edges, table[key].repeat(2), lw=1, label=key.upper(),
+            axis.plot(edges, steps(table[key]), lw=1.2, label=key.upper(),
                       color=f"C{1 + predictor.needed.index(key)}")
-        axis.set_ylabel(unit)
-    refused = (table["refused"] != "").repeat(2)
+        axis.set_ylabel(vital_unit)
+    refused = (table["refused"] != "").to_numpy()
     for axis in axes:
-        axis.fill_between(edges, 0, 1, where=refused, transform=axis.get_xaxis_transform(),
-                          color="0.85", lw=0, zorder=0,
+        low, high = axis.get_ylim()
+        if high - low < 20:     # do not magnify small changes
+            axis.set_ylim((low + high) / 2 - 10, (low + high) / 2 + 10)
+        axis.fill_between(edges, 0, 1, where=steps(refused) == 1, color="0.85", lw=0, zorder=0,
+                          transform=axis.get_xaxis_transform(),
                           label="refused" if axis is top and refused.any() else None)
-        axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("hours from the recording's start")
-    axes[-1].set_xlim(hours[0] - half, hours[-1] + half)
-    if hours[-1] < 2:
-        axes[-1].set_xlabel("minutes from the recording's start")
-        axes[-1].xaxis.set_major_formatter(lambda x, _: f"{60 * x:.3g}")
-    if predictor.simulated:
-        top.set_title("MODEL TRAINED ON SIMULATED PATIENTS", **tk_utils.NOTE_STYLE)
-    tk_utils.save_figure(figure, path)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[-1].set_xlabel(f"{unit} from the recording's start")
+    axes[-1].set_xlim(start[0] / scale, (start[-1] + SEGMENT_SECONDS) / scale)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return tk_utils.finish_figure(
+        figure, "MODEL TRAINED ON SIMULATED PATIENTS" if predictor.simulated else None)
 
 
-# ---------------------------------------------------------------- following
+# ------------------------------------------------------------------------------------------- export
 
-def watch(predictor, options):
-    """Follows a growing file or a folder; adds each full minute to --out once, until SIGINT."""
-    is_folder = os.path.isdir(options.recording)
-    columns = ["file"] * is_folder + predictor.columns
-    folder, name = os.path.split(os.path.abspath(options.out))
-    with tk_utils.locked(os.path.join(folder, f".{name}.lock"),
-                         f"{options.out}: another --watch is writing it"):
-        done = prepare_log(options.out, columns)
-        before = sum(done.values())
-        stop = threading.Event()        # set by a signal, so that a row is never cut
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        with open(options.out, "ab", buffering=0) as log:
-            def follow(source, file=""):
-                """Adds the minutes of a recording that are not in the log, to its present end."""
-                ended = False
-                while not ended and not stop.is_set():
-                    table, ended = predictor.minutes(source, done[file])
-                    if table:
-                        n = len(table["tpp"])
-                        texts = {"file": [file] * n, **as_text(table)}
-                        rows = zip(*(texts[column] for column in columns))
-                        log.write("".join(",".join(row) + "\n" for row in rows).encode())
-                        os.fsync(log.fileno())
-                        done[file] += n
+class RawUnits(torch.nn.Module):
+    """ppg [B, 1, 3600] in any unit, needed vitals [B] -> TPP [B], and its interval's ends."""
 
-            (watch_folder if is_folder else watch_file)(predictor, options, follow, stop)
-    print(f"stopped; {sum(done.values()) - before:,} minutes added to {options.out}")
-    return 0
+    def __init__(self, predictor, half):
+        super().__init__()
+        self.model, self.half = predictor.model, half
+        self.n_inputs, self.gives_p_crit = len(predictor.inputs), predictor.gives_p_crit
+        self.map_at = predictor.needed.index("map") if self.gives_p_crit else None
+        self.scaled = bool(predictor.calibration.get("spread"))
+
+    def forward(self, ppg, *vitals):
+        answer = self.model(ppg, *vitals[:self.n_inputs])
+        tpp = vitals[self.map_at] - answer[:, 0] if self.gives_p_crit else answer[:, 0]
+        if self.half is None:
+            return tpp
+        width = self.half * answer[:, 1] if self.scaled else self.half
+        return tpp, tpp - width, tpp + width
 
 
-def prepare_log(path, columns):
-    """{file number, or '' without: minutes that the file holds}; makes it, and cuts off a row that
-    was not finished."""
-    header = (",".join(columns) + "\n").encode()
-    if not os.path.exists(path) or not os.path.getsize(path):
-        with tk_utils.atomic_file(path, "wb") as file:
-            file.write(header)
-    done = Counter()
-    with open(path, "rb+") as file:
-        if file.readline() != header:
-            raise PredictError(f"{path}: was not written by --watch with this checkpoint and these "
-                               "options; give another --out")
-        size = file.tell()
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            size += len(line)
-            done[line.split(b",")[0].decode() if columns[0] == "file" else ""] += 1
-        file.truncate(size)
-    return done
-
-
-def watch_file(predictor, options, follow, stop):
-    (found,) = recordings.find_recordings([options.recording])
-    source = predictor.open(found.path, growing=True)
-    predictor.check_vitals(options.recording, source.channels)
-    while not stop.is_set():
-        follow(source)
-        stop.wait(options.poll)
-
-
-def watch_folder(predictor, options, follow, stop):
-    """Each file is a recording of its own, read when it has not changed between two looks. The
-    rows name it by number; which is which stands in the private <out>_files.csv."""
-    names_path = os.path.splitext(options.out)[0] + "_files.csv"
-    numbers, waiting, finished = read_names(names_path), {}, {}
-    own = {os.path.realpath(path) for path in (options.out, names_path, options.vitals) if path}
-    while not stop.is_set():
-        paths = []
-        with contextlib.suppress(RecordingError):       # there may be none yet
-            paths = [found.path for found in recordings.find_recordings([options.recording])]
-        for path in paths:
-            if os.path.realpath(path) in own or stop.is_set():
-                continue
-            name, stamp = os.path.relpath(path, options.recording), stamp_of(path)
-            if finished.get(name) == stamp or waiting.get(name) != stamp:
-                waiting[name] = stamp
-                continue
-            finished[name] = waiting.pop(name)
-            if name not in numbers:
-                numbers[name] = str(len(numbers) + 1)
-                write_names(names_path, numbers)
-            shown = f"file {numbers[name]} of the folder"
-            try:
-                source = predictor.open(path)
-                predictor.check_vitals(shown, source.channels)
-                follow(source, numbers[name])
-            except RecordingError as error:
-                print(f"{shown}: {error.what}", file=sys.stderr, flush=True)
-            except PredictError as error:
-                print(error, file=sys.stderr, flush=True)
-        stop.wait(options.poll)
-
-
-def stamp_of(path):
-    """Sizes and times of a recording's files (a WFDB header's data lie beside it)."""
-    stats = [os.stat(path)]
-    if path.endswith(".hea"):
-        with os.scandir(os.path.dirname(path) or ".") as entries:
-            stats += [entry.stat() for entry in entries
-                      if entry.name.startswith(recordings.recording_name(path))]
-    return sorted((one.st_size, one.st_mtime_ns) for one in stats)
-
-
-def read_names(path):
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8", newline="") as file:
-        if file.readline().rstrip("\r\n") != PRIVATE_LINE:
-            raise PredictError(f"{path}: is in the way; --watch keeps the files' names there")
-        return {row["name"]: row["file"] for row in csv.DictReader(file)}
-
-
-def write_names(path, numbers):
-    with tk_utils.atomic_file(path, newline="") as file:
-        file.write(PRIVATE_LINE + "\n")
-        csv.writer(file).writerows([("file", "name")]
-                                   + [(number, name) for name, number in numbers.items()])
-
-
-# ---------------------------------------------------------------- export
-
-def export(predictor, origin, options):
-    """Writes --export: raw units in, mmHg out; only if onnxruntime gives what PyTorch gives."""
-    import inspect
-    import io
-    import warnings
-
-    import torch
+def export(predictor, found, path):
+    """Writes the ONNX file, if onnxruntime gives the same answers as PyTorch."""
     try:
         import onnx
         import onnxruntime
     except ModuleNotFoundError as error:
         raise PredictError(f"--export needs the package {error.name}: "
-                           f"{recordings.INSTALL_LINE}") from None
-    model, calibration, vitals = predictor.model, predictor.calibration, predictor.needed
+                           "pip install -r requirements-extra.txt") from None
     half = None
     if EXPORT_LEVEL in predictor.levels:
+        calibration = predictor.calibration
         half = calibration["half_widths"][calibration["levels"].index(EXPORT_LEVEL)]
-    elif calibration:
-        print(f"no {EXPORT_LEVEL:.0%} interval in this calibration: the file gives TPP alone",
-              file=sys.stderr)
-
-    class RawUnits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ppg, *given):
-            # The first sample off first: in float32 a mean of large numbers loses digits.
-            answer = self.model(ppg - ppg[:, :, :1], *given[:len(predictor.inputs)])
-            tpp = answer[:, 0]
-            if predictor.gives_p_crit:
-                tpp = given[vitals.index("map")] - tpp
-            if half is None:
-                return tpp
-            width = half * answer[:, 1] if calibration["spread"] else half
-            return tpp, tpp - width, tpp + width
-
-    names = ["ppg", *vitals]
-    outputs = ["tpp"] + ["low", "high"] * (half is not None)
-    inputs = check_inputs(predictor, options)
+    module = RawUnits(predictor, half).cpu().eval()
+    names = ["ppg", *predictor.needed]
+    outputs = ["tpp", "low", "high"] if half is not None else ["tpp"]
+    inputs = example_inputs(predictor, found)
     buffer = io.BytesIO()
     old = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # that the tracer keeps sizes as constants
-        torch.onnx.export(RawUnits().eval(), tuple(torch.from_numpy(x[:2]) for x in inputs), buffer,
-                          input_names=names, output_names=outputs, opset_version=EXPORT_OPSET,
+        torch.onnx.export(module, tuple(x[:2] for x in inputs), buffer, input_names=names,
+                          output_names=outputs, opset_version=EXPORT_OPSET,
                           do_constant_folding=False,    # it loses one of two equal parameters
                           dynamic_axes={name: {0: "batch"} for name in names + outputs}, **old)
     graph = onnx.load_from_string(buffer.getvalue())
-    notes = {"inputs": "ppg [batch, 1, 3600] 60 s at 60 Hz in any unit; " + ", ".join(
-                 f"{key} [batch] {VITALS[key]}" for key in vitals),
-             "outputs": f"{', '.join(outputs)} [batch] mmHg"
-                        + f"; low to high: {EXPORT_LEVEL:.0%} interval" * (half is not None),
-             "trained_on": origin, "use": "research only; no medical device"}
-    onnx.helper.set_model_props(graph, notes)
+    onnx.helper.set_model_props(graph, {
+        "inputs": f"ppg [batch, 1, {SEGMENT_SAMPLES}] {SEGMENT_SECONDS} s at {FS} Hz in any unit; "
+                  + ", ".join(f"{key} [batch] {FIELDS[key].unit}" for key in predictor.needed),
+        "outputs": f"{', '.join(outputs)} [batch] mmHg"
+                   + (f"; low to high: {EXPORT_LEVEL:.0%} interval" if half is not None else ""),
+        "trained_on": describe(predictor.model)["origin"],
+        "use": "research only; no medical device"})
     onnx.checker.check_model(graph)
     data = graph.SerializeToString()
     quiet = onnxruntime.SessionOptions()
-    quiet.log_severity_level = 3                # errors alone; it warns of what it cannot speed up
+    quiet.log_severity_level = 3                # errors only
     session = onnxruntime.InferenceSession(data, quiet, providers=["CPUExecutionProvider"])
     differences = []
     for rows in (slice(None), slice(0, 1), slice(1, 8)):
-        given = [x[rows] for x in inputs]
-        expected = predictor.predict(given[0][:, 0], dict(
-            zip(vitals, given[1:]), refused=np.full(len(given[0]), "")))
-        for name, values in zip(outputs, session.run(None, dict(zip(names, given)))):
-            wanted = expected[name if name == "tpp" else f"{name}_{100 * EXPORT_LEVEL:g}"]
-            differences.append(np.abs(values - wanted).max())
+        part = [x[rows] for x in inputs]
+        with torch.no_grad():
+            wanted = module(*part)
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+        answers = session.run(None, {name: x.numpy() for name, x in zip(names, part)})
+        differences += [np.abs(a - w.numpy()).max() for a, w in zip(answers, wanted)]
     worst = np.max(differences)                 # NaN if one is
     if not worst <= EXPORT_TOLERANCE:
-        raise PredictError(f"{options.export}: not written, as onnxruntime differs from PyTorch by "
+        raise PredictError(f"{path}: not written, as onnxruntime differs from PyTorch by "
                            f"{worst:.2g} mmHg (at most {EXPORT_TOLERANCE:g} is allowed)")
-    with tk_utils.atomic_file(options.export, "wb") as file:
+    with tk_utils.atomic_file(path, "wb") as file:
         file.write(data)
-    print(f"written: {options.export}; at most {worst:.1g} mmHg from PyTorch on "
-          f"{len(inputs[0])} segments")
-    return 0
+    print(f"written: {path}; at most {worst:.1g} mmHg from PyTorch on {len(inputs[0])} segments")
 
 
-def check_inputs(predictor, options):
-    """[PPG [n, 1, 3600], vitals [n] ...]: the first clean minutes of RECORDING, or simulated ones,
-    at many gains and offsets; vitals at random."""
+def example_inputs(predictor, found):
+    """[PPG [n, 1, 3600], needed vitals [n], …]: clean minutes of the recordings, or simulated ones,
+    at many gains and offsets; random vitals."""
     rng, n = np.random.default_rng(0), EXPORT_SEGMENTS
-    if options.recording:
-        (found,) = recordings.find_recordings([options.recording])
-        source, clean, first, ended = predictor.open(found.path), [], 0, False
-        while not ended and len(clean) < n:
-            ppg, _, ended = predictor.read(source, first)
-            clean += list(ppg[labels.ppg_reasons(ppg, FS) == 0])
-            first += BLOCK_MINUTES
-        if not clean:
-            raise PredictError(f"{options.recording}: no clean minute of PPG to check the export "
-                               "with")
-        ppg = np.stack([clean[i % len(clean)] for i in range(n)])
+    clean = []
+    for item in found:
+        for minutes in recordings.read_windows(item.path, **WINDOW, **predictor.reading):
+            clean += list(minutes.ppg[signals.ppg_reasons(minutes.ppg, FS) == 0])
+            if len(clean) >= n:
+                break
+    if found and not clean:
+        raise PredictError(f"{found[0].typed}: no clean minute of PPG to check the export with")
+    if clean:
+        ppg = np.stack([clean[i % len(clean)] for i in range(n)]).astype(float)
     else:
         rate, share = (rng.uniform(*ends, (n, 1)) for ends in ((0.7, 2.5), (0.1, 0.6)))
         phase = 2 * np.pi * rate * np.arange(SEGMENT_SAMPLES) / FS
@@ -761,9 +695,9 @@ def check_inputs(predictor, options):
     usual = predictor.model.normaliser
     numbers = [rng.normal(usual[key]["mean"], usual[key]["sd"], n) if key in usual
                else rng.uniform(50, 110, n) for key in predictor.needed]
-    return [x.astype(np.float32) for x in (ppg[:, None], *numbers)]
+    return [torch.from_numpy(x.astype(np.float32)) for x in (ppg[:, None], *numbers)]
 
 
 if __name__ == "__main__":
-    sys.exit(tk_utils.run_script(main, "CheckpointError", "DataError", "TrainingError",
-                                 PredictError, RecordingError))
+    sys.exit(tk_utils.run_script(main, header.CheckpointError, DataError, PredictError,
+                                 RecordingError, MemoryError))

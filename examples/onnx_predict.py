@@ -1,10 +1,10 @@
-"""TPP from an exported model with onnxruntime and NumPy alone, and how long a minute of PPG takes.
+"""TPP from an exported model with onnxruntime and NumPy alone, and how long one segment takes.
 
     python predict.py runs/M1.5.pth --export model.onnx
     python examples/onnx_predict.py model.onnx minute.csv --map 75 --dbp 55 --hr 80
 
-minute.csv: a column of 3600 numbers, 60 s of PPG at 60 Hz in any unit (here without: a made-up
-pulse). The vitals are those that the file asks for, in mmHg and beats/min.
+minute.csv: a column of 3600 numbers, 60 s of PPG at 60 Hz in any unit; without it, a made-up pulse.
+Vitals that the network does not take are ignored.
 """
 import argparse
 import time
@@ -15,13 +15,13 @@ import onnxruntime
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", help="what predict.py --export wrote")
 parser.add_argument("ppg", nargs="?", help="a text file of 3600 numbers")
-for name, usual in (("map", 75), ("sbp", 115), ("dbp", 55), ("pp", 60), ("hr", 80)):
-    parser.add_argument(f"--{name}", type=float, default=usual, help=f"default: {usual}")
+for name, usual, unit in (("map", 75, "mmHg"), ("dbp", 55, "mmHg"), ("hr", 80, "beats/min")):
+    parser.add_argument(f"--{name}", type=float, default=usual, help=f"{unit}; default {usual}")
 options = parser.parse_args()
 
 settings = onnxruntime.SessionOptions()
 settings.intra_op_num_threads = 1               # one core
-settings.log_severity_level = 3                 # errors alone
+settings.log_severity_level = 3                 # errors only
 session = onnxruntime.InferenceSession(options.model, settings, providers=["CPUExecutionProvider"])
 print(session.get_modelmeta().custom_metadata_map)
 
