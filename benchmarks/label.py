@@ -11,6 +11,7 @@ import numpy as np
 from common import alternate, print_machine
 
 import labels
+import signals
 import simulate
 from tk_utils import print_table
 
@@ -24,9 +25,10 @@ def main():
     fields = [simulate.simulate_patient(0, i, 10, keep_abp=True) for i in range(20)]
     abp, ppg = (np.tile(np.concatenate([f[key] for f in fields]), (options.segments // 200, 1))
                 for key in ("abp", "ppg"))
-    runs = {"labels (60 Hz)": lambda: labels.label_segments(abp, 60),
-            "labels and PPG reasons": lambda: (labels.label_segments(abp, 60),
-                                               labels.ppg_reasons(ppg, 60)),
+    runs = {**{f"labels, {method}": lambda method=method: labels.label_segments(abp, 60, method)
+               for method in labels.METHODS},
+            "signal quality": lambda: signals.signal_quality(abp, ppg, 60),
+            "PPG features": lambda: signals.ppg_features(ppg, 60),
             "simulated, labels included": lambda: simulate.simulate_patient(0, 1, 50)}
     counts = {name: len(abp) for name in runs}
     counts["simulated, labels included"] = 50
