@@ -1,55 +1,63 @@
-"""A network of your own through the options of `get_model_v3`, beside the published one.
+"""A network and a loss of your own: train, save, load, evaluate, predict and export them.
 
     python simulate.py --out data/small.h5 --patients 120 --segments 4
-    python examples/custom_network.py data/small.h5
+    python examples/custom_network.py data/small.h5                 # or with a recording to predict
+    python examples/custom_network.py data/small.h5 my_record.hea
 
-Options of get_model_v3: widths, kernel_sizes, strides, dropout, num_outputs (models.MyFirstResNet).
+The same from the command line, with resume, folds and seeds:
+
+    python train_resnet.py --model examples/custom_network.py:TwoBlocks \
+        --loss examples/custom_network.py:smooth_l1 --data data/small.h5 --name two_blocks
 """
-# ruff: noqa: F405 - names from training_header
-import argparse
 import os
 import sys
-import time
+
+import torch
+from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from metrics import scores
-from tk_utils import print_table
-from training_header import *  # noqa: F403
+import predict
+import report
+import training_header as tpp
+from evaluate import evaluate, make_calibration
 
-KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
-NETWORKS = {
-    "published": {},
-    "narrow": {"widths": (32, 32, 64, 64, 128)},
-    "short": {"widths": (64, 64, 128, 256), "strides": (4, 8, 8), "dropout": 0.1},
-    "wide kernels first": {"widths": (32, 32, 64, 128), "kernel_sizes": (31, 31, 15, 9)},
-}
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("data", help="an HDF5 file of the layout")
-parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS),
-                    help="default: all")
-parser.add_argument("--epochs", type=int, default=8, help="default 8")
-parser.add_argument("--batch-size", type=int, default=16, help="segments; default 16")
-options = parser.parse_args()
+class TwoBlocks(nn.Module):
+    """ppg [B, 1, 3600] and vitals [B], all normalised -> [B, 1]."""
 
-parts = split_index(create_dataset_index(path=options.data), split_seed=0)
-data = {name: TPP_PPG_dataset(part, "segment", KEYS) for name, part in parts.items()}
-normaliser = fit_normaliser(data["train"], KEYS[1:])        # of the train patients alone
-rows = []
-for name in options.networks:
-    reset_all_seeds(0)
-    network = init_steady(get_model_v3(len(KEYS) - 2, **NETWORKS[name]))
-    model = NormalisedModel(network, KEYS, normaliser)      # raw units in, mmHg out
-    started = time.time()
-    model, _ = training_loop(
-        model, make_loader(data["train"], options.batch_size, shuffle=True),
-        make_loader(data["tune"], options.batch_size), total_epochs=options.epochs, lr=1e-3,
-        weight_decay=0.1, l1_reg=1e-4, scheduler_and_args=[StepLR, {"step_size": 6, "gamma": 0.2}])
-    minutes = (time.time() - started) / 60
-    # Compared on the tune patients: choosing by the test patients would flatter the choice.
-    found = scores(data["tune"].column("tpp").numpy(), predict_dataset(model, data["tune"]))
-    samples, _ = receptive_field(network)
-    rows.append([name, sum(p.numel() for p in network.parameters()), f"{samples / FS:.1f}",
-                 f"{minutes:.1f}", found["rmse"], found["r2"]])
-print_table(rows, ["network", "weights", "sees, s", "min", "RMSE on tune, mmHg", "R2"])
+    def __init__(self, num_discrete=3):
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Conv1d(1, 16, 15, 4), nn.ReLU(),
+                                    nn.Conv1d(16, 32, 15, 4), nn.ReLU())
+        self.head = nn.Linear(32 + num_discrete, 1)
+
+    def features(self, ppg, *vitals):       # optional: gives the flag for unlike inputs
+        return torch.cat([self.blocks(ppg).mean(2), torch.stack(vitals, 1)], 1)
+
+    def forward(self, ppg, *vitals):
+        return self.head(self.features(ppg, *vitals))
+
+
+def smooth_l1(prediction, label):
+    return nn.functional.smooth_l1_loss(prediction, label, beta=5.0)
+
+
+def main(data, recordings, path="runs/two_blocks.pth"):
+    keys = ["ppg", "map", "dbp", "hr", "tpp"]
+    parts = tpp.split_index(tpp.create_dataset_index(path=data))
+    train, tune = (tpp.TPP_PPG_dataset(parts[name], "segment", keys) for name in ("train", "tune"))
+    model = tpp.NormalisedModel(TwoBlocks(), keys, tpp.fit_normaliser(train, keys[1:]))
+    model, _ = tpp.training_loop(model, tpp.make_loader(train, 16, shuffle=True),
+                                 tpp.make_loader(tune, 16), total_epochs=10, lr=3e-3,
+                                 criterion=smooth_l1, verbose=True)
+    tpp.save_checkpoint(path, model, calibration=make_calibration(model, train, tune))
+    model = tpp.load_model(path, network=TwoBlocks)
+    report.print_results(evaluate(model, parts["test"], train=parts["train"], tune=parts["tune"]))
+    for recording in recordings:
+        print(predict.predict_recording(model, recording)[["start_s", "tpp", "refused"]])
+    predict.main([path, "--model", f"{__file__}:TwoBlocks", "--export", "two_blocks.onnx"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Train the published network on your own arrays: `models.py` in an empty folder is all it takes.
+"""Train the network on your own arrays: `models.py` in an empty folder is all it takes.
 
     mkdir try && cp models.py examples/own_arrays.py try/ && cd try
     python own_arrays.py                        # on made-up arrays
@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 import torch
 
-from models import get_model_v3, init_steady
+from models import get_spread_resnet  # or get_model_v3, the published one
 
 
 def made_up(segments, rng):
@@ -46,15 +46,19 @@ vitals, target = (torch.tensor((values - values[~test].mean(0)) / values[~test].
                                dtype=torch.float32) for values in (data["vitals"], data["target"]))
 mean, sd = data["target"][~test].mean(), data["target"][~test].std()
 
-model = init_steady(get_model_v3(num_discrete=vitals.shape[1]))
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+model = get_spread_resnet(num_discrete=vitals.shape[1])
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+steps = options.epochs * -(-int((~test).sum()) // 16)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, cycle_momentum=False)
 for epoch in range(options.epochs):
     model.train()
     for rows in torch.from_numpy(rng.permutation(np.flatnonzero(~test))).split(16):
         optimizer.zero_grad()
         predicted = model(ppg[rows], *vitals[rows].T)[:, 0]     # [B, 1, 3600], V x [B] -> [B, 1]
         torch.nn.functional.mse_loss(predicted, target[rows]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
     model.eval()
     with torch.no_grad():
         predicted = torch.cat([model(ppg[rows], *vitals[rows].T)[:, 0] for rows in
@@ -63,5 +67,5 @@ for epoch in range(options.epochs):
     print(f"epoch {epoch + 1}: RMSE {np.sqrt(np.mean(error ** 2)):.2f} mmHg on {test.sum()} "
           "held-out segments", flush=True)
 always_mean = np.sqrt(np.mean((data["target"][test] - mean) ** 2))
-print(f"saying the train patients' mean always: RMSE {always_mean:.2f} mmHg")
+print(f"predicting the train patients' mean every time: RMSE {always_mean:.2f} mmHg")
 torch.save(model.state_dict(), "own_arrays.pth")
