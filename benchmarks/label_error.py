@@ -206,7 +206,6 @@ def main():
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--out", metavar="FOLDER", default="label_report")
     options = parser.parse_args()
-    os.makedirs(options.out, exist_ok=True)
     if options.data:
         name, table = "label_agreement", agreement_table(options.data)
     else:
