@@ -69,7 +69,6 @@ INDEX_MARK = "tpp_ppg_index_3"      # first array of a saved index; the number i
 LARGE_BYTES = 10 ** 9               # the index of data above this size is kept next to them
 MAX_OPEN = 200                      # files open at once in a process, as maps and by h5py each
 BLOCK_ROWS = 8192                   # compressed rows decoded and shuffled at a time: 118 MB
-SAMPLED_ROWS = 4096                 # of each waveform in a fingerprint
 
 
 # -------------------------------------------------------------------------------------------- index
@@ -197,8 +196,8 @@ def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename
             if index.condition == str(gate) and index.paths == list(map(os.path.abspath, paths)):
                 return replace(index, paths=paths)
     index = scan_files(paths, gate, mrn_to_csns)
-    with suppress(*(DataError, OSError) * plain):
-        if savename is not None:
+    if savename is not None:
+        with suppress(*(DataError, OSError) * plain):
             index.save(savename)
     return index
 
@@ -264,12 +263,12 @@ def check_unchanged(index: DatasetIndex) -> None:
 
 def fingerprint(index: DatasetIndex, keys: List[str]) -> str:
     """A checksum of what a run reads, also of copies of the files: their sizes, the index, every
-    column among the keys, and SAMPLED_ROWS rows (59 MB) of a waveform, spread over the data."""
+    column among the keys, and 4,096 rows (59 MB) of each waveform, spread over the data."""
     found = hashlib.sha256(repr((index.sizes.tolist(), list(keys))).encode())
     for name in ("patients", "encounters", "encounter_patient", "encounter_file", "starts", "rows"):
         found.update(np.ascontiguousarray(getattr(index, name)))
     dataset = TPP_PPG_dataset(index, "segment", keys)
-    sample = np.unique(np.linspace(0, len(index) - 1, SAMPLED_ROWS).astype(np.int64))
+    sample = np.unique(np.linspace(0, len(index) - 1, 4096).astype(np.int64))
     for key in keys:
         found.update(dataset.waveform(key, sample) if key in WAVEFORMS else
                      dataset.column(key).numpy())
@@ -344,8 +343,8 @@ def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, Dataset
     parts = {name: index.select(part == number) for number, name in enumerate(PARTS)}
     if not all(map(len, parts.values())):
         raise DataError(f"a part of {index.n_patients} patients is empty; use another split seed")
-    names = np.concatenate([other.patients for other in parts.values()])
-    assert len(np.unique(names)) == len(names), "a patient in two parts"
+    names = np.concatenate([other.patients for other in parts.values()]).tolist()
+    assert len(set(names)) == len(names), "a patient in two parts"
     return parts
 
 
@@ -533,11 +532,10 @@ class BatchOrder(Sampler):
     """The order of an epoch as batches of item numbers: a function of (seed, epoch), whatever the
     number of workers.
 
-    shuffle: a full permutation; of compressed data, chunks in random order, and the rows of about
-    BLOCK_ROWS of them shuffled, so that each chunk is decoded once an epoch. drop_last drops an
-    incomplete batch only after a full one. With several processes (rank of world) each takes its
-    slice of every batch, so that a step sees what one process would have seen. Without `set_epoch`,
-    each pass is the next epoch.
+    shuffle: a full permutation; of compressed data, chunks in random order, and the rows of blocks
+    of them shuffled, so that each is decoded once an epoch. drop_last drops an incomplete batch
+    only after a full one. With several processes (rank of world) each takes its slice of every
+    batch: a step sees what one process would. Without `set_epoch`, each pass is the next epoch.
     """
 
     def __init__(self, dataset, batch_size, shuffle, seed=0, drop_last=False, rank=0, world=1):
@@ -590,11 +588,15 @@ class BatchOrder(Sampler):
 
 class WorkerLoader(DataLoader):
     """A DataLoader that raises errors of its workers as a DataError of one line."""
-    device = None                           # no device's memory holds the data
+    device = None
 
     def __iter__(self):
         try:
-            yield from super().__iter__()
+            batches = super().__iter__()
+            if self.num_workers:
+                with suppress(ValueError, AttributeError):          # in a thread; on Windows
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # PyTorch's raises anywhere
+            yield from batches
         except DataError as error:          # a worker's carries its traceback
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
         except (RuntimeError, OSError) as error:
@@ -674,14 +676,12 @@ def quiet_worker(_):
     """In a worker: the parent acts on Ctrl-C and says why it ends; the worker adds no traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.excepthook = lambda kind, error, trace: (
-        None if issubclass(kind, (ConnectionError, EOFError))
-        else sys.__excepthook__(kind, error, trace))
+    sys.excepthook = lambda kind, *error: (issubclass(kind, (ConnectionError, EOFError))
+                                           or sys.__excepthook__(kind, *error))
 
 
 def fit_normaliser(dataset, keys) -> Dict[str, dict]:
-    """{key: {'mean', 'sd', 'unit'}} over the dataset's segments (the train split's, always).
-    Raises DataError for a field that does not vary or is not finite throughout."""
+    """{key: {'mean', 'sd', 'unit'}} over the (train) segments. Raises DataError for a constant."""
     normaliser = {}
     for key in keys:
         values = dataset.column(key).numpy()
