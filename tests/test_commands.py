@@ -1,0 +1,119 @@
+"""The scripts at the command line, and files that are copied out of the repository."""
+import ast
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from tk_utils import run_script
+
+OPTIONS = {
+    "train_resnet": "data keys condition split-seed epochs batch-size lr weight-decay recipe model "
+                    "loss init-from seed seeds folds ablate precision name device workers threads "
+                    "fresh tensorboard device-cache",
+    "evaluate": "data split condition json report model calibrate",
+    "predict": "out figure map dbp hr vitals abp-channel ppg-channel fs unit export model",
+    "prepare": "out report workers groups label-method align list-channels abp-channel ppg-channel "
+               "fs unit",
+    "simulate": "out patients segments seed workers label-method"}
+ASCII = {"PYTHONIOENCODING": "ascii"}
+
+
+def call(module, arguments, monkeypatch):
+    """The exit code of a script, run in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        sys.exit(run_script(importlib.import_module(module).main))
+    return end.value.code
+
+
+@pytest.mark.parametrize("module", OPTIONS)
+def test_help_explains_each_of_the_options_and_there_are_no_others(module, monkeypatch, capsys):
+    assert not call(module, ["--help"], monkeypatch)
+    text = capsys.readouterr().out
+    entries = {re.match(r"--([\w-]+)", entry).group(1): entry
+               for entry in re.split(r"^  (?=-)", text, flags=re.M)[1:] if entry.startswith("--")}
+    assert set(entries) == set(OPTIONS[module].split())
+    for name, entry in entries.items():
+        explanation = re.sub(r"(?s)\{.*?\}|\[.*?\]|[A-Z_.:]{2,}", "", entry.split("\n\n")[0])
+        assert len(re.findall(r"\b[a-z]{2,}\b", explanation)) >= 2, f"--{name}"
+    assert "default: None" not in text and sum(map(len, map(str.split, OPTIONS.values()))) <= 60
+
+
+@pytest.mark.parametrize("module", OPTIONS)
+def test_a_wrong_option_is_one_line_and_exit_code_2(module, monkeypatch, capsys):
+    assert call(module, ["--no-such-option"], monkeypatch) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and line.endswith("(--help lists the options)")
+
+
+def test_help_comes_without_delay(tmp_path):
+    resource = pytest.importorskip("resource", reason="processor times of children are of POSIX")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "train_resnet.py"), "--help"],
+                          cwd=tmp_path, env=dict(os.environ, **ASCII), capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and os.listdir(tmp_path) == []
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 8  # of processor
+
+
+def test_errors_name_the_next_command(run, tmp_path):
+    for script, arguments, advice in (("evaluate.py", ["runs/none.pth"], "train_resnet.py"),
+                                      ("predict.py", ["none.pth", "r.csv"], "train_resnet.py")):
+        line, = run(script, *arguments, cwd=tmp_path, check=2, **ASCII).stderr.splitlines()
+        assert advice in line and os.listdir(tmp_path) == []
+
+
+def test_seeds_are_trained_and_scored_on_a_console_of_ascii(run, tmp_path):
+    run("simulate.py", "--out", "s.h5", "--patients", 12, "--segments", 2, "--workers", 1,
+        cwd=tmp_path, check=0, **ASCII)
+    out = run("train_resnet.py", "--data", "s.h5", "--seeds", 2, "--epochs", 1, "--batch-size", 8,
+              "--name", "x", cwd=tmp_path, check=0, **ASCII).stdout
+    assert re.search(r"^x_seed0 \(1 of 2\): RMSE [\d.]+ mmHg", out, re.M)
+    summary = json.loads((tmp_path / "runs/x/summary.json").read_text())
+    run("evaluate.py", "runs/x_seed0.pth", "runs/x_seed1.pth", "--json", "x.json", cwd=tmp_path,
+        check=0, **ASCII)
+    scored = json.loads((tmp_path / "x.json").read_text())
+    assert scored["together"]["tpp"] == summary["together"]["tpp"]
+
+
+# ------------------------------------------------------------------------------ files copied alone
+
+def needed(module, found=None):
+    """The files of ours that a module imports at its top, and those that these import."""
+    found = set() if found is None else found
+    with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:
+        for node in ast.parse(file.read()).body:
+            names = ([node.module] if isinstance(node, ast.ImportFrom) else
+                     [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+            for name in names:
+                if os.path.exists(os.path.join(ROOT, f"{name}.py")) and name not in found:
+                    found.add(name)
+                    needed(name, found)
+    return found
+
+
+@pytest.mark.parametrize("module, others", [
+    ("models", ()), ("layout", ()), ("datasets", ("layout",)), ("signals", ()),
+    ("labels", ("signals",)), ("recordings", ("formats", "tables")), ("metrics", ()),
+    ("tk_utils", ())])
+def test_a_module_is_imported_in_an_empty_folder_with_what_its_docstring_names(module, others,
+                                                                               tmp_path):
+    for name in (module, *others):
+        shutil.copy(os.path.join(ROOT, f"{name}.py"), tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-B", "-c", f"import {module}"], cwd=tmp_path, check=True,
+                   env=environment)
+    assert needed(module) == set(others)
+    with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:
+        says = ast.get_docstring(ast.parse(file.read()))
+    if others:
+        assert all(f"{name}.py" in says for name in others)
+    else:
+        assert re.search(r"\balone\b|no other file|nothing else|copy this file|needs only", says)
