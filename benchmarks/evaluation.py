@@ -14,8 +14,9 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import evaluate
 import metrics
+import report
+import scoring
 from tk_utils import print_table
 
 SHOWN = ("rmse", "mae", "mead", "r2", "bias", "sd", "skill", "limit", "within", "auc", "found")
@@ -68,7 +69,7 @@ def conformal(options):
     rows = []
     for n_tune in (9, 19, 30, 100, 300):
         held = {level: [] for level in metrics.LEVELS}
-        for repeat in range(200):
+        for repeat in range(min(options.repeats, 200)):
             rng = np.random.default_rng([n_tune, repeat])
             patients, truth, prediction, _ = virtual_patients(rng, n_tune + 300)
             tune = patients < n_tune
@@ -81,53 +82,47 @@ def conformal(options):
                     held[level].append(np.mean(np.bincount(owner, inside) / counts))
         rows.append([n_tune, *(f"{100 * np.mean(held[level]):.1f}" if held[level] else "none"
                                for level in metrics.LEVELS)])
-    print("% of a new patient's segments in the prediction interval, mean over 200 draws")
+    print("% of a new patient's segments in the prediction interval, mean over 200 data sets")
     print_table(rows, ["tune patients", *(f"{level:.0%}" for level in metrics.LEVELS)])
 
 
 class Waves:
-    """Stands for the dataset of a million segments where only pictures are wanted of it."""
+    """Stands for the dataset of a million segments, of which only some waveforms are drawn."""
 
     def waveform(self, key, segments):
         return np.sin(np.arange(3600) / 8 + np.asarray(segments)[:, None]).astype(np.float32)
 
 
 def scale(options):
-    """All scores, intervals and figures of a million predictions of 2,000 patients."""
+    """All scores, intervals and figures of many predictions, 500 to a patient."""
     rng = np.random.default_rng(0)
-    patients = np.repeat(np.arange(2000), 500)
+    patients = np.repeat(np.arange(max(40, options.predictions // 500)), 500)
     n = len(patients)
     fields = {"map": rng.normal(78, 10, n), "tpp": rng.normal(36, 12, n), "r2": rng.random(n),
               "hr": rng.normal(80, 15, n), "pp": rng.normal(60, 15, n),
               "pulse_quality": rng.random(n), "pulse_irregularity": rng.random(n) / 3}
     fields["p_crit"] = fields["map"] - fields["tpp"]
-    own = rng.normal(0, 3, 2000)[patients]
-    tpp = fields["tpp"] + own + rng.normal(0, 5, n)
-    baselines = {f"baseline {i}": fields["tpp"] + rng.normal(0, 7 + i, n) for i in range(7)}
-    part = evaluate.Part(Waves(), fields, patients, patients)
+    tpp = fields["tpp"] + rng.normal(0, 3, n // 500)[patients] + rng.normal(0, 5, n)
+    scored = scoring.Segments(
+        fields, patients, patients, patients.astype(str), Waves(), tpp, best="baseline 0",
+        baselines={f"baseline {i}": fields["tpp"] + rng.normal(0, 7 + i, n) for i in range(7)})
     wall, processor = time.perf_counter(), time.process_time()
-    bootstrap = metrics.PatientBootstrap(patients)
-    calibration = metrics.fit_calibration((tpp - fields["tpp"])[:100_000], patients[:100_000])
-    results = {**evaluate.score_predictions(part, tpp, bootstrap), "note": None, "simulated": False,
-               "compared": {}}
-    results["baselines"] = {name: evaluate.score_beside(part, tpp, one, bootstrap)
-                            for name, one in baselines.items()}
-    intervals = evaluate.intervals_of(tpp, None, calibration)
-    results["uncertainty"] = evaluate.how_sure(part, tpp, None, intervals, calibration, None,
-                                               bootstrap)
-    results["strata"] = evaluate.strata(part, tpp, None, intervals[0.9], None)
-    results["patients"] = evaluate.spread_over_patients(patients, tpp - fields["tpp"])
-    scored = time.process_time() - processor
-    figures = evaluate.make_figures(results, {
-        "truth": fields["tpp"], "prediction": tpp, "patients": patients, "part": part,
-        "worst": evaluate.worst_segments(part, tpp)})
-    for figure, _ in figures.values():
-        figure.savefig(os.devnull, format="png", dpi=200)
+    few = slice(0, n // 2)
+    calibration = metrics.fit_calibration((tpp - fields["tpp"])[few], patients[few])
+    scored.intervals = {level: metrics.interval(tpp, calibration, level)
+                        for level in metrics.LEVELS}
+    scored.low_probability = metrics.low_probability(tpp, calibration)
+    results = {**scoring.score_all(scored, full=True), "note": None, "simulated": False, "logs": {}}
+    in_scores = time.process_time() - processor
+    for draw in report.FIGURES.values():
+        drawn = draw(results, scored)
+        if drawn:
+            drawn[0].savefig(os.devnull, format="png", dpi=200)
     used = time.process_time() - processor
-    print(f"{n:,} predictions of {bootstrap.n_patients:,} patients, {len(baselines)} baselines: "
+    print(f"{n:,} predictions of {n // 500:,} patients, {len(scored.baselines)} baselines: "
           f"{used:.1f} s of processor time, "
           f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB at most; "
-          f"scores {scored:.1f} s, figures {used - scored:.1f} s, "
+          f"scores {in_scores:.1f} s, figures {used - in_scores:.1f} s, "
           f"by the clock {time.perf_counter() - wall:.1f} s")
 
 
@@ -135,6 +130,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("coverage", "conformal", "scale"))
     parser.add_argument("--repeats", type=int, default=1000, help="synthetic data sets")
+    parser.add_argument("--predictions", type=int, default=1_000_000, help="of scale")
     parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws of each")
     options = parser.parse_args()
     {"coverage": coverage, "conformal": conformal, "scale": scale}[options.what](options)

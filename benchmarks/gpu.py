@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -235,12 +236,15 @@ def profile(bench):
         kernels.prepare_device(bench.device, precision)
         data = bench.inputs(bench.batch)
         step = Trainer(bench, precision).captured(data)
-        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as seen:
-            for _ in range(3):
-                step(*data)
-            bench.sync()
-        events = [(getattr(e, "self_device_time_total", None) or e.self_cuda_time_total, e)
-                  for e in seen.key_averages()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # that a profile holds one cycle only
+            with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as seen:
+                for _ in range(3):
+                    step(*data)
+                bench.sync()
+            # PyTorch before 2.4 calls it self_cuda_time_total
+            events = [(getattr(e, "self_device_time_total", getattr(e, "self_cuda_time_total", 0)),
+                       e) for e in seen.key_averages()]
         events = sorted(events, key=lambda one: -one[0])
         total = sum(us for us, _ in events) / 3
         print(f"{precision}: {total:.0f} us in {sum(e.count for _, e in events) / 3:.0f} kernels")

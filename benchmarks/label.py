@@ -22,16 +22,19 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     print_machine()
-    fields = [simulate.simulate_patient(0, i, 10, keep_abp=True) for i in range(20)]
-    abp, ppg = (np.tile(np.concatenate([f[key] for f in fields]), (options.segments // 200, 1))
+    patients = min(20, max(1, options.segments // 10))
+    fields = [simulate.simulate_patient(0, i, 10, keep_abp=True) for i in range(patients)]
+    simulated = min(50, options.segments)
+    times = max(1, options.segments // (10 * patients))
+    abp, ppg = (np.tile(np.concatenate([f[key] for f in fields]), (times, 1))
                 for key in ("abp", "ppg"))
     runs = {**{f"labels, {method}": lambda method=method: labels.label_segments(abp, 60, method)
                for method in labels.METHODS},
             "signal quality": lambda: signals.signal_quality(abp, ppg, 60),
             "PPG features": lambda: signals.ppg_features(ppg, 60),
-            "simulated, labels included": lambda: simulate.simulate_patient(0, 1, 50)}
+            "simulated, labels included": lambda: simulate.simulate_patient(0, 1, simulated)}
     counts = {name: len(abp) for name in runs}
-    counts["simulated, labels included"] = 50
+    counts["simulated, labels included"] = simulated
     seconds = alternate(runs, options.repeats)
     print_table([[name, f"{counts[name] / seconds[name]:,.0f}"] for name in runs],
                 ["one core", "segments/s"])

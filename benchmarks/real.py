@@ -16,7 +16,7 @@ alone would have reached is shown, too: knowing it is hindsight, nothing was cho
 
 Attempts, declared before the first outer score: (1) as above, published label and default gate:
 skill -0.06 (-0.22 to 0.07); (2) --label-method waveform_balance --condition
-default_and_pcrit_se_lt_5.5: -0.06 (-0.43 to 0.21); (3) as 1, --step-s 15: 0.04
+"default, p_crit_se < 5.5": -0.06 (-0.43 to 0.21); (3) as 1, --step-s 15: 0.04
 (-0.13 to 0.19); (4) as 1 with networks trained on virtual PPGs made as rough as real ones: not
 carried out. docs/real-recordings.md tells all attempts.
 """
@@ -33,6 +33,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import datasets
 import labels
 import metrics
+import signals
 import tk_utils
 
 V, SHAPE = ("map", "dbp", "hr"), ("ppg_flow", "pulse_irregularity")
@@ -48,16 +49,16 @@ WITH_PPG = {
     "ridge, network's features": ("ridge", V, ("features",)),
     "ridge, flow by the PPG's shape": ("ridge", V, SHAPE),
     "ridge, PPG as a pressure": ("ridge", V, ("ppg_p_crit",)),
-    "ridge, classical features": ("ridge", V, metrics.PPG_FEATURES),
+    "ridge, classical features": ("ridge", V, signals.PPG_FEATURES),
     "kernel ridge, network and shape": ("kernel", V, ("network", *SHAPE)),
-    "boosting, classical features": ("boosting", V, metrics.PPG_FEATURES)}
+    "boosting, classical features": ("boosting", V, signals.PPG_FEATURES)}
 AVERAGES = {"average of these": VITALS, "average of these, with PPG": WITH_PPG}
 ARTERIAL_LINE = {"ridge on all of the line": ("ridge", (*V, "sbp", "pp", "pp*hr"), ())}    # to see
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # beside a weight of 1 for each patient
 PPG_SCALES = (0.1, 0.3, 1.0)                # of the PPG's columns: the smaller, the more shrunk
 ROUNDS = (10, 25, 50)
 GAMMA = 0.1                                 # of the Gaussian kernel, columns of SD 1
-COMPONENTS = 8                              # of the 256 pooled features
+COMPONENTS = 8                              # of the pooled features
 MOST_FITTED = 40                            # segments of a patient, evenly spaced; all are scored
 
 
@@ -69,15 +70,15 @@ def read_windows(path, condition, method, step_s):
         for patient, encounter in ((p, e) for p, group in file.items() for e in group.values()):
             if "abp" not in encounter:
                 raise datasets.DataError(f"{path}: no field abp, which prepare.py writes")
-            signals = np.stack([encounter[key][:].reshape(len(encounter["ppg"]), -1)
-                                for key in ("ppg", "abp")])
+            waves = np.stack([encounter[key][:].reshape(len(encounter["ppg"]), -1)
+                              for key in ("ppg", "abp")])
             breaks = np.flatnonzero(np.abs(np.diff(encounter["start_s"][:]) - 60) > 0.01) + 1
-            for part in np.split(signals, breaks, axis=1):
+            for part in np.split(waves, breaks, axis=1):
                 ppg, abp = np.lib.stride_tricks.sliding_window_view(
                     part.reshape(2, -1), datasets.SEGMENT_SAMPLES,
                     axis=1)[:, ::round(step_s * datasets.FS)]
                 fields = labels.label_segments(abp, datasets.FS, method=method)
-                fields["reason"] |= labels.signal_quality(abp, ppg, datasets.FS)["reason"]
+                fields["reason"] |= signals.signal_quality(abp, ppg, datasets.FS)["reason"]
                 kept = datasets.passes_gate(gate, fields.get, np.isfinite(ppg).all(1))
                 fields = {key: values[kept].astype(np.float64) for key, values in fields.items()}
                 found.append((fields, ppg[kept], [patient] * kept.sum()))
@@ -90,29 +91,31 @@ def add_columns(fields, ppg):
     """Adds to the fields what candidates see of vitals and PPG without a network."""
     fields["flow"] = (fields["map"] - fields["dbp"]) * fields["hr"]
     fields["pp*hr"] = fields["pp"] * fields["hr"]
-    fields.update(metrics.ppg_features(ppg))
+    fields.update(signals.ppg_features(ppg))
     # The mean height of the beat's shape is (MAP - DBP) / PP.
     fields["ppg_flow"] = fields["flow"] / fields["pulse_area"]
     # The label's own regression, on the PPG: as a share of MAP - DBP its result does not depend on
     # the PPG's gain and offset. (+ 40: within the range of a pressure.)
-    seen = labels.label_segments(labels.ppg_as_pressure(ppg) + 40, datasets.FS)
+    seen = labels.label_segments(signals.ppg_as_pressure(ppg) + 40, datasets.FS)
     share = (seen["map"] - seen["p_crit"]) / (seen["map"] - seen["dbp"])
     fields["ppg_p_crit"] = np.clip(fields["map"] - share * (fields["map"] - fields["dbp"]),
                                    0, fields["map"])
 
 
 def look(path, fields, ppg):
-    """(Pcrit [N] in mmHg, pooled features [N, 256]) of a checkpoint's network."""
+    """(Pcrit [N] in mmHg, pooled features [N, F]) of a checkpoint's network."""
     import torch
 
-    from training_header import load_model, watch_features
+    from normalised_model import load_model
     model, tpp, pooled = load_model(path), [], []
-    with torch.no_grad(), watch_features(model, pooled.append):
+    with torch.no_grad():
         for rows in np.array_split(np.arange(len(ppg)), -(-len(ppg) // 64)):
             vitals = [torch.tensor(fields[key][rows], dtype=torch.float32)
                       for key in model.keys[1:-1]]
-            tpp.append(model(torch.tensor(ppg[rows][:, None]), *vitals)[:, 0].numpy())
-    return fields["map"] - np.concatenate(tpp), np.concatenate(pooled)[:, :-len(vitals)]
+            answer, features = model.with_features(torch.tensor(ppg[rows][:, None]), *vitals)
+            tpp.append(answer[:, 0].numpy())
+            pooled.append(features.numpy()[:, :-len(vitals)])
+    return fields["map"] - np.concatenate(tpp), np.concatenate(pooled)
 
 
 def every_setting(candidate, fields, patients, fit, left):

@@ -121,13 +121,14 @@ def main():
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=tuple(CANDIDATES), default=tuple(CANDIDATES))
     parser.add_argument("--epochs", type=int, help="not each candidate's own (for a quick look)")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="not the default data")
     parser.add_argument("--out", default="training.json")
     parser.add_argument("--draw", nargs=2, metavar=("JSON", "PNG"))
     options = parser.parse_args()
     if options.draw:
         with open(options.draw[0], encoding="utf-8") as file:
             return draw(json.load(file), options.draw[1])
-    standard = train_resnet.parse_args([])
+    standard = train_resnet.parse_args(["--data", *options.data] if options.data else [])
     data_set = train_resnet.DataSet(standard, train_resnet.find_data(standard, 0), 0)
     results = {}
     for name in options.only:

@@ -11,16 +11,16 @@ sys.path.insert(0, os.path.join(ROOT, "benchmarks"))
 import real
 
 import datasets
-import metrics
+import signals
+import simulate
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory, run):
+def recorded(tmp_path_factory):
     """A file of 5 virtual patients with the arterial line, standing in for recordings."""
-    folder = tmp_path_factory.mktemp("real")
-    run("simulate.py", "--out", "s.h5", "--patients", 5, "--segments", 2, "--abp", "--workers", 1,
-        cwd=folder, check=0)
-    return str(folder / "s.h5")
+    path = str(tmp_path_factory.mktemp("real") / "s.h5")
+    simulate.simulate_file(path, 5, 2, 0, quiet=True, keep_abp=True)
+    return path
 
 
 def test_windows_of_a_minute_are_the_files_own_segments_with_their_labels(recorded):
@@ -40,7 +40,7 @@ def virtual_columns(rng, shares):
     level = rng.normal(0, 8, len(shares))[np.unique(patients, return_inverse=True)[1]]
     fields = {name: rng.normal(size=len(patients)) for name in (
         "map", "dbp", "hr", "flow", "networks", "ppg_flow", "ppg_p_crit", "pulse_irregularity",
-        "sbp", "pp", "pp*hr", *metrics.PPG_FEATURES)}
+        "sbp", "pp", "pp*hr", *signals.PPG_FEATURES)}
     p_crit = 40 + level + 3 * fields["map"]
     return dict(fields, p_crit=p_crit, network=p_crit + rng.normal(0, 3, len(patients)),
                 features=rng.normal(size=(len(patients), 20))), patients
