@@ -12,12 +12,13 @@ order, `segment` holds the row of each beat, and `segment_sum`, `segment_mean` a
 `segment_quantile` summarise the beats of each row. The module needs only NumPy and SciPy.
 """
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Callable, Dict, List, Tuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d, label
 from scipy.signal import butter, find_peaks, sosfiltfilt
-from scipy.stats import kurtosis, skew
+from scipy.stats import skew
 
 # Why a segment has no label or an unusable PPG: bit i of `reason` is REASONS[i]. The order is
 # frozen because files store the bits; add new reasons at the end. Every reason excludes the
@@ -119,21 +120,30 @@ class Wave:
 
     def __post_init__(self):
         self.foot, self.row = find_feet(self.abp, self.fs)
-        self.area = np.zeros_like(self.abp)     # integral of the linear interpolation
-        np.cumsum(0.5 * (self.abp[:, 1:] + self.abp[:, :-1]), axis=1, out=self.area[:, 1:])
+
+    @cached_property
+    def area(self) -> np.ndarray:
+        """[N, samples] integral of the linear interpolation, in mmHg times samples."""
+        area = np.zeros_like(self.abp)
+        np.cumsum(0.5 * (self.abp[:, 1:] + self.abp[:, :-1]), axis=1, out=area[:, 1:])
+        return area
+
+    def _place(self, row, time):
+        """(index of the sample before each time in the flat block, fraction of a sample after it,
+        pressure there and at the next sample)."""
+        low = np.clip(time.astype(int), 0, self.abp.shape[1] - 2)
+        flat, part = row * self.abp.shape[1] + low, time - low
+        return flat, part, self.abp.ravel().take(flat), self.abp.ravel().take(flat + 1)
 
     def at(self, row: np.ndarray, time: np.ndarray) -> np.ndarray:
         """Pressure at these times, linearly interpolated between samples."""
-        low = np.clip(time.astype(int), 0, self.abp.shape[1] - 2)
-        p0, p1 = self.abp[row, low], self.abp[row, low + 1]
-        return p0 + (time - low) * (p1 - p0)
+        _, part, p0, p1 = self._place(row, time)
+        return p0 + part * (p1 - p0)
 
     def integral(self, row: np.ndarray, time: np.ndarray) -> np.ndarray:
         """Integral of the pressure from the row's first sample, in mmHg times samples."""
-        low = np.clip(time.astype(int), 0, self.abp.shape[1] - 2)
-        part = time - low
-        p0, p1 = self.abp[row, low], self.abp[row, low + 1]
-        return self.area[row, low] + part * (p0 + 0.5 * part * (p1 - p0))
+        flat, part, p0, p1 = self._place(row, time)
+        return self.area.ravel().take(flat) + part * (p0 + 0.5 * part * (p1 - p0))
 
     def mean(self, row: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
         """Mean pressure from begin to end."""
@@ -564,7 +574,10 @@ def ppg_features(ppg: np.ndarray, fs: float = 60) -> Dict[str, np.ndarray]:
 def _features_block(ppg, missing, fs):
     n = len(ppg)
     smooth = _in_pulse_band(ppg, fs)
-    wave = Wave(ppg_as_pressure(smooth), missing, fs)
+    smooth -= smooth.mean(1, keepdims=True)
+    smooth /= smooth.std(1, keepdims=True)
+    squared = smooth ** 2
+    wave = Wave(np.nan_to_num(smooth * (PPG_HEIGHT_MMHG / 3)), missing, fs)     # 3 SD: a pulse
     segment, beat, length = _stretched_beats(wave, SHAPE_SAMPLES)       # beat [beats, 64]
     interval_s, count = length / fs, np.bincount(segment, minlength=n)
     height = np.ptp(beat, axis=1)
@@ -587,9 +600,9 @@ def _features_block(ppg, missing, fs):
         60.0 / duration_s, spread(interval_s, segment) / segment_mean(interval_s, segment, n),
         shape.argmax(1) / (SHAPE_SAMPLES - 1) * duration_s,
         *((shape > share).mean(1) * duration_s for share in (0.25, 0.5, 0.75)), shape.mean(1),
-        b_wave / np.take_along_axis(bend, a, axis=1)[:, 0], skew(smooth, axis=1),
-        kurtosis(smooth, axis=1), spread(height, segment) / segment_mean(height, segment, n),
-        spread(foot, wave.row) / wave.abp.std(1), power[:, 1] / power[:, 0],
+        b_wave / np.take_along_axis(bend, a, axis=1)[:, 0], (squared * smooth).mean(1),
+        (squared ** 2).mean(1) - 3.0, spread(height, segment) / segment_mean(height, segment, n),
+        spread(foot, wave.row) * (3 / PPG_HEIGHT_MMHG), power[:, 1] / power[:, 0],
         power[:, 2] / power[:, 0], segment_mean(match, segment, n))
     known = (count >= MIN_FEATURE_BEATS) & ~missing.any(1)
     return {name: np.where(known, value, np.nan) for name, value in zip(PPG_FEATURES, values)}
