@@ -18,7 +18,7 @@ import signals
 import tk_utils
 from tk_utils import counted
 
-N_EXAMPLES, EXAMPLES_SEED = 10, 0
+N_EXAMPLES, EXAMPLES_SEED = 6, 0
 # Mean and SD in the published cohort, in mmHg and beats/min: constants of the published PPG system
 # (Chandrasekhar et al., Nat Med 2023, and its companion code). Then the range that a figure shows.
 PUBLISHED_COHORT = {
@@ -71,12 +71,10 @@ def read_contents(path) -> Contents:
 def summary_lines(contents):
     """What passes, from how many patients, and the PPG's delay."""
     counts, encounters = contents.of_patients(), contents.encounters
-    lines = [f"{contents.passed.sum():,} of {counted(len(contents.passed), 'segment')} pass the "
-             "default gate"]
+    passes = f"{contents.passed.sum():,} of {len(contents.passed):,} segments pass the default gate"
     if len(counts):
-        lines.append(f"they come from {len(counts):,} of "
-                     f"{counted(encounters['patient'].nunique(), 'patient')}; the largest gives "
-                     f"{counts.iloc[0] / counts.sum():.0%} of them")
+        passes += (f"; they come from {len(counts):,} of {encounters['patient'].nunique():,} "
+                   f"patients, and the largest gives {counts.iloc[0] / counts.sum():.0%} of them")
     sure = encounters["ppg_delay_strength"] >= signals.SURE_DELAY
     delay = "PPG behind ABP: not known for any record"
     if sure.any():
@@ -84,7 +82,7 @@ def summary_lines(contents):
         delay = (f"PPG behind ABP, per record: median {middle:.2f} s (5th to 95th percentile "
                  f"{low:.2f} to {high:.2f} s); certain in {sure.sum():,} of "
                  f"{counted(len(sure), 'record')}")
-    return [*lines, delay]
+    return passes, delay
 
 
 def summary_tables(contents):
@@ -140,9 +138,9 @@ def write_page(path, contents, about, tables=()):
         **about}
     tables = [("Input", list(came_in.items()), ("", "")), *tables]
     largest = f"{counts.iloc[0] / counts.sum():.0%}" if len(counts) else "\u2013"
-    lead = summary_lines(contents)
+    passes, delay = summary_lines(contents)
     report.write_page(
-        path, "quality.html", title="Quality of the prepared segments", lead=lead[:-1],
+        path, "quality.html", title="Quality of the prepared segments", lead=[passes + "."],
         tile_values=[
             ("Segments", f"{contents.passed.sum():,}", f"pass, of {len(contents.passed):,}"),
             ("Share", f"{contents.passed.mean():.0%}", "of the segments pass the default gate"),
@@ -157,7 +155,7 @@ def write_page(path, contents, about, tables=()):
             distributions_figure(contents), "Histograms of MAP, SBP, DBP, PP, HR and Pcrit",
             "Line and band: mean and SD of the published cohort (Chandrasekhar et al. 2023).")
         if contents.passed.any() else None,
-        delay=lead[-1],
+        delay=delay + ".",
         delays=picture(delays_figure(contents), "Delay of the PPG behind the ABP per record",
                        "Uncertain: the rhythm varies so little that it may be off by one beat."),
         examples=examples(contents))
@@ -193,7 +191,7 @@ def example(contents, row, number):
 
 
 def patients_figure(counts):
-    figure = tk_utils.new_figure(7, 2.4)
+    figure = tk_utils.new_figure(4.8, 2.2)
     axes = figure.subplots()
     axes.bar(np.arange(1, len(counts) + 1), counts, width=1.0 if len(counts) > 50 else 0.8,
              color=tk_utils.TRAIN_COLOUR)
@@ -204,8 +202,8 @@ def patients_figure(counts):
 
 
 def distributions_figure(contents):
-    figure = tk_utils.new_figure(9, 4.6)
-    for axes, (key, (mean, sd, limits)) in zip(figure.subplots(2, 3).flat,
+    figure = tk_utils.new_figure(4.8, 5)
+    for axes, (key, (mean, sd, limits)) in zip(figure.subplots(3, 2).flat,
                                                PUBLISHED_COHORT.items()):
         values = contents.segments[key][contents.passed].to_numpy()
         axes.hist(values, 50, range=limits, color=tk_utils.TRAIN_COLOUR,
@@ -213,12 +211,12 @@ def distributions_figure(contents):
         axes.axvspan(mean - sd, mean + sd, color=tk_utils.TUNE_COLOUR, alpha=0.25, lw=0)
         axes.axvline(mean, color=tk_utils.TUNE_COLOUR)
         axes.set(xlim=limits, xlabel=f"{key} ({datasets.FIELDS[key].unit})",
-                 ylabel="% of segments" if key in ("map", "pp") else "")
+                 ylabel="% of segments" if key in ("map", "dbp", "hr") else "")
     return tk_utils.finish_figure(figure)
 
 
 def delays_figure(contents):
-    figure = tk_utils.new_figure(7, 2.2)
+    figure = tk_utils.new_figure(4.8, 2.2)
     axes = figure.subplots()
     delay_s = contents.encounters["ppg_delay_s"]
     sure = contents.encounters["ppg_delay_strength"] >= signals.SURE_DELAY
@@ -233,10 +231,8 @@ def delays_figure(contents):
 def segment_figure(fields):
     """A minute: ABP with the feet of its beats, PPG, and each beat's MAP over PP x HR with the line
     through Pcrit."""
-    figure, fs = tk_utils.new_figure(7, 2.6), datasets.FS
-    grid = figure.add_gridspec(2, 2, width_ratios=(2.4, 1))
-    above, right = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[:, 1])
-    below = figure.add_subplot(grid[1, 0], sharex=above)
+    figure, fs = tk_utils.new_figure(4.8, 4.4), datasets.FS
+    above, below, fit = figure.subplots(3, 1, gridspec_kw={"height_ratios": (1, 1, 1.4)})
     abp, missing = signals.fill_missing(fields["abp"][None])
     wave, t = signals.Wave(abp, missing, fs), np.arange(datasets.SEGMENT_SAMPLES) / fs
     beats = signals.measure_beats(wave, wave.foot, wave.row)
@@ -244,15 +240,14 @@ def segment_figure(fields):
     above.plot(wave.foot / fs, np.interp(wave.foot / fs, t, abp[0]), ".", ms=3, color="black")
     below.plot(t, fields["ppg"], lw=0.7, color="#2c5aa0")
     above.set(xlim=(0, datasets.SEGMENT_SECONDS), ylabel="ABP (mmHg)")
-    above.tick_params(labelbottom=False)
-    below.set(xlabel="s", ylabel="PPG")
+    below.set(xlim=(0, datasets.SEGMENT_SECONDS), xlabel="s", ylabel="PPG")
     flow = beats.flow / 1000
-    right.plot(flow, beats.map, ".", ms=3, color="0.3")
+    fit.plot(flow, beats.map, ".", ms=3, color="0.3")
     if np.isfinite(fields["p_crit"]) and len(flow):
         slope = (beats.map.mean() - fields["p_crit"]) / flow.mean()
         ends = np.array([0, flow.max()])
-        right.plot(ends, fields["p_crit"] + slope * ends, lw=1, color=tk_utils.TUNE_COLOUR)
-        right.plot(0, fields["p_crit"], "o", ms=4, color=tk_utils.TUNE_COLOUR, clip_on=False)
-        right.set_xlim(left=0)
-    right.set(xlabel="PP \u00d7 HR (mmHg/min / 1000)", ylabel="MAP of a beat (mmHg)")
+        fit.plot(ends, fields["p_crit"] + slope * ends, lw=1, color=tk_utils.TUNE_COLOUR)
+        fit.plot(0, fields["p_crit"], "o", ms=4, color=tk_utils.TUNE_COLOUR, clip_on=False)
+        fit.set_xlim(left=0)
+    fit.set(xlabel="PP \u00d7 HR (mmHg/min / 1000)", ylabel="MAP (mmHg)")
     return tk_utils.finish_figure(figure)

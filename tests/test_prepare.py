@@ -328,7 +328,7 @@ def test_a_recording_without_one_beat_is_stored_as_refused(tmp_path):
         file.writelines(f"{s:.2f},80,1\n" for s in t)
     done = run(tmp_path / "flat.csv", "--out", tmp_path / "o.h5", "--report", tmp_path / "o.html")
     assert done.returncode == 0, done.stderr
-    assert "0 of 1 segment pass" in done.stdout
+    assert "0 of 1 segments pass" in done.stdout
     assert read(tmp_path / "o.h5")[("flat", "flat")]["reason"].all()
 
 
