@@ -111,7 +111,7 @@ def main(arguments=None):
         check_ours(path)
     if options.export:
         export(predictor, found, options.export)
-        print(*predictor.remarks, sep="\n")
+        print(*predictor.remarks, sep="\n", end="\n" * bool(predictor.remarks))
         return 0
     if options.figure and len(found) > 1:
         raise PredictError(f"--figure draws one recording, and {len(found)} are given")
@@ -119,7 +119,6 @@ def main(arguments=None):
         print("*** MODEL TRAINED ON SIMULATED PATIENTS ***")
     table = predictor.table(found)
     print_summary(table, predictor)
-    print(*predictor.remarks, sep="\n")
     if options.out:
         write_csv(table, options.out)
         print(f"written: {options.out}")
@@ -203,8 +202,11 @@ class Predictor:
             self.remarks.append(f"the network's labels were made with {self.method!r}, which is "
                                 "unknown here; labels beside predictions are 'published'")
             self.method = "published"
-        # the rules for a single minute, without the one on the length of the encounter
-        self.gate = replace(get_gate(about["condition"]), min_minutes=0)
+        # the rules that a minute can be tested for: not those on the encounter
+        gate = get_gate(about["condition"])
+        known = {*labels.FIELDS, *signals.QUALITY_FIELDS, "n_beats"}
+        self.gate = replace(gate, min_minutes=0, comparisons=tuple(
+            rule for rule in gate.comparisons if {rule[0], rule[2]} & set(FIELDS) <= known))
         self.calibration, self.levels = self.usable_calibration(
             about["calibration"], about["origin"] or "unknown")
 
@@ -240,7 +242,7 @@ class Predictor:
             try:
                 table = self.one_table(item)
             except (RecordingError, PredictError) as error:
-                if len(found) == 1:
+                if len(found) == 1 and not in_folder:
                     raise
                 what = error.what if isinstance(error, RecordingError) else error
                 print(f"{prepare.shown(found, number - 1)}: {tk_utils.printable(what)}",
@@ -259,11 +261,11 @@ class Predictor:
 
     def one_table(self, item):
         """The DataFrame of one recording."""
-        parts = []
         with tk_utils.progress(desc="predicting", unit="min") as bar:
+            parts = []
             for ppg, table in self.blocks(item):
                 parts.append(self.predict(ppg, table))
-                bar.update(len(parts[-1]))
+                bar.update(len(table))
         if not parts:
             raise RecordingError(item.path, "has no uninterrupted minute")
         return pd.concat(parts, ignore_index=True)
@@ -468,41 +470,32 @@ def write_csv(table, path):
 
 
 def print_minutes(table, predictor):
-    """A line a minute, at most 100 columns."""
-    levels = [name[4:] for name in table if name.startswith("low_")]
-    level = "90" if "90" in levels else levels[0] if levels else None
-    columns = {}
-    for name in ("recording", "clock"):
-        if name in table:
-            columns[name] = table[name]
+    """A line a minute, at most 100 columns; columns without content are left out."""
+    def numbers(values):
+        return [f"{value:.1f}" if np.isfinite(value) else "" for value in values]
+
+    columns = {name: table[name] for name in ("recording", "clock") if name in table}
     if "clock" not in table:
         columns["minute"] = [f"{s / 60:g}" if s % 60 == 0 else f"{s / 60:.2f}"
                              for s in table["start_s"]]
-    columns["TPP"] = [one_decimal(value) for value in table["tpp"]]
-    if level:
-        columns[f"{level} % interval"] = [
-            f"{low:.1f} to {high:.1f}" if np.isfinite(low) else ""
-            for low, high in zip(table[f"low_{level}"], table[f"high_{level}"])]
-    for key in predictor.needed:
-        columns[key.upper()] = [one_decimal(value) for value in table[key]]
-    columns["from"] = [" ".join(dict.fromkeys(filter(None, sources))) for sources in zip(
-        *(table[f"{key}_from"] for key in predictor.needed))] if predictor.needed else ""
+    columns["TPP"] = [text or "\u2013" for text in numbers(table["tpp"])]
+    if predictor.levels:
+        level = min(predictor.levels, key=lambda level: abs(level - EXPORT_LEVEL))
+        low, high = (numbers(table[f"{end}_{100 * level:g}"]) for end in ("low", "high"))
+        columns[f"{level:.0%} interval"] = [a and f"{a} to {b}" for a, b in zip(low, high)]
+    sources = [table[f"{key}_from"] for key in predictor.needed]
+    columns.update({key.upper(): numbers(table[key]) for key in predictor.needed})
+    columns["from"] = [" ".join(dict.fromkeys(filter(None, row))) for row in zip(*sources)]
     if "tpp_abp" in table:
-        columns["label"] = [one_decimal(value) + ("" if gate == "yes" else "*")
-                            if np.isfinite(value) else ""
-                            for value, gate in zip(table["tpp_abp"], table["abp_in_gate"])]
+        columns["label"] = [text and text + "*" * (passes == "no") for text, passes in zip(
+            numbers(table["tpp_abp"]), table["abp_in_gate"])]
     if "unlike_training" in table:
         columns["unlike"] = table["unlike_training"].replace("no", "")
     columns["refused"] = table["refused"]
-    columns = {name: list(values) for name, values in columns.items()
-               if name in ("minute", "clock", "TPP") or any(values)}
+    columns = {name: list(values) for name, values in columns.items() if any(values)}
     tk_utils.print_table(list(zip(*columns.values())), list(columns))
     if any(text.endswith("*") for text in columns.get("label", [])):
         print("* this minute's label does not pass the gate")
-
-
-def one_decimal(value):
-    return f"{value:.1f}" if np.isfinite(value) else "\u2013"
 
 
 def print_summary(table, predictor):
@@ -536,6 +529,8 @@ def print_summary(table, predictor):
             print(f"against the label, where it passes the gate ({counted(both.sum(), 'minute')}): "
                   f"RMSE {score['rmse']:.1f}, bias {score['bias']:+.1f} mmHg (fair only "
                   "if this patient was not in the training data)")
+    for line in predictor.remarks:
+        print(line)
 
 
 def draw(table, predictor):
