@@ -1,45 +1,47 @@
-"""Every command in README and docs is run, long ones shortened; what they name is there.
+"""Every command and every Python block of README and docs is run, shortened; what they name exists.
 
-The commands run in a copy of the repository, in the order of the pages, on the files that a reader
-would have: a few virtual patients in place of the default data, recordings, a trained checkpoint.
+They run in the order of the pages, in one folder with the files that a reader would have: a few
+virtual patients in place of the default data, recordings, a trained checkpoint, a network of one's
+own. Python scripts run in this process, with a small network, so that it takes about a minute.
 """
 import glob
+import importlib
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+
+import baselines
+import models
+import simulate
+from tk_utils import run_script
 
 PAGES = ["README.md", *sorted(os.path.relpath(path, ROOT)
                               for path in glob.glob(os.path.join(ROOT, "docs", "*.md")))]
 SETTING_UP = r"python -m venv |pip install |\.venv/bin/pip install "      # not again in a test
-# What is added to a command, or put in its place, so that it ends soon: the first line that fits.
+# (pattern, replacement): every one that fits makes a command or a Python block end sooner
 SHORTER = [
-    (r"(torchrun .*)--nnodes=2 .*?--rdzv-endpoint=\S+(.*)", r"\1--nproc_per_node=2\2"),
-    (r".*train_resnet\.py.*(--plot-log|--dry-run).*", r"\g<0>"),
-    (r"(.*train_resnet\.py.*) --folds \d+( --seeds \d+)?(.*)",
-     r"\1 --folds 3\3 --fresh --epochs 1 --batch-size 8"),
-    (r"(.*train_resnet\.py.*) --seeds \d+(.*)",
-     r"\1 --seeds 2\2 --fresh --epochs 1 --batch-size 8"),
-    (r".*train_resnet\.py.*", r"\g<0> --fresh --epochs 1 --batch-size 8"),
-    (r".*simulate\.py --label-report --seed 2", r"\g<0> --patients 2"),
-    (r".*simulate\.py --out.*", r"\g<0> --patients 20 --segments 2"),
-    (r".*examples/custom_network\.py.*", r"\g<0> --epochs 1 --networks short"),
-    (r".*examples/fine_tune\.py.*", r"\g<0> --epochs 1"),
-    (r".*examples/sweep\.py.*", r"\g<0> --settings 1 --seeds 1 --epochs 1 --batch-size 8"),
-    (r".*benchmarks/read\.py.*", r"\g<0> --rows 8400 --repeats 1"),
-    (r".*benchmarks/train_step\.py.*", r"\g<0> --batch 4 --repeats 1 --no-compile"),
-    (r".*benchmarks/label\.py.*", r"\g<0> --segments 40 --repeats 1"),
-    (r".*benchmarks/scale\.py.*", r"\g<0> --part wait --repeats 1"),
-    (r".*--condition default_and_regular_rhythm", r"\g<0> --split all"),   # of few test patients
-    (r".*benchmarks/real\.py.*", r"\g<0> --patients 4"),
-    (r".*benchmarks/evaluation\.py.*", r"\g<0> --repeats 2 --draws 20"),
-    (r"(.*prepare\.py.*--workers )\d+(.*)", r"\g<1>2\2"),
-]
+    (r"--nnodes=\d+|--rdzv-\S+", ""), (r"--nproc_per_node=\d+", "--nproc_per_node=2"),
+    (r"(train_resnet\.py.*)--folds \d+", r"\1--folds 3"),
+    (r"(train_resnet\.py.*)--seeds \d+", r"\1--seeds 2"),
+    (r"(.*train_resnet\.py.*)", r"\1 --fresh --epochs 1 --batch-size 8"),
+    (r"(.*simulate\.py .*)", r"\1 --patients 20 --segments 2 --workers 1"),
+    (r"(.*prepare\.py.*)--workers \d+", r"\1--workers 1"),
+    (r"(.*evaluate\.py.*--condition.*)", r"\1 --split all"),      # of few test patients
+    (r"(.*examples/own_arrays\.py.*)", r"\1 --epochs 1 --segments 40"),
+    (r"(.*benchmarks/real\.py.*)", r"\1 --patients 3"),
+    (r"\b(total_epochs|epochs)=\d+", r"\1=1"), (r"\bpatients=\d+", "patients=15"),
+    (r"\bsegments=\d+", "segments=2")]
+# by test_benchmarks.py and test_examples.py; here their options are looked up
+RUN_ELSEWHERE = r"benchmarks/(?!real\.py)|examples/(fine_tune|sweep)\.py"
 
 
 def read(name):
@@ -47,83 +49,139 @@ def read(name):
         return file.read()
 
 
-def commands_of(page):
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```", read(page), re.S | re.M)
-    blocks = "\n".join(text for language, text in fenced if language in ("", "sh", "bash"))
-    return [line.split("  #")[0].strip() for line in blocks.splitlines()
-            if re.match(r"(\.venv/bin/)?(python|pip|torchrun)\b", line)]
+def blocks_of(page):
+    """[(language, text)] of the fenced blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", read(page), re.S | re.M)
+
+
+def steps_of(page):
+    """Commands and Python blocks in the order of the page."""
+    for language, text in blocks_of(page):
+        if language == "python":
+            yield text
+        elif language in ("", "sh", "bash"):
+            for line in text.replace("\\\n", " ").splitlines():
+                if re.match(r"(\.venv/bin/)?(python|pip|torchrun)\b", line):
+                    yield line.split("  #")[0].strip()
 
 
 README = read("README.md")
-COMMANDS = {}           # command: the first page that has it
+STEPS = {}              # text: the first page that has it
 for one in PAGES:
-    for line in commands_of(one):
-        if not re.match(SETTING_UP, line):
-            COMMANDS.setdefault(line, one)
+    for step in steps_of(one):
+        if not re.match(SETTING_UP, step):
+            STEPS.setdefault(step, one)
+COMMANDS = [step for step in STEPS if "\n" not in step]
+# {name: text} of the blocks that begin with the name of a file, which the reader writes
+FILES = {match.group(1): step for step in STEPS for match in [re.match(r"# (\w+\.py)\n", step)]
+         if match}
 
 
-def shorten(command):
+def shorten(text):
     for long, short in SHORTER:
-        if re.fullmatch(long, command):
-            command = re.sub(long, short, command, count=1)
-            if not long.startswith("(torchrun"):
-                break
-    torchrun = f"{sys.executable} -m torch.distributed.run --standalone "
-    return re.sub(r"^(\.venv/bin/)?python ", f"{sys.executable} ",
-                  re.sub(r"^torchrun ", torchrun, command))
+        text = re.sub(long, short, text)
+    return text
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory, run):
-    """A copy of the repository with the files that the pages speak of."""
-    folder = tmp_path_factory.mktemp("clone")
-    for path in glob.glob(os.path.join(ROOT, "*.py")):
-        shutil.copy(path, folder)
-    for name in ("examples", "benchmarks"):
-        shutil.copytree(os.path.join(ROOT, name), folder / name)
-    default = folder / "data" / "simulated_1200x3_seed0.h5"
-    run("simulate.py", "--out", default, "--patients", 15, "--segments", 3, "--abp", "--workers", 1,
-        cwd=folder, check=0)
-    for name in ("records", "archive"):
-        write_recordings(default, folder / name)
-    ppg = np.loadtxt(folder / "records" / "p00.csv", delimiter=",", skiprows=1)[:, [0, 2]]
-    np.savetxt(folder / "finger_only.csv", ppg, delimiter=",", comments="", header="time_s,ppg")
-    (folder / "cuff.csv").write_text("time_s,map,dbp\n0,74,52\n150,79,55\n")
-    write_wfdb(folder, "my_record", folder / "records" / "p01.csv")
-    with open(folder / "patients.csv", "w") as file:
-        file.write("record,split_group\n" + "".join(f"p{i:02d},{i}\n" for i in range(15)))
-    run("prepare.py", "records", "--out", "data/icu.h5", "--groups", "patients.csv", cwd=folder,
-        check=0)
-    for name, data in (("M1.5", []), ("icu", ["--data", "data/icu.h5"])):
-        run("train_resnet.py", *data, "--name", name, "--epochs", 1, "--batch-size", 8, cwd=folder,
-            check=0)
-    return folder
+def folder(tmp_path_factory):
+    """The files that the pages speak of; in this process, the networks are small."""
+    folder = tmp_path_factory.mktemp("reader")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, builder in list(models.MODELS.items()):
+            patch.setitem(models.MODELS, name, lambda num_discrete, builder=builder, **options:
+                          builder(num_discrete, **{"widths": (4, 4, 8), **options}))
+        patch.setattr(baselines, "BOOSTING_ROUNDS", 5)
+        patch.setenv("MPLBACKEND", "agg")
+        patch.setenv("PYTHONPATH", ROOT)
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        for path, text in FILES.items():
+            (folder / path).write_text(text, encoding="utf-8")
+        shutil.copytree(os.path.join(ROOT, "examples"), folder / "examples")
+        os.mkdir(folder / "data")
+        simulate.simulate_file("data/simulated_1200x3_seed0.h5", 15, 3, 0, quiet=True)
+        with open("patients.csv", "w") as file:
+            file.write("record,split_group\n" + "".join(f"p{i:02d},{i}\n" for i in range(12)))
+        write_recordings(folder)
+        for line in ("python prepare.py records --out data/icu.h5 --groups patients.csv",
+                     "python train_resnet.py --name M1.5",
+                     "python train_resnet.py --name icu --data data/icu.h5"):
+            assert run_line(line) == 0
+        yield folder
 
 
-def write_recordings(simulated, folder):
-    """Three minutes of each virtual patient as CSV."""
-    import h5py
-    os.makedirs(folder)
-    with h5py.File(simulated) as file:
-        for number, patient in enumerate(file.values()):
-            abp, ppg = (patient["1"][key][()].ravel() for key in ("abp", "ppg"))
-            np.savetxt(folder / f"p{number:02d}.csv", np.column_stack(
-                [np.arange(len(abp)) / 60, abp, ppg]), fmt="%.7g", delimiter=",", comments="",
-                header="time_s,abp_mmhg,ppg")
-
-
-def write_wfdb(folder, name, source):
+def write_recordings(folder):
+    """Three minutes of each of 12 virtual patients as CSV, and some of them as other files."""
+    os.makedirs("records")
+    for number in range(12):
+        fields = simulate.simulate_patient(0, number, 3, keep_abp=True)
+        waves = np.column_stack([fields[key].ravel() for key in ("abp", "ppg")])
+        times = np.arange(len(waves)) / 60
+        np.savetxt(f"records/p{number:02d}.csv", np.column_stack([times, waves]), fmt="%.6g",
+                   delimiter=",", comments="", header="time_s,abp_mmhg,ppg")
+    for name in ("archive", "wfdb", "patients/wfdb"):
+        shutil.copytree("records", name)
+    shutil.copy("patients.csv", "groups.csv")
+    shutil.copy("records/p01.csv", "night.csv")
+    np.savetxt("finger_only.csv", np.column_stack([times, waves[:, 1]]), delimiter=",", comments="",
+               header="time_s,ppg")
+    np.savetxt("minute.csv", waves[:3600, 1])
+    with open("cuff.csv", "w") as file:
+        file.write("time_s,map,dbp\n0,74,52\n150,79,55\n")
     wfdb = pytest.importorskip("wfdb", reason="the package wfdb is not installed")
-    _, abp, ppg = np.loadtxt(source, delimiter=",", skiprows=1).T
-    wfdb.wrsamp(name, fs=60, units=["mmHg", "NU"], sig_name=["ABP", "PLETH"],
-                p_signal=np.column_stack([abp, ppg]), fmt=["16", "16"], write_dir=str(folder))
+    wfdb.wrsamp("my_record", fs=60, units=["mmHg", "NU"], sig_name=["ABP", "PLETH"],
+                p_signal=waves, fmt=["16", "16"], write_dir=str(folder))
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_the_command_runs(command, clone):
-    done = subprocess.run(shorten(command), shell=True, cwd=clone, capture_output=True, text=True,
-                          timeout=600, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, f"{shorten(command)}\n{done.stdout}\n{done.stderr}"
+def run_line(command):
+    """Runs a shortened command; its exit code."""
+    words = shlex.split(shorten(command))
+    words = [one for word in words for one in sorted(glob.glob(word)) or [word]]
+    if words[0] == "torchrun":
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words = [os.path.join(ROOT, word) if word == "train_resnet.py" else word for word in words]
+        return subprocess.run([*launcher, *words[1:]], timeout=300, env=dict(
+            os.environ, OMP_NUM_THREADS="1")).returncode
+    script = words[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words[1:])
+        patch.setattr(sys, "path", list(sys.path))
+        try:
+            module = importlib.import_module(script[:-3]) if "/" not in script else None
+            if hasattr(module, "main"):
+                return run_script(module.main)
+            patch.syspath_prepend(os.path.join(ROOT, os.path.dirname(script)))
+            runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+        except SystemExit as end:
+            return end.code or 0
+    return 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: " ".join(step.split())[:90])
+def test_the_step_runs(step, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    if step in FILES.values():
+        compile(step, STEPS[step], "exec")
+    elif "\n" in step:
+        names = STATE.setdefault(STEPS[step], {
+            "ppg": torch.randn(2, 1, 3600), "map_mmhg": torch.tensor([75.0, 80.0]),
+            "dbp_mmhg": torch.tensor([55.0, 60.0]), "hr_bpm": torch.tensor([80.0, 90.0])})
+        exec(compile(shorten(step), STEPS[step], "exec"), names)
+    elif re.search(RUN_ELSEWHERE, step):
+        words = shlex.split(step)
+        found = subprocess.run([sys.executable, os.path.join(ROOT, words[1]), "--help"],
+                               capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        options = [word for word in words if word.startswith("--")]
+        assert "sweep.py" in step or all(option in found.stdout for option in options)
+    else:
+        code = run_line(step)
+        assert code == 0, "\n".join([shorten(step), *capsys.readouterr()])
+
+
+STATE = {}              # {page: the names that its Python blocks have made}
 
 
 def test_ci_runs_exactly_the_commands_of_readme_and_contributing():
@@ -139,11 +197,10 @@ def test_the_pages_commands_are_found():
     scripts = {word for command in COMMANDS for word in re.findall(r"[\w/]+\.py", command)}
     assert scripts >= {"train_resnet.py", "evaluate.py", "predict.py", "prepare.py", "simulate.py",
                        "datasets.py"}
-    assert all(any(not re.match(SETTING_UP, line) for line in commands_of(page)) for page in PAGES)
 
 
 def test_the_two_set_up_and_run_commands_stand_first():
-    first, second = commands_of("README.md")[:2]
+    first, second = (step for step in steps_of("README.md") if step.startswith("python -m venv"))
     venv = "python -m venv .venv && .venv/bin/pip install -r "
     assert first == venv + "requirements.txt && .venv/bin/python train_resnet.py"
     assert second == venv + "requirements-dev.txt && .venv/bin/python -m pytest"
@@ -178,9 +235,9 @@ def test_the_table_of_modules_is_complete():
     assert named == {name for name in os.listdir(ROOT) if name.endswith(".py")}
 
 
-def test_the_readme_is_two_screens_before_the_details():
-    before = README[:README.index("\n## How it flows")]
-    assert len(before.splitlines()) <= 100
+def test_the_first_hundred_lines_show_own_recording_own_data_and_own_network():
+    first = "\n".join(README.splitlines()[:100])
+    assert all(word in first for word in ("predict.py", "prepare.py", "--model"))
 
 
 def test_the_citation_file_names_what_the_readme_cites():
