@@ -8,7 +8,7 @@ A checkpoint holds tensors and plain values, never code. A network of your own i
 'my_net.py:MyNet' with its arguments; loading it asks for the same --model (from Python: network=).
 Patients are stored as salted hashes; the salt stays with the data.
 
-Needs models.py, datasets.py and tk_utils.py.
+Needs models.py, datasets.py, layout.py and tk_utils.py.
 """
 import hashlib
 import importlib.util
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from datasets import LABELS, DataError, hash_patients
-from models import MODELS, ConvBlock, MyFirstResNet
+from models import MODELS, ConvBlock, MyFirstResNet, SpreadResNet
 from tk_utils import atomic_file, atomic_path, printable
 
 
@@ -110,8 +110,6 @@ def load_checkpoint(path) -> dict:
                                   f"{key!r}; those written before October 2026 do not load)")
     try:
         check_schema(checkpoint)
-        if checkpoint["spec"] in MODELS:
-            build_network(checkpoint, on_meta=True)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{path}: {printable(error)[:300]}") from None
     return checkpoint
@@ -185,8 +183,9 @@ def new_network(name, **wanted) -> Tuple[nn.Module, str, dict]:
 
 
 def describe_network(network: nn.Module) -> Tuple[str, dict]:
-    """(spec, arguments) of a network, read off its layers where it is the published one."""
-    if type(network) is not MyFirstResNet:
+    """(spec, arguments) of a network, read off its layers where it is one of models.py."""
+    spec = {MyFirstResNet: "resnet_v3", SpreadResNet: "resnet_spread"}.get(type(network))
+    if spec is None:
         kind = type(network)
         file = os.path.basename(getattr(sys.modules.get(kind.__module__), "__file__", "") or "")
         return f"{file or 'your.py'}:{kind.__name__}", {}
@@ -199,37 +198,27 @@ def describe_network(network: nn.Module) -> Tuple[str, dict]:
         arguments.update(widths=[conv.out_channels for conv in convolutions],
                          kernel_sizes=[conv.kernel_size[0] for conv in convolutions],
                          strides=[conv.stride[0] for conv in convolutions[1:]])
-    return "resnet_v3", arguments
+    return spec, arguments
 
 
-def build_network(checkpoint: dict, network=None, on_meta: bool = False) -> nn.Module:
-    """The checkpoint's network with its weights.
+def build_network(checkpoint: dict, network=None) -> nn.Module:
+    """The checkpoint's network with its weights. Raises CheckpointError.
 
     network: for one of your own, the module itself, its class, or 'my_net.py:MyNet'.
-    on_meta: only check that names and shapes fit; no memory is taken.
     """
     spec = checkpoint["spec"]
     if network is None and spec not in MODELS:
         raise CheckpointError(f"trained with a network of your own: --model {spec} (with the path "
                               "of that file; from Python: network=) loads it")
-    if not isinstance(network, nn.Module):
-        builder = load_by_name(network or spec, MODELS, "--model")
-        try:
-            with torch.device("meta" if on_meta else "cpu"):
-                network = builder(**checkpoint["model_args"])
-        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-            raise CheckpointError("the saved weights and settings do not fit "
-                                  f"({printable(error)[:200]})") from None
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in checkpoint["model"].items()}
-    different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-    if different:
-        name = different[0]
-        saved, wanted = (shapes.get(name, "nothing") for shapes in (found, expected))
-        raise CheckpointError(f"the saved weights do not fit {type(network).__name__} "
-                              f"({len(different)} differ; {name}: saved {saved}, not {wanted})")
-    if not on_meta:
+    try:
+        if not isinstance(network, nn.Module):
+            network = load_by_name(network or spec, MODELS, "--model")(**checkpoint["model_args"])
         network.load_state_dict(checkpoint["model"], strict=True)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError("the saved weights and settings do not fit "
+                              f"({printable(error)[:200]})") from None
     return network
 
 

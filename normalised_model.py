@@ -4,7 +4,7 @@
     model = load_model("runs/M1.5.pth")                 # any saved one
     tpp = predict_dataset(model, dataset)               # [N] mmHg
 
-Needs models.py, kernels.py, datasets.py, checkpoint.py and tk_utils.py.
+Needs checkpoint.py, models.py, kernels.py, cuda_graph.py, datasets.py, layout.py and tk_utils.py.
 """
 import os
 from typing import Dict, List, Optional
@@ -179,6 +179,32 @@ def fit_anchor(dataset, keys: List[str], alpha: float = 1.0) -> dict:
     intercept = label.mean() - weights @ mean
     return {"coefficients": dict(zip(vitals, weights.tolist())), "intercept": float(intercept),
             "sd": float(np.std(label - intercept - inputs @ weights))}
+
+
+def fit_blend(model, dataset) -> float:
+    """The share of what the network adds to its anchor that is kept, 0 to 1; applied to `model`.
+
+    Least squares of label - anchor on network - anchor over a (tune) dataset, each patient with the
+    same weight, then shrunk by its own uncertainty over patients (James & Stein, positive part). So
+    where the PPG is not shown to add anything, the model stays with the ridge it stands on.
+    """
+    added, scale = predict_dataset(model, dataset).astype(float), float(model.scale)
+    model.scale.zero_()
+    anchor = predict_dataset(model, dataset).astype(float)
+    model.scale.fill_(scale)
+    missing, added = dataset.column(model.keys[-1]).numpy() - anchor, added - anchor
+    patients = dataset.index.segment_patients()
+    weight = 1 / np.bincount(patients)[patients]
+    squares = np.sum(weight * added ** 2)
+    if not squares > 0:
+        return 1.0
+    share = np.sum(weight * added * missing) / squares
+    of_patients = np.bincount(patients, weight * added * (missing - share * added))
+    error = np.sqrt(np.sum(of_patients ** 2)) / squares
+    share = float(np.clip(share - error ** 2 / share, 0, 1)) if share > 0 else 0.0
+    model.anchor = dict(model.anchor, sd=model.anchor["sd"] * share, blend=share)
+    model.scale.mul_(share)
+    return share
 
 
 def load_model(path_or_checkpoint, device=None, network=None) -> NormalisedModel:

@@ -12,7 +12,8 @@
 A network is any `nn.Module` with `forward(ppg [B, 1, 3600], *vitals [B]) -> [B, 1]`, a loss any
 callable `(prediction [B], label [B]) -> [B]` or a scalar.
 
-Needs models.py, kernels.py, datasets.py, checkpoint.py, normalised_model.py and tk_utils.py.
+Needs normalised_model.py, checkpoint.py, models.py, kernels.py, cuda_graph.py, datasets.py,
+layout.py and tk_utils.py.
 """
 import math
 import os
@@ -44,10 +45,10 @@ from datasets import (
     split_index)
 from models import (
     MODELS, ConvBlock, MyFirstResNet, ResBlockV1, ResBlockV2, ResBlockV3, get_model_v3,
-    init_constant_kernels, receptive_field)
+    receptive_field)
 from normalised_model import (
-    PPG_NORMALISATIONS, NormalisedModel, TrainingError, choose_device, fit_anchor, limit_threads,
-    load_model, predict_dataset, predict_with_spread)
+    PPG_NORMALISATIONS, NormalisedModel, TrainingError, choose_device, fit_anchor, fit_blend,
+    limit_threads, load_model, predict_dataset, predict_with_spread)
 from tk_utils import atomic_file, atomic_path, progress, reset_all_seeds, write_json
 # isort: on
 
@@ -57,9 +58,9 @@ __all__ = [      # noqa: F822 - DEVICE comes from __getattr__
     "DatasetIndex", "Interrupted", "Loss", "MyFirstResNet", "NonFiniteLoss", "NormalisedModel",
     "OneCycleLR", "ReduceLROnPlateau", "ResBlockV1", "ResBlockV2", "ResBlockV3", "StepLR",
     "TPP_PPG_dataset", "TrainingError", "atomic_file", "atomic_path", "choose_device",
-    "create_dataset_index", "fit_anchor", "fit_normaliser", "get_model_v3", "hash_patients",
-    "init_constant_kernels", "limit_threads", "load_checkpoint", "load_dataset_index",
-    "load_model", "make_loader", "predict_dataset", "predict_with_spread", "progress", "read_salt",
+    "create_dataset_index", "fit_anchor", "fit_blend", "fit_normaliser", "get_model_v3",
+    "hash_patients", "limit_threads", "load_checkpoint", "load_dataset_index", "load_model",
+    "make_loader", "predict_dataset", "predict_with_spread", "progress", "read_salt",
     "receptive_field", "reset_all_seeds", "save_checkpoint", "save_tensors", "split_index",
     "training_loop", "write_json"]
 
@@ -186,14 +187,21 @@ def stop_signals():
 
 
 @contextmanager
-def errors_in_one_line():
-    """TrainingError where memory is full or another process of the run has ended."""
+def errors_in_one_line(*loaders):
+    """TrainingError where memory is full, or a loader worker or another rank has ended."""
     try:
         yield
     except (MemoryError, torch.cuda.OutOfMemoryError):
         raise TrainingError("out of memory: a smaller --batch-size needs less") from None
-    except RuntimeError as error:
-        if distributed()[1] == 1:
+    except (RuntimeError, DataError) as error:
+        iterators = [getattr(loader, "_iterator", None) for loader in loaders]
+        workers = [worker for one in iterators for worker in getattr(one, "_workers", ())]
+        if not all(worker.is_alive() for worker in workers):
+            # PyTorch would raise again for each of the others that ends with us
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise TrainingError("a loader worker was ended from outside (out of memory?): use "
+                                "fewer --workers") from None
+        if distributed()[1] == 1 or isinstance(error, DataError):
             raise
         reason = " ".join(str(error).split())[:200]
         raise TrainingError("this process cannot go on; if another one of the run has ended, its "
@@ -371,8 +379,6 @@ class TrainingRun:
                  "warmup": self.warmup, "average": self.average}
         return {name: part for name, part in parts.items() if part is not None}
 
-    # ------------------------------------------------------------------------- state
-
     def seconds_so_far(self):
         return time.monotonic() - self.started
 
@@ -436,10 +442,11 @@ class TrainingRun:
             "saved: the same command goes on from here" if saved else
             "the same command goes on from the start of the epoch"))
 
-    # ------------------------------------------------------------------------- one step
-
     def batch_loss(self, network, batch, weigh=None):
         """(the summed loss of a batch, the same with weights, which is what is minimised)."""
+        if len(batch[-1]) == 0:         # this rank's share of a short batch is empty
+            flat = [t.new_zeros(1, *t.shape[1:]) for t in batch]
+            return tuple(0 * loss for loss in self.batch_loss(network, flat, weigh))
         *inputs, label = batch
         weight = weigh(inputs.pop()) if weigh else None
         on_bf16 = self.settings.precision == "bf16"
@@ -520,8 +527,6 @@ class TrainingRun:
         """The model whose tune loss counts: of the averaged weights, once there are any."""
         has_average = self.average is not None and int(self.average.n_averaged) > 0
         return self.average.module if has_average else self.model
-
-    # ------------------------------------------------------------------------- an epoch
 
     def check_finite(self):
         """Raises NonFiniteLoss, in all processes, where the loss of a batch was not finite."""
@@ -629,7 +634,8 @@ class TrainingRun:
                          "seconds": round(self.seconds_so_far(), 2)})
 
     def train(self, checkpoints_name, verbose, on_epoch):
-        with errors_in_one_line(), stop_signals() as signals:
+        loaders = self.train_loader, self.val_loader
+        with errors_in_one_line(*loaders), stop_signals() as signals:
             while self.should_continue():
                 train_loss = self.train_epoch(signals)
                 self.end_epoch(train_loss, self.tune_epoch())

@@ -63,6 +63,26 @@ class Line(nn.Module):
         return self.linear(ppg[:, 0])
 
 
+class MyNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ppg, self.out = nn.Conv1d(1, 3, 9, 4), nn.Linear(6, 1)
+
+    def features(self, ppg, *vitals):
+        return torch.cat([self.ppg(ppg).amax(2), torch.stack(vitals, 1)], 1)
+
+    def forward(self, ppg, *vitals):
+        return self.out(self.features(ppg, *vitals))
+
+
+def cubic(prediction, label):
+    return (prediction - label).abs() ** 3 / 100
+
+
+def mean_cubic(prediction, label):
+    return cubic(prediction, label).mean()
+
+
 class NotedSGD(torch.optim.SGD):
     """SGD that notes the rate of each step."""
 
@@ -434,12 +454,13 @@ class Signals:
         self.epoch += 1
 
 
-def train_small(folder, interrupt=None, level="segment", plain=False, **options):
+def train_small(folder, interrupt=None, level="segment", plain=False, own=None,
+                **options):
     """Weights and trajectories of a small network; `interrupt` (epoch, batch) stops it there."""
     reset_all_seeds(0)
     index = create_dataset_index(path=str(folder / "d.h5"))
     dataset = TPP_PPG_dataset(index, level, KEYS)
-    network = get_model_v3(dropout=0.3, constant_kernels=False, **SMALL)
+    network = own() if own else get_model_v3(dropout=0.3, **SMALL)
     model = NormalisedModel(network, KEYS, fit_normaliser(dataset, KEYS[1:]))
     if plain:       # an experiment's own loader, shuffled by PyTorch's random numbers
         loader = DataLoader(TensorDataset(*dataset.read(np.arange(len(index)))), 8, shuffle=True)
@@ -465,6 +486,7 @@ def train_small(folder, interrupt=None, level="segment", plain=False, **options)
     ((3, 2), {"average_weights": 0.6, "optimizer_type": torch.optim.AdamW, "weight_decay": 0.1}),
     ((1, 1), {"level": "patient", "total_epochs": 9}),
     ((1, 2), {"plain": True}),
+    ((1, 2), {"own": MyNet, "criterion": mean_cubic}),
 ])
 def test_an_interrupted_loop_goes_on_to_the_same_weights_to_the_last_bit(tmp_path, interrupt,
                                                                          options):
@@ -488,26 +510,6 @@ def test_a_state_of_another_network_is_refused_in_one_line(tmp_path):
 
 
 # ------------------------------------------------------------------ networks and losses of your own
-
-class MyNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.ppg, self.out = nn.Conv1d(1, 3, 9, 4), nn.Linear(6, 1)
-
-    def features(self, ppg, *vitals):
-        return torch.cat([self.ppg(ppg).amax(2), torch.stack(vitals, 1)], 1)
-
-    def forward(self, ppg, *vitals):
-        return self.out(self.features(ppg, *vitals))
-
-
-def cubic(prediction, label):
-    return (prediction - label).abs() ** 3 / 100
-
-
-def mean_cubic(prediction, label):
-    return cubic(prediction, label).mean()
-
 
 def test_a_network_and_a_loss_of_your_own_train_save_load_and_predict(parts, tmp_path):
     train, tune = (TPP_PPG_dataset(parts[p], "segment", KEYS) for p in ("train", "tune"))
@@ -821,10 +823,9 @@ def python(code, cwd, **environment):
     return done.stdout.splitlines()
 
 
-COPIED = {"normalised_model": ["models", "kernels", "datasets", "checkpoint", "tk_utils"],
-          "training_header": ["models", "kernels", "datasets", "checkpoint", "tk_utils",
-                              "normalised_model"],
-          "checkpoint": ["models", "datasets", "tk_utils"]}
+COPIED = {"checkpoint": ["models", "datasets", "layout", "tk_utils"]}
+COPIED["normalised_model"] = [*COPIED["checkpoint"], "checkpoint", "kernels", "cuda_graph"]
+COPIED["training_header"] = [*COPIED["normalised_model"], "normalised_model"]
 
 
 @pytest.mark.parametrize("name", COPIED)

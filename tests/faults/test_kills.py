@@ -3,11 +3,12 @@
     python tests/faults/test_kills.py 100 0         # so many kills, seed; prints what happened
 
 SIGKILL arrives at a random moment of a real run (start, training, saving, scoring, drawing), again
-and again, until the run ends by itself. Every second run writes slowly (each sync waits), so that
-many kills fall inside a write. The tests do a few of these, the command any number.
+and again, until the run ends by itself. The state is saved after each step; every second run also
+writes slowly (each sync waits), so that many kills fall inside a write.
 """
 import contextlib
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -18,48 +19,50 @@ import tempfile
 import time
 
 import pytest
+import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE)]
 from conftest import ROOT, children, make_file, needs_children  # noqa: E402
 
-SLOW = """
-import os, runpy, sys, time
-fsync = os.fsync
-os.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]
+SCRIPT = """
+import os, sys, time
 sys.path[:0] = [{root!r}]
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+import train_resnet, tk_utils, training_header
+training_header.training_loop.__kwdefaults__["checkpoint_minutes"] = 0      # after each step
+if {slow}:
+    fsync = os.fsync
+    os.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]
+sys.exit(tk_utils.run_script(train_resnet.main, ValueError))
 """
-OPTIONS = ["--epochs", "3", "--batch-size", "4", "--device", "cpu", "--checkpoint-minutes", "0"]
+OPTIONS = ["--data", "../d.h5", "--epochs", "3", "--batch-size", "4", "--device", "cpu"]
 KINDS = {
     "one process": ([], []),
-    "workers and accumulation": ([], ["--workers", "2", "--accumulate", "2"]),
+    "workers": ([], ["--workers", "2"]),
     "two ranks": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], []),
 }
 
 
 def start(folder, kind, slow=False):
     launcher, options = KINDS[kind]
-    script = os.path.join(ROOT, "train_resnet.py")
-    if slow and not launcher:
-        launcher = ["-c", SLOW.format(root=ROOT)]
-    command = [sys.executable, *launcher, script, "--data", "../d.h5", *OPTIONS, *options]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, start_new_session=True,
+    script = os.path.join(os.path.dirname(folder), f"train_{'slowly' if slow else 'fast'}.py")
+    with open(script, "w") as file:
+        file.write(SCRIPT.format(root=ROOT, slow=slow))
+    return subprocess.Popen([sys.executable, *launcher, script, *OPTIONS, *options], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True,
                             env=dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg"))
 
 
 def fingerprint(folder):
     """Of the final weights, the normaliser and the trajectories, to the last bit."""
-    import torch
     found = hashlib.sha256()
-    checkpoint = torch.load(os.path.join(folder, "runs", "M1.5.pth"), weights_only=True)
-    trajectory = torch.load(os.path.join(folder, "runs", "M1.5_trajectory.pth"), weights_only=True)
-    for tensors in (checkpoint["model"], trajectory):
+    saved, trajectory = (torch.load(os.path.join(folder, "runs", name), weights_only=True)
+                         for name in ("M1.5.pth", "M1.5/trajectory.pth"))
+    for tensors in (saved["model"], trajectory):
         for name, values in tensors.items():
             found.update(name.encode() + values.numpy().tobytes())
-    found.update(repr(sorted(checkpoint["normaliser"].items())).encode())
+    found.update(repr(sorted(saved["normaliser"].items())).encode())
     return found.hexdigest()
 
 
@@ -73,20 +76,17 @@ def kill(pid):
             kill(child)
 
 
-def finished(folder, kind):
-    """Runs to the end, unless ended before; the seconds that took. Raises for a failed run."""
+def run_to_the_end(folder, kind):
+    """The seconds that a run takes, unless it has ended before. Raises for a failed run."""
     begun = time.monotonic()
     process = start(folder, kind)
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output
     return time.monotonic() - begun
 
 
-def whole_files(folder):
+def check_files(folder):
     """Raises where a file that a reader could find is not whole; returns how many there are."""
-    import json
-
-    import torch
     count = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -112,7 +112,7 @@ def killed_runs(base, kind, kills, rng):
     """So many kills of runs of this kind: (kills, runs that were completed between them)."""
     reference = os.path.join(base, "reference")
     os.makedirs(reference)
-    usual_s = finished(reference, kind)
+    usual_s = run_to_the_end(reference, kind)
     expected, done, completed = fingerprint(reference), 0, 0
     while done < kills:
         folder = os.path.join(base, f"run{completed}")
@@ -127,14 +127,14 @@ def killed_runs(base, kind, kills, rng):
                 kill(process.pid)
                 process.communicate()
                 done += 1
-                whole_files(folder)
+                check_files(folder)
                 if done >= kills:
-                    finished(folder, kind)
+                    run_to_the_end(folder, kind)
                     break
-        assert whole_files(folder) > 5
+        assert check_files(folder) > 5
         assert fingerprint(folder) == expected, f"{kind}: other weights after {done} kills"
-        left = [name for name in os.listdir(os.path.join(folder, "runs")) if "tmp" in name]
-        assert not left and not os.path.exists(os.path.join(folder, "runs", "M1.5_resume.pth"))
+        left = [name for _, _, names in os.walk(folder) for name in names if "tmp" in name]
+        assert not left and not os.path.exists(os.path.join(folder, "runs/M1.5/resume.pth")), left
         shutil.rmtree(folder)
         completed += 1
     return done, completed
