@@ -430,6 +430,9 @@ def parse_args(arguments=None):
 
 def main():
     args = parse_args()
+    if os.path.lexists(args.out) and datasets.origin_of([args.out]) != "simulated":
+        raise datasets.DataError(f"{args.out}: was not written by simulate.py; give another --out, "
+                                 "or remove it")
     simulate_file(args.out, args.patients, args.segments, args.seed, args.workers,
                   label_method=args.label_method)
     print(f"{args.out}: {args.patients} virtual patients of {args.segments} min (simulated)")

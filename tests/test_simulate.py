@@ -217,3 +217,15 @@ def test_a_file_without_arterial_pressure_has_no_agreement(tmp_path, run):
     simulate.simulate_file(tmp_path / "a.h5", 1, 1, seed=2, quiet=True)
     done = run("benchmarks/label_error.py", "--data", "a.h5", cwd=tmp_path, check=2)
     assert "abp" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_that_is_not_simulated_is_never_replaced(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with datasets.LayoutWriter(tmp_path / "icu.h5", "recordings", "published", "foot", ()):
+        pass
+    before = (tmp_path / "icu.h5").read_bytes()
+    for name in ("notes.txt", "icu.h5"):
+        done = run("simulate.py", "--out", name, "--patients", 1, "--segments", 1, cwd=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "icu.h5").read_bytes() == before
