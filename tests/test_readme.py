@@ -41,11 +41,10 @@ SHORTER = [
     (r"(.*prepare\.py.*)--workers \d+", r"\1--workers 1"),
     (r"(.*evaluate\.py.*--condition.*)", r"\1 --split all"),      # of few test patients
     (r"(.*examples/own_arrays\.py.*)", r"\1 --epochs 1 --segments 40"),
-    (r"(.*benchmarks/real\.py.*)", r"\1 --patients 3"),
     (r"\b(total_epochs|epochs)=\d+", r"\1=1"), (r"\bpatients=\d+", "patients=15"),
     (r"\bsegments=\d+", "segments=2")]
 # by test_benchmarks.py and test_examples.py; here their options are looked up
-RUN_ELSEWHERE = r"benchmarks/(?!real\.py)|examples/(fine_tune|sweep)\.py"
+RUN_ELSEWHERE = r"benchmarks/|examples/(fine_tune|sweep)\.py"
 
 
 def read(name):
