@@ -86,7 +86,7 @@ def parse_arguments(arguments=None):
     add("--vitals", metavar="CSV", help="readings: time_s (from the recording's start) and any of "
         f"{', '.join(VITALS)}; each is held until the next, at most {MAX_AGE_S / 60:g} minutes")
     prepare.add_channel_options(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if not options.recordings and not options.export:
         parser.error(f"expected CHECKPOINT RECORDING (or --export FILE), got {options.checkpoint}")
     for name, endings in (("figure", (".png", ".pdf", ".svg")), ("export", (".onnx",)),

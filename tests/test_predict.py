@@ -430,3 +430,8 @@ def test_the_example_uses_the_export_without_pytorch(tmp_path, exported):
         env=dict(os.environ, PYTHONPATH=str(tmp_path)))
     assert done.returncode == 0, done.stderr
     assert "tpp: " in done.stdout and "latency of one segment on one core: " in done.stdout
+
+
+def test_options_may_stand_before_the_recording():
+    options = predict.parse_arguments(["c.pth", "--map", "75", "--dbp", "55", "night.csv"])
+    assert options.recordings == ["night.csv"] and options.checkpoint == "c.pth"
