@@ -1,4 +1,4 @@
-"""Each benchmark runs at toy size and prints its table."""
+"""Each benchmark runs at toy size and prints its table; gpu.py: test_kernels.py."""
 import json
 import os
 import subprocess
@@ -24,8 +24,7 @@ def folder(tmp_path_factory, run):
     ("label.py", ["--segments", 10, "--repeats", 1], "segments/s"),
     ("label_error.py", ["--patients", 1, "--out", "study"], "wrote"),
     ("training.py", ["--data", "s.h5", "--seeds", 1, "--epochs", 1, "--only",
-                     "spread_anchor_6_epochs"], "features"),
-    ("gpu.py", ["--device", "cpu"], " s")])
+                     "spread_anchor_6_epochs"], "features")])
 def test_a_benchmark_prints_its_table(folder, script, arguments, printed):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "benchmarks", script),
                            *map(str, arguments)], cwd=folder, capture_output=True, text=True,
