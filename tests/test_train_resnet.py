@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, children, make_file, needs_children
+from small_train_resnet import small_models
 
 import baselines
+import models
 import train_resnet
 from checkpoint import CheckpointError, load_checkpoint, read_salt
 from datasets import DataError, TPP_PPG_dataset, create_dataset_index, hash_patients, split_index
 from tk_utils import run_script
 from training_header import TrainingError, load_model
 
-SCRIPT = os.path.join(ROOT, "train_resnet.py")
+SCRIPT = os.path.join(ROOT, "tests", "small_train_resnet.py")
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 OPTIONS = ["--epochs", "2", "--batch-size", "8", "--device", "cpu"]
 ONE_THREAD = dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg")
@@ -63,6 +65,15 @@ def train(folder, *options, check=None):
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
     return done
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_networks():
+    """In this process as in those that run SCRIPT."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, builder in small_models().items():
+            patch.setitem(models.MODELS, name, builder)
+        yield
 
 
 @pytest.fixture
@@ -105,7 +116,7 @@ def trained(simulated, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     os.mkdir(folder / "data")
     shutil.copy(simulated, folder / "data/s.h5")
-    done = run("train_resnet.py", "--data", "data/s.h5", "--epochs", 2, "--batch-size", 16,
+    done = run(SCRIPT, "--data", "data/s.h5", "--epochs", 2, "--batch-size", 16,
                "--recipe", "M1.5", "--device", "cpu", cwd=folder, check=0)
     return folder, done.stdout
 
@@ -620,7 +631,7 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_saves_nothing_bad(folder)
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(folder, finished):
     small = folder / "runs"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", small],
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small],
                              capture_output=True)
     if mounted.returncode:
         pytest.skip("no tmpfs can be mounted here")
@@ -725,8 +736,8 @@ def spoil(folder, kind):
     ("good", ("--keys", "ppg", "tpp", "--ablate"), "expected --keys with ppg and vitals"),
     ("good", ("--ablate", "--init-from", "a.pth"), "--ablate does not go with --init-from"),
     ("good", ("--init-from", "a.pth"), "a.pth: no such checkpoint"),
-    ("good", ("--name", "../elsewhere"), "expected a name, not a path"),
-    ("good", ("--name", "a\\b"), "expected a name, not a path"),
+    ("good", ("--name", "../elsewhere"), "name, not a path"),
+    ("good", ("--name", "a\\b"), "name, not a path"),
     ("good", ("--recipe", "secret"), "invalid choice: 'secret'"),
     ("good", ("--colour", "red"), "unrecognized arguments: --colour red"),
 ])

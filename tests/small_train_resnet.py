@@ -1,0 +1,23 @@
+"""train_resnet.py with small networks, for tests of all that happens around them."""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import models
+
+
+def small_models():
+    """`models.MODELS` with few and narrow layers."""
+    return {name: (lambda num_discrete, builder=builder, **options:
+                   builder(num_discrete, **{"widths": (4, 4, 8), **options}))
+            for name, builder in models.MODELS.items()}
+
+
+if __name__ == "__main__":
+    models.MODELS.update(small_models())
+
+    import train_resnet
+    from tk_utils import run_script
+    sys.exit(run_script(train_resnet.main, train_resnet.CheckpointError, train_resnet.DataError,
+                        train_resnet.TrainingError))
