@@ -34,7 +34,6 @@ from pandas.api.types import is_numeric_dtype
 
 import labels
 import metrics
-import prepare
 import recordings
 import report
 import signals
@@ -85,7 +84,7 @@ def parse_arguments(arguments=None):
             help=f"{key.upper()} of all minutes, {unit}")
     add("--vitals", metavar="CSV", help="readings: time_s (from the recording's start) and any of "
         f"{', '.join(VITALS)}; each is held until the next, at most {MAX_AGE_S / 60:g} minutes")
-    prepare.add_channel_options(parser)
+    recordings.add_channel_options(parser)
     options = parser.parse_intermixed_args(arguments)
     if not options.recordings and not options.export:
         parser.error(f"expected CHECKPOINT RECORDING (or --export FILE), got {options.checkpoint}")
@@ -100,13 +99,14 @@ def parse_arguments(arguments=None):
 def main(arguments=None):
     options = parse_arguments(arguments)
     model = header.load_model(options.checkpoint, header.choose_device(), options.model)
-    predictor = Predictor(model, options.checkpoint, {
-        key: getattr(options, key) for key in ("map", "dbp", "hr")
-        if getattr(options, key) is not None}, options.vitals, **prepare.channel_options(options))
+    given = {key: getattr(options, key) for key in ("map", "dbp", "hr")
+             if getattr(options, key) is not None}
+    predictor = Predictor(model, options.checkpoint, given, options.vitals,
+                          **recordings.channel_options(options))
     found = recordings.find_recordings(options.recordings) if options.recordings else []
     outputs = [options.out, options.figure, options.export]
     outputs += [names_path(options.out)] if options.out else []
-    prepare.check_outputs(outputs, found, [options.checkpoint, options.vitals])
+    recordings.check_outputs(outputs, found, [options.checkpoint, options.vitals])
     for path in outputs[:1] + outputs[3:]:
         check_ours(path)
     if options.export:
@@ -138,7 +138,7 @@ def check_ours(path):
     if path and os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             first = file.readline(1000)
-        if first.rstrip() != prepare.PRIVATE_LINE and "tpp," not in first:
+        if first.rstrip() != recordings.PRIVATE_LINE and "tpp," not in first:
             raise PredictError(f"{path}: was not written by predict.py; give another --out")
 
 
@@ -237,7 +237,7 @@ class Predictor:
         on stderr and stands in .attrs['failed']."""
         tables, failed, names = [], [], {}
         for number, item in enumerate(found, 1):
-            in_folder = prepare.is_in_folder(item)
+            in_folder = item.in_folder
             name = str(number) if in_folder else item.typed
             try:
                 table = self.one_table(item)
@@ -245,7 +245,7 @@ class Predictor:
                 if len(found) == 1 and not in_folder:
                     raise
                 what = error.what if isinstance(error, RecordingError) else error
-                print(f"{prepare.shown(found, number - 1)}: {tk_utils.printable(what)}",
+                print(f"{recordings.shown(found, number - 1)}: {tk_utils.printable(what)}",
                       file=sys.stderr)
                 failed.append(name)
                 continue
@@ -457,13 +457,13 @@ def names_path(out):
 def write_csv(table, path):
     """The table as CSV, two decimals; names of files found in a folder go to a private file."""
     cells = {name: column.astype(np.float64).round(2) if is_numeric_dtype(column)
-             else column.map(prepare.safe_cell) for name, column in table.items()}
+             else column.map(recordings.safe_cell) for name, column in table.items()}
     with tk_utils.atomic_file(path, newline="") as file:
         pd.DataFrame(cells).to_csv(file, index=False, lineterminator="\n")
     names = table.attrs.get("recordings")
     if names:
         with tk_utils.atomic_file(names_path(path), newline="") as file:
-            file.write(prepare.PRIVATE_LINE + "\n")
+            file.write(recordings.PRIVATE_LINE + "\n")
             pd.DataFrame(list(names.items()), columns=["recording", "path"]).to_csv(
                 file, index=False, lineterminator="\n")
         print(f"written: {names_path(path)}, which is private: the recordings' names")

@@ -20,7 +20,6 @@ import pathlib
 import re
 import shutil
 import sys
-import tempfile
 import traceback
 from collections import Counter
 from functools import partial
@@ -40,8 +39,6 @@ from datasets import DataError
 from recordings import RecordingError
 from tk_utils import counted
 
-PRIVATE_LINE = "# private: contains true record names and paths; do not share"
-MAX_CELL = 1000  # characters of a message in the problems file
 EXIT_CODES = """\
 exit codes: 0 all records are prepared; 1 the output was written, but some records could not be used
 (each has a line on stderr and a row in the private <out>_problems.csv); 2 no output written."""
@@ -68,7 +65,7 @@ def parse_arguments(arguments=None):
         help="how Pcrit is estimated, docs/labels.md (default: published)")
     add("--align", action="store_true",
         help="shift each record's PPG by its delay behind the ABP (default: only report it)")
-    add = add_channel_options(parser)
+    add = recordings.add_channel_options(parser)
     add("--list-channels", action="store_true",
         help="print the channels of each input, which would be taken, and why; prepare nothing")
     options = parser.parse_args(arguments)
@@ -82,61 +79,6 @@ def parse_arguments(arguments=None):
     return options
 
 
-def add_channel_options(parser):
-    """--abp-channel, --ppg-channel, --fs and --unit, for prepare.py and predict.py; returns the
-    function that adds more to their group."""
-    add = parser.add_argument_group("channels").add_argument
-    add("--abp-channel", metavar="NAME",
-        help="the arterial pressure (default: by its usual names; none: ignore it)")
-    add("--ppg-channel", metavar="NAME", help="the PPG (default: by its usual names)")
-    add("--fs", type=positive, metavar="HZ", help="samples per second: the rows of tables are "
-        "evenly spaced (times are not used); for HDF5 files that do not state it")
-    add("--unit", type=channel_and_unit, action="append", default=[], metavar="CHANNEL=UNIT",
-        help="the unit of a channel, where the file does not state it or is wrong")
-    return add
-
-
-def positive(text):
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError("expected a number above 0")
-    return value
-
-
-def channel_and_unit(text):
-    channel, equals, unit = text.rpartition("=")
-    if not (channel and equals and unit):
-        raise argparse.ArgumentTypeError("expected CHANNEL=UNIT, such as ABP=kPa")
-    return channel, unit
-
-
-def channel_options(options):
-    """The options of `add_channel_options` as arguments of recordings.read_windows."""
-    wanted = {"abp": options.abp_channel, "ppg": options.ppg_channel}
-    return {"channels": {kind: name for kind, name in wanted.items() if name},
-            "units": dict(options.unit), "file_fs": options.fs}
-
-
-def check_outputs(outputs, found, other_inputs=()):
-    """Raises DataError if an output is also an input, is a folder, or cannot be written."""
-    inputs = {os.path.realpath(path) for item in found
-              for path in recordings.files_of(item.path)}
-    inputs.update(os.path.realpath(path) for path in other_inputs if path)
-    for path in filter(None, outputs):
-        folder = os.path.dirname(os.path.realpath(path))
-        while not os.path.exists(folder):
-            folder = os.path.dirname(folder)
-        if os.path.realpath(path) in inputs:
-            raise DataError(f"{path}: is both an input and an output")
-        if os.path.isdir(path):
-            raise DataError(f"{path}: expected a file to write, but this is a folder")
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written here ({error.strerror})") from None
-        tk_utils.remove_leftovers(path)
-
-
 def main(arguments=None):
     options = parse_arguments(arguments)
     found = recordings.find_recordings(options.inputs)
@@ -146,7 +88,7 @@ def main(arguments=None):
         return print_channels(found, options)
     recordings.check_readers(found)
     problems = Problems(found, options.out)
-    check_outputs([options.out, problems.path, options.report], found, [options.groups])
+    recordings.check_outputs([options.out, problems.path, options.report], found, [options.groups])
     unopened = problems.add_skipped(skipped)
     with work_folder(options.out) as parts:
         made_with = fingerprints(options)
@@ -199,7 +141,7 @@ def without_own_files(found, options):
     """The recordings found, without the groups file and the output, which may lie among them."""
     own = {os.path.realpath(path) for path in (options.groups, options.out) if path}
     return [item for item in found
-            if not is_in_folder(item) or os.path.realpath(item.path) not in own]
+            if not item.in_folder or os.path.realpath(item.path) not in own]
 
 
 def fingerprints(options):
@@ -434,7 +376,7 @@ def read_segments(path, options, notes):
 
 
 def open_recording(path, options):
-    return recordings.read_windows(path, **datasets.WINDOW, **channel_options(options),
+    return recordings.read_windows(path, **datasets.WINDOW, **recordings.channel_options(options),
                                    polarity=signals.ppg_polarity)
 
 
@@ -496,7 +438,7 @@ class Problems:
         if not os.path.lexists(self.path):
             return
         with open(self.path, encoding="utf-8", errors="replace") as file:
-            if file.readline().rstrip("\r\n") != PRIVATE_LINE:
+            if file.readline().rstrip("\r\n") != recordings.PRIVATE_LINE:
                 raise DataError(f"{self.path}: was not written by prepare.py, which needs this "
                                 "name; rename it, or give another --out")
             with contextlib.suppress(ValueError):  # damaged: the records are tried again
@@ -507,18 +449,19 @@ class Problems:
     def add(self, number, kind, text, detail="", key="", is_new=True):
         path = self.found[number].path
         cells = (kind, recordings.recording_name(path), path, text, detail, key)
-        self.rows.append((number, *(safe_cell(cell) for cell in cells)))
+        self.rows.append((number, *(recordings.safe_cell(cell) for cell in cells)))
         self.is_new |= is_new
         if kind == "error":
             self.failed.add(key)
             if is_new:
-                self.lines.append(f"{shown(self.found, number)}: {tk_utils.printable(text)}")
+                self.lines.append(
+                    f"{recordings.shown(self.found, number)}: {tk_utils.printable(text)}")
 
     def add_skipped(self, skipped):
         """Notes for what find_recordings skipped; returns whether a folder could not be opened."""
         for path, why, _ in skipped:
             if not why.startswith("prepared by this project"):
-                self.rows.append((-1, *map(safe_cell, ("note", "", path, why, "", ""))))
+                self.rows.append((-1, *map(recordings.safe_cell, ("note", "", path, why, "", ""))))
         unopened = sum(problem for _, _, problem in skipped)
         if unopened:
             print(f"{counted(unopened, 'folder')} could not be opened and skipped; named in "
@@ -541,7 +484,7 @@ class Problems:
             return
         if not table.equals(self.earlier):
             with tk_utils.atomic_file(self.path, newline="") as file:
-                file.write(PRIVATE_LINE + "\n")
+                file.write(recordings.PRIVATE_LINE + "\n")
                 table.to_csv(file, index=False, lineterminator="\n")
         for line in self.lines:
             print(line, file=sys.stderr)
@@ -562,27 +505,6 @@ class Problems:
         return plain.most_common()
 
 
-def safe_cell(text):
-    """One line of text that fits a cell and that no spreadsheet takes for a formula."""
-    text = tk_utils.printable(text)
-    text = text if len(text) <= MAX_CELL else text[:MAX_CELL - 3] + "..."
-    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
-
-
-def is_in_folder(item):
-    """Whether a recording was found in a folder or list that the user typed."""
-    typed = os.path.expanduser(item.typed)
-    return os.path.isdir(typed) or os.path.basename(typed).startswith("RECORDS")
-
-
-def shown(found, number):
-    """How messages name a recording: as typed, or by its number in what was typed."""
-    item = found[number]
-    if is_in_folder(item):
-        return f"{item.typed} (recording {number + 1} of {len(found)})"
-    return item.typed
-
-
 def print_channels(found, options):
     """What --list-channels prints: the channels of each recording, what is taken, and why."""
     unreadable = 0
@@ -590,10 +512,10 @@ def print_channels(found, options):
         try:
             recorded = open_recording(item.path, options)
         except RecordingError as error:
-            print(f"{shown(found, number)}: {error.what}", file=sys.stderr)
+            print(f"{recordings.shown(found, number)}: {error.what}", file=sys.stderr)
             unreadable += 1
             continue
-        print(f"{shown(found, number)}: {counted(len(recorded.channels), 'channel')}")
+        print(f"{recordings.shown(found, number)}: {counted(len(recorded.channels), 'channel')}")
         rows = []
         for name, channel in recorded.channels.items():
             kinds = [kind for kind, taken in recorded.chosen.items() if taken == name]

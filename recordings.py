@@ -34,12 +34,14 @@ one begins where the PPG is back. Where more than MAX_MISSING of a window lack a
 the window moves on to where the pressure is back, if a full window of both follows; otherwise it
 stays where it is. Missing samples are NaN and stay NaN.
 """
+import argparse
 import contextlib
 import importlib
 import math
 import os
 import re
 import stat
+import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
@@ -49,7 +51,7 @@ import numpy as np
 from scipy import ndimage, signal
 
 import formats
-from formats import MIN_WAVE_HZ, PRESSURE, RATE, Channel, RecordingError, plain_unit
+from formats import MIN_WAVE_HZ, PRESSURE, RATE, Channel, RecordingError, plain_unit, printable
 from tables import Table, read_readings
 
 # Names monitors and archives give to waveforms and numbers, best first, as `plain_name` makes them.
@@ -117,8 +119,9 @@ class Readings(dict):
 
 class Found(NamedTuple):
     path: str
-    typed: str      # what the user typed: `path` itself, or the folder or list that holds it
-    name: str       # without ending, below the typed folder: 'patient1/waves'
+    typed: str          # what the user typed: `path` itself, or the folder or list that holds it
+    name: str           # without ending, below the typed folder: 'patient1/waves'
+    in_folder: bool     # found in a folder or list
 
 
 class Finds(List[Found]):
@@ -153,13 +156,14 @@ def find_recordings(inputs) -> Finds:
             if not paths:
                 raise RecordingError(typed, "no such file, WFDB record or folder")
             reader_of(paths[0])     # an ending that no reader takes is an error here and now
+        in_folder = os.path.isdir(root) or os.path.basename(root).startswith("RECORDS")
         folder = root if os.path.isdir(root) else os.path.dirname(root)
         for path in paths:
             real = os.path.realpath(path)
             if real not in known:
                 known.add(real)
                 name = os.path.splitext(os.path.relpath(path, folder or "."))[0]
-                finds.append(Found(path, typed, name.replace(os.sep, "/")))
+                finds.append(Found(path, typed, name.replace(os.sep, "/"), in_folder))
     return finds
 
 
@@ -419,6 +423,78 @@ def _wave_channel(path, kind, named, natures, channels):
                       "more)")
     return None, ("named like a waveform, but it holds numbers" if rates
                   else "no channel with a usual name")
+
+
+# ------------------------------------------------------------- what prepare.py and predict.py share
+
+PRIVATE_LINE = "# private: contains true record names and paths; do not share"
+MAX_CELL = 1000     # characters of a cell in a table of problems or predictions
+
+
+def add_channel_options(parser):
+    """--abp-channel, --ppg-channel, --fs and --unit; returns what adds more to their group."""
+    add = parser.add_argument_group("channels").add_argument
+    add("--abp-channel", metavar="NAME",
+        help="the arterial pressure (default: by its usual names; none: ignore it)")
+    add("--ppg-channel", metavar="NAME", help="the PPG (default: by its usual names)")
+    add("--fs", type=_positive, metavar="HZ", help="samples per second: the rows of tables are "
+        "evenly spaced (times are not used); for HDF5 files that do not state it")
+    add("--unit", type=_channel_and_unit, action="append", default=[], metavar="CHANNEL=UNIT",
+        help="the unit of a channel, where the file does not state it or is wrong")
+    return add
+
+
+def _positive(text):
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError("expected a number above 0")
+    return value
+
+
+def _channel_and_unit(text):
+    channel, equals, unit = text.rpartition("=")
+    if not (channel and equals and unit):
+        raise argparse.ArgumentTypeError("expected CHANNEL=UNIT, such as ABP=kPa")
+    return channel, unit
+
+
+def channel_options(options):
+    """The options of `add_channel_options` as arguments of `read_windows`."""
+    wanted = {"abp": options.abp_channel, "ppg": options.ppg_channel}
+    return {"channels": {kind: name for kind, name in wanted.items() if name},
+            "units": dict(options.unit), "file_fs": options.fs}
+
+
+def check_outputs(outputs, found, other_inputs=()):
+    """Raises RecordingError if an output is also an input, is a folder, or cannot be written."""
+    inputs = {os.path.realpath(path) for item in found for path in files_of(item.path)}
+    inputs.update(os.path.realpath(path) for path in other_inputs if path)
+    for path in filter(None, outputs):
+        folder = os.path.dirname(os.path.realpath(path))
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        if os.path.realpath(path) in inputs:
+            raise RecordingError(path, "is both an input and an output")
+        if os.path.isdir(path):
+            raise RecordingError(path, "expected a file to write, but this is a folder")
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise RecordingError(path, f"cannot be written here ({error.strerror})") from None
+
+
+def shown(found, number) -> str:
+    """How messages name a recording: as typed, or by its number in the folder that was typed. File
+    names of recordings are often patients' numbers, and messages end up in logs."""
+    item = found[number]
+    return item.typed + f" (recording {number + 1} of {len(found)})" * item.in_folder
+
+
+def safe_cell(text) -> str:
+    """One line of text that fits a cell and that no spreadsheet takes for a formula."""
+    text = printable(text)
+    text = text if len(text) <= MAX_CELL else text[:MAX_CELL - 3] + "..."
+    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
 
 # ------------------------------------------------------------------------------------------ windows
