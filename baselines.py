@@ -4,12 +4,12 @@
     best = choose_best(baselines, tune_fields)
     tpp = baselines[best].predict(test_fields)                  # [N] mmHg
 
-Fields are dicts of arrays [N] in the layout's names and units, with `signals.ppg_features` among
-them. Copy metrics.py and signals.py with it. Regressions are by scikit-learn; their only
-hyper-parameter (penalty, number of rounds) is chosen by cross-validation over patients.
+Fields are dicts of arrays [N] with the layout's names and units, and `signals.ppg_features`. The
+regressions' only hyper-parameter (penalty, number of rounds) is chosen by cross-validation over
+patients. Copy metrics.py and signals.py with it.
 """
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Optional, Sequence, Tuple
 
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingRegressor
@@ -25,7 +25,6 @@ from signals import PPG_FEATURES
 # The inputs of the label's own regression; pp*hr is its regressor, k·CO (Chandrasekhar et al., Nat
 # Med 2023, doi 10.1038/s41591-023-02474-6).
 ALL_INPUTS = ("map", "sbp", "dbp", "pp", "hr", "pp*hr")
-
 RIDGE_PENALTIES = tuple(10.0 ** power for power in range(-2, 7))
 FOLDS = 5
 BOOSTING_ROUNDS = 200     # at most; the number is chosen by cross-validation
@@ -33,17 +32,13 @@ BOOSTING_ROUNDS = 200     # at most; the number is chosen by cross-validation
 
 @dataclass
 class Baseline:
-    """A fitted predictor of TPP: `inputs` are the names of its columns, [N, inputs] -> [N] mmHg."""
-    name: str
-    inputs: Tuple[str, ...]
-    function: Callable[[np.ndarray], np.ndarray]
+    """A fitted predictor of TPP."""
+    inputs: Tuple[str, ...]                         # names of its columns
+    function: Callable[[np.ndarray], np.ndarray]    # [N, inputs] -> [N] mmHg
 
     def predict(self, fields: Dict[str, np.ndarray]) -> np.ndarray:
-        """TPP in mmHg, [N], from a dict of fields [N] (pp*hr is made of pp and hr).
-
-        Raises ValueError for a field that is not finite.
-        """
-        return np.asarray(self.function(_columns(fields, self.inputs)), dtype=np.float64)
+        """TPP in mmHg, [N], from a dict of fields [N]. Raises ValueError for one not finite."""
+        return self.function(_columns(fields, self.inputs))
 
 
 def _baseline_inputs(vitals):
@@ -56,27 +51,24 @@ def _baseline_inputs(vitals):
 
 
 def left_out_baselines(vitals: Iterable[str], *parts: Dict[str, np.ndarray]) -> Dict[str, str]:
-    """{baseline: reason} for those that cannot be fitted: a field is absent or not finite.
-
-    vitals: the vitals that the network gets. parts: dicts of fields [N], such as train, tune, test.
-    """
+    """{baseline: reason} for those that cannot be fitted: a field is absent or not finite in one of
+    the `parts`, dicts of fields [N] such as train, tune and test. vitals: what the network gets."""
     reasons = {}
     for name, inputs in _baseline_inputs(vitals).items():
         if name.startswith(("ridge", "gradient")) and not inputs:
             reasons[name] = "the network gets no vitals"
-        for field in dict.fromkeys(part for column in inputs for part in column.split("*")):
-            there = [np.asarray(part[field]) for part in parts if field in part]
-            bad = 0 if field in PPG_FEATURES else sum(
-                np.count_nonzero(~np.isfinite(values)) for values in there)
-            if len(there) < len(parts):
+        for field in (one for one in inputs if one != "pp*hr"):
+            if not all(field in part for part in parts):
                 reasons.setdefault(name, f"{field} is not in the data")
-            elif bad:
-                reasons.setdefault(name, f"{field} is not finite in {bad} segments")
+            elif field not in PPG_FEATURES:     # NaN without beats, which boosting accepts
+                bad = sum(np.count_nonzero(~np.isfinite(part[field])) for part in parts)
+                if bad:
+                    reasons.setdefault(name, f"{field} is not finite in {bad} segments")
     return reasons
 
 
 def fit_baselines(train_fields: Dict[str, np.ndarray], patients: np.ndarray, vitals: Sequence[str],
-                  left_out: Optional[Iterable[str]] = None, seed: int = 0) -> Dict[str, Baseline]:
+                  left_out: Optional[Iterable[str]] = None) -> Dict[str, Baseline]:
     """Fit the baselines on the train patients: {name: Baseline}, without those in `left_out`.
 
     train_fields: dict of fields [N], with `tpp` (the target) and what there is of map, sbp, dbp,
@@ -86,7 +78,8 @@ def fit_baselines(train_fields: Dict[str, np.ndarray], patients: np.ndarray, vit
     target = np.asarray(train_fields["tpp"], np.float64)
     if left_out is None:
         left_out = left_out_baselines(vitals, train_fields)
-    folds = _patient_folds(patients)
+    n_folds = min(FOLDS, len(np.unique(patients)))      # no patient is on both sides of a fold
+    folds = list(GroupKFold(n_folds).split(patients, groups=patients)) if n_folds > 1 else None
     baselines = {}
     for name, inputs in _baseline_inputs(vitals).items():
         if name in left_out:
@@ -95,11 +88,11 @@ def fit_baselines(train_fields: Dict[str, np.ndarray], patients: np.ndarray, vit
         if name.startswith("ridge"):
             function = _fit_ridge(columns, target, folds).predict
         elif name.startswith("gradient"):
-            function = _fit_boosting(columns, target, folds, seed).predict
+            function = _fit_boosting(columns, target, folds).predict
         else:                       # the sum of the inputs (none, or MAP) and the best constant
             constant = np.mean(target - columns.sum(axis=1))
             function = lambda columns, constant=constant: columns.sum(axis=1) + constant
-        baselines[name] = Baseline(name, inputs, function)
+        baselines[name] = Baseline(inputs, function)
     return baselines
 
 
@@ -109,56 +102,31 @@ def choose_best(baselines: Dict[str, Baseline], tune_fields: Dict[str, np.ndarra
         tune_fields["tpp"], baselines[name].predict(tune_fields))["rmse"])
 
 
-def fit_ridge(columns: np.ndarray, target: np.ndarray, patients: np.ndarray) -> Dict[str, object]:
-    """Ridge regression of `target` [N] on `columns` [N, K] in raw units, as plain numbers.
-
-    {'coefficients': [K] floats, 'intercept': float}: target ~ columns @ coefficients + intercept.
-    The columns are standardised for the penalty, which is chosen by cross-validation over patients.
-    """
-    fitted = _fit_ridge(np.asarray(columns, np.float64), np.asarray(target, np.float64),
-                        _patient_folds(patients))
-    scaler, ridge = (getattr(fitted, "best_estimator_", fitted)[step] for step in (0, 1))
-    coefficients = ridge.coef_ / scaler.scale_
-    return {"coefficients": coefficients.tolist(),
-            "intercept": float(ridge.intercept_ - coefficients @ scaler.mean_)}
-
-
 def _columns(fields, inputs):
-    """[N, inputs] float64; a name like pp*hr is the product of two fields. PPG features may be NaN
-    (no beats were found); gradient boosting accepts that. Other fields must be finite."""
-    columns = []
-    for name in inputs:
-        column = np.prod([np.asarray(fields[one], np.float64) for one in name.split("*")], axis=0)
-        bad = np.count_nonzero(~np.isfinite(column))
+    """[N, inputs] float64; pp*hr is the product of two fields. Only PPG features may be NaN."""
+    columns = np.empty((len(next(iter(fields.values()))), len(inputs)))
+    for i, name in enumerate(inputs):
+        columns[:, i] = np.prod([fields[field] for field in name.split("*")], axis=0, dtype=float)
+        bad = np.count_nonzero(~np.isfinite(columns[:, i]))
         if bad and name not in PPG_FEATURES:
-            raise ValueError(f"{name}: {bad} of {len(column)} values are not finite")
-        columns.append(column)
-    return np.stack(columns, axis=1) if columns else np.empty((len(next(iter(fields.values()))), 0))
-
-
-def _patient_folds(patients) -> List[Tuple[np.ndarray, np.ndarray]]:
-    """[(fit rows, left-out rows)]: up to FOLDS parts, no patient in two; none for one patient."""
-    n_folds = min(FOLDS, len(np.unique(patients)))
-    return list(GroupKFold(n_folds).split(patients, groups=patients)) if n_folds > 1 else []
+            raise ValueError(f"{name}: {bad} of {len(columns)} values are not finite")
+    return columns
 
 
 def _fit_ridge(columns, target, folds):
     pipeline = make_pipeline(StandardScaler(), Ridge())
-    if not folds:                               # one patient: the penalty stays 1
+    if folds is None:                           # one patient: the penalty stays 1
         return pipeline.fit(columns, target)
     return GridSearchCV(pipeline, {"ridge__alpha": RIDGE_PENALTIES}, cv=folds,
                         scoring="neg_mean_squared_error").fit(columns, target)
 
 
-def _fit_boosting(columns, target, folds, seed):
-    """Gradient boosting with the number of rounds that is best for patients left out.
-
-    scikit-learn's own early stopping holds out random rows: segments of the patients that it fits.
-    """
+def _fit_boosting(columns, target, folds):
+    # scikit-learn's own early stopping would hold out segments of the patients that it fits
     def fit(rows, rounds):
         return HistGradientBoostingRegressor(
             max_iter=rounds, learning_rate=0.1, max_leaf_nodes=15, early_stopping=False,
-            random_state=seed).fit(columns[rows], target[rows])
+            random_state=0).fit(columns[rows], target[rows])
 
     def squared_errors(fit_rows, left_rows):            # [rounds]
         stages = fit(fit_rows, BOOSTING_ROUNDS).staged_predict(columns[left_rows])
@@ -166,7 +134,7 @@ def _fit_boosting(columns, target, folds, seed):
 
     # On so few rows OpenMP costs more than it gains, ten times as much where cores are shared.
     with threadpool_limits(1):
-        if not folds:
+        if folds is None:
             return fit(slice(None), BOOSTING_ROUNDS)
         errors = np.sum([squared_errors(*fold) for fold in folds], axis=0)
         return fit(slice(None), int(np.argmin(errors)) + 1)
