@@ -30,6 +30,8 @@ the train patients. A complete example, on made-up data:
 A second architecture is one entry of `MODELS`: any `nn.Module` with `forward(ppg, *vitals)`, and
 `features(ppg, *vitals)` where it has features to show.
 """
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -63,10 +65,8 @@ class NormReLU(nn.Module):
 
 
 class ResBlockV1(nn.Module):
-    """conv (strided), norm, ReLU, conv; plus a strided 1x1 convolution as skip.
-
-    [B, in_channels, L] -> [B, out_channels, ceil(L / stride)].
-    """
+    """conv (strided), norm, ReLU, conv; plus a strided 1x1 convolution as skip:
+    [B, in_channels, L] -> [B, out_channels, ceil(L / stride)]."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 15, stride: int = 4):
         super().__init__()
@@ -126,17 +126,14 @@ class MyFirstResNet(nn.Module):
         if len(kernel_sizes) != blocks + 1 or len(strides) != blocks:
             raise ValueError(f"{len(widths)} widths need {blocks + 1} kernel_sizes and {blocks} "
                              f"strides, got {len(kernel_sizes)} and {len(strides)}")
-        if not in_channels + num_discrete:
-            raise ValueError("no inputs: expected a waveform, vitals or both")
         self.in_channels, self.num_discrete = in_channels, num_discrete
-        layers, total_stride = [], 1
+        layers = []
         if in_channels:
             layers.append(ConvBlock(in_channels, widths[0], kernel_sizes[0]))
             kinds = [ResBlockV1] + [ResBlockV2] * (blocks - 2) + [ResBlockV3]
             for i, block in enumerate(kinds):
                 layers.append(block(widths[i], widths[i + 1], kernel_sizes[i + 1], strides[i]))
-                total_stride *= strides[i]
-        self.min_samples = max(MIN_SAMPLES, total_stride + 1)   # the last norm needs two samples
+        self.min_samples = max(MIN_SAMPLES, math.prod(strides) + 1)   # 2 samples for the last norm
         self.layers = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear((widths[-1] if in_channels else 0) + num_discrete, 128)
@@ -153,9 +150,7 @@ class MyFirstResNet(nn.Module):
         """
         ppg, vitals = (inputs[:1], inputs[1:]) if self.in_channels else ((), inputs)
         if len(vitals) != self.num_discrete:
-            raise ValueError(f"expected {self.num_discrete} vitals"
-                             + (" after the PPG" if self.in_channels else "")
-                             + f", got {len(vitals)}")
+            raise ValueError(f"expected {self.num_discrete} vitals, got {len(vitals)}")
         columns = [v.unsqueeze(1) if v.dim() == 1 else v for v in vitals]       # each [B, 1]
         if self.in_channels:
             if ppg[0].shape[-1] < self.min_samples:
@@ -204,26 +199,9 @@ def log_spread(x, dim: int = 2):
     return 0.5 * torch.log(x.var(dim, unbiased=False) + 1e-5)
 
 
-def receptive_field(model: MyFirstResNet):
-    """(samples, stride): what one position of the last block sees through convolutions alone.
-
-    (Instance norm and the mean over time see the whole segment in any case.)
-    """
-    samples, step = 1, 1
-    for layer in model.layers:
-        path = [layer.conv] if isinstance(layer, ConvBlock) else [layer.conv1.conv, layer.conv2]
-        for conv in path:
-            samples += (conv.kernel_size[0] - 1) * step
-            step *= conv.stride[0]
-    return samples, step
-
-
 def balance_vitals(model: MyFirstResNet) -> MyFirstResNet:
-    """Gives the vitals as a group the initial weight of the features as a group. Returns the model.
-
-    PyTorch gives each input of a layer the same small weight: a few vitals would drown among
-    hundreds of features.
-    """
+    """Gives the vitals as a group the initial weight of the features as a group; with PyTorch's
+    weights a few vitals would drown among hundreds of features. Returns the model."""
     features = model.projection.in_features - model.num_discrete
     if features and model.num_discrete:
         with torch.no_grad():
@@ -235,17 +213,11 @@ def get_model_v3(num_discrete: int, verbose: bool = False, **options) -> MyFirst
     """The published network for `num_discrete` vitals; options as in `MyFirstResNet`.
 
     With three vitals: 2.57 M parameters, 0.25 G multiply-adds per 60-s segment. `verbose` prints
-    the model, its depth, parameters and receptive field.
+    the model and its number of parameters.
     """
     model = balance_vitals(MyFirstResNet(num_discrete=num_discrete, **options))
     if verbose:
-        samples, step = receptive_field(model)
-        depth = sum(isinstance(m, nn.Linear) or isinstance(m, nn.Conv1d) and m.kernel_size[0] > 1
-                    for m in model.modules())
-        parameters = sum(p.numel() for p in model.parameters())
-        print(model)
-        print(f"depth {depth} (without the skips), {parameters:,} parameters, receptive field "
-              f"{samples} samples ({samples / 60:.1f} s at 60 Hz), one position every {step}")
+        print(f"{model}\n{sum(p.numel() for p in model.parameters()):,} parameters")
     return model
 
 

@@ -44,8 +44,7 @@ from datasets import (
     create_dataset_index, fit_normaliser, hash_patients, load_dataset_index, make_loader,
     split_index)
 from models import (
-    MODELS, ConvBlock, MyFirstResNet, ResBlockV1, ResBlockV2, ResBlockV3, get_model_v3,
-    receptive_field)
+    MODELS, ConvBlock, MyFirstResNet, ResBlockV1, ResBlockV2, ResBlockV3, get_model_v3)
 from normalised_model import (
     PPG_NORMALISATIONS, NormalisedModel, TrainingError, choose_device, fit_anchor, fit_blend,
     limit_threads, load_model, predict_dataset, predict_with_spread)
@@ -61,7 +60,7 @@ __all__ = [      # noqa: F822 - DEVICE comes from __getattr__
     "create_dataset_index", "fit_anchor", "fit_blend", "fit_normaliser", "get_model_v3",
     "hash_patients", "limit_threads", "load_checkpoint", "load_dataset_index", "load_model",
     "make_loader", "predict_dataset", "predict_with_spread", "progress", "read_salt",
-    "receptive_field", "reset_all_seeds", "save_checkpoint", "save_tensors", "split_index",
+    "reset_all_seeds", "save_checkpoint", "save_tensors", "split_index",
     "training_loop", "write_json"]
 
 
