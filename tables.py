@@ -1,6 +1,6 @@
 """Tables (CSV, Parquet) as recordings: their dialect, their time column, their rate and gaps.
 
-    from tables import Table, open_table
+    from tables import Table
     Table('night.csv').read(['ABP', 'PPG'], 0, 600)     # a reader, as formats.py describes it
 
 Needs formats.py. CSV is read in whatever form instruments and spreadsheets write it: comma,
@@ -12,7 +12,6 @@ import contextlib
 import csv
 import datetime
 import io
-import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 import formats
-from formats import MIN_WAVE_HZ, PRESSURE, RATE, RecordingError, check_size, plain_unit, span
+from formats import MIN_WAVE_HZ, RecordingError, check_size, plain_unit, span, unit_in_name
 
 TIME = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3,
         "millisecond": 1e-3, "milliseconds": 1e-3, "us": 1e-6, "µs": 1e-6, "microseconds": 1e-6,
@@ -30,11 +29,12 @@ TIME = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 
 TIME_NAMES = ("time", "t", "elapsed", "elapsedtime", "relativetime", "reltime", "timestamp",
               "datetime", "dateandtime", "datetimestamp", "sampletime", "clock", "clocktime",
               "timeofday", *TIME, "date")
-MISSING_CELLS = ["-", "--", "---", "----", "?", ".", "*", "***", "none", "None", "NONE", "missing",
-                 "invalid", "Invalid", "INVALID", "n.a.", "NAN", "Nan", "Na", "inf", "-inf"]
+UNITS = {*formats.PRESSURE, *formats.RATE, *TIME, *formats.NO_UNIT}
+MISSING = ("", "-", "--", "---", "----", "?", ".", "*", "***", "none", "missing", "invalid", "nan",
+           "na", "n/a", "#n/a", "n.a.", "null", "inf", "-inf")
+MISSING_CELLS = [form(word) for word in MISSING for form in (str.lower, str.title, str.upper)]
 MAGIC = {b"PK\x03\x04": "a ZIP or Excel file", b"\xd0\xcf\x11\xe0": "an Excel file",
-         b"\x1f\x8b": "a gzip file", b"\x89HDF": "an HDF5 file", b"PAR1": "a Parquet file",
-         b"%PDF": "a PDF"}
+         b"\x1f\x8b": "a gzip file", b"\x89HDF": "an HDF5 file", b"PAR1": "a Parquet file"}
 COMMENT = r"(?:#|%|//)"
 NUMBER = r"[+-]?(?:\d[\d\s'.,]*|[.,]\d+)(?:[eE][+-]?\d+)?"
 DATE = r"\d{1,4}[-/.](?:\d{1,2}|[A-Za-z]{3})[-/.]\d{2,4}"
@@ -44,6 +44,7 @@ CLOCK = (rf"^(?:(?P<date>{DATE})(?:[T ]+|$))?(?P<clock>\d+:\d+(?::\d+)?(?:[.,]\d
 DATES = ("%Y-%m-%d", "%d-%b-%Y", "%d-%m-%Y", "%m-%d-%Y", "%d-%m-%y", "%m-%d-%y")
 HEAD_CHARS, HEAD_LINES = 1 << 18, 300
 TABLE_CHARS, TABLE_ROWS, MAX_LINE = 1 << 20, 1 << 16, 100000   # read at a time
+MAX_GAP_S = 7 * 86400.0         # more is a slip in the times, not a gap
 NEAR_ROWS, FAR_ROWS = 3, 8      # whose stamps tell a missing row from jitter
 RATE_BLOCK_S = 10.0             # the rate must be the same in blocks of this length, ...
 MAX_RATE_ERROR = 0.05           # ... to this share
@@ -52,15 +53,10 @@ EXACT = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "r
 GIVE_RATE = "if the rows are evenly spaced: --fs HZ"
 
 
-# -------------------------------------------------------------------------------------- the dialect
+class Csv:
+    """names of the columns, units {name: unit}, numbers and texts (names of such columns), notes;
+    frames(columns) yields DataFrames, part after part, with the lines' numbers as index."""
 
-def open_table(path):
-    """An object with names, units {name: unit}, numbers (names of columns of numbers), notes, and
-    frames(columns), which yields (lines before it, DataFrame)."""
-    return (ParquetFile if path.lower().endswith(".parquet") else CsvFile)(path)
-
-
-class CsvFile:
     def __init__(self, path):
         self.path, self.notes = path, []
         with open(path, "rb") as file:
@@ -69,56 +65,36 @@ class CsvFile:
             if start.startswith(magic):
                 raise RecordingError(path, f"this is {what}, not a CSV; export it as CSV")
         self.encoding = _encoding(start)
-        with self._text() as file:
-            head = file.read(HEAD_CHARS) + file.readline(MAX_LINE)
-        if "\x00" in head or sum(not c.isprintable() for c in head[:4096]) > (
-                sum(map(head[:4096].count, "\n\t")) + 0.05 * len(head[:4096])):
+        with self._open() as file:
+            head = file.read(HEAD_CHARS) + self._line(file)
+        odd = sum(not c.isprintable() and c not in "\t\n" for c in head[:4096])
+        if "\x00" in head or odd > 0.05 * len(head[:4096]):
             raise RecordingError(path, "not text, but binary data; export it as CSV")
-        lines = head.split("\n")[:HEAD_LINES]
-        self._check_line(max(lines, key=len))
-        self._dialect(lines)
-        self._header(lines)
+        self._sniff(head.split("\n")[:HEAD_LINES])
 
-    def _text(self):
+    def _open(self):
         return open(self.path, encoding=self.encoding, errors="replace")
 
-    def _check_line(self, line):
-        if len(line) >= MAX_LINE:
+    def _line(self, file):
+        line = file.readline(MAX_LINE)
+        if len(line) == MAX_LINE:
             raise RecordingError(self.path, f"a line of over {MAX_LINE:,} characters: not a table "
                                             "with a row a sample")
+        return line
 
-    def cells(self, line):
-        if self.separator == r"\s+":
-            return line.split()
-        return [cell.strip() for cell in next(csv.reader([line], delimiter=self.separator), [])]
-
-    def _dialect(self, lines):
-        given = re.match(r'"?sep=(.)"?\s*$', lines[0].strip("\ufeff"), re.IGNORECASE)
-        full = [line for line in lines if line.strip()][-200:]
-        full = full[:-1] or full            # the last may be cut
-        self.separator = given.group(1) if given else ","
-        if not given:
-            for one in ("\t", ";", "|"):
-                counts = Counter(line.count(one) for line in full)
-                if counts.most_common(1) and counts.most_common(1)[0][0] and (
-                        counts.most_common(1)[0][1] >= 0.6 * len(full)):
-                    self.separator = one
-                    break
-            else:
-                blanks = [line for line in full if "," not in line and len(line.split()) > 1]
-                if len(blanks) > 0.6 * len(full):
-                    self.separator = r"\s+"
-        self.first_line = 1 if given else 0
-
-    def _header(self, lines):
-        """Finds the header, the row of units, the first row of data, and how numbers are written.
+    def _sniff(self, lines):
+        """Finds the separator, the header, the row of units, the first row, the marks of numbers.
         """
-        rows = [(i, self.cells(re.sub(rf"^\s*{COMMENT}+\s*", "", line)))
-                for i, line in enumerate(lines) if i >= self.first_line and line.strip(" \t,;|")]
+        given = re.match(r'(?i)\ufeff?"?sep=(.)"?\s*$', lines[0])
+        full = [line for line in lines if line.strip()] or [""]
+        self.separator = given.group(1) if given else _separator(full[-200:-1] or full)
+        self.empty = re.compile(rf'(?m)^(?:[ \t"{re.escape(self.separator)}]*|\s*{COMMENT}.*)$\n?')
+        rows = [(i, re.sub(rf"^\s*{COMMENT}+\s*", "", line)) for i, line in enumerate(lines)
+                if i >= bool(given) and line.strip(" \t,;|")]
+        rows = [(i, [cell.strip() for row in self._rows(line) for cell in row]) for i, line in rows]
         data = [(i, row) for i, row in rows if _share(row, _is_value) > 0.5]
-        widths = Counter(len(row) for _, row in data)
-        width = widths.most_common(1)[0][0] if widths else len(rows[-1][1]) if rows else 0
-        begin = next((i for i, row in data if len(row) == width), len(lines))
+        widths = Counter(len(row) for _, row in data).most_common(1)
+        begin = next((i for i, row in data if len(row) == widths[0][0]), len(lines))
         above = [(i, row) for i, row in rows if i < begin and _share(row, _is_value) <= 0.5]
         if not above:
             raise RecordingError(self.path, "no header line with column names")
@@ -126,165 +102,153 @@ class CsvFile:
         if len(above) > 1 and _share(above[-1][1], _is_unit) > 0.5 and (
                 len(above[-1][1]) == len(above[-2][1])):
             units = above.pop()[1]
-        names, rows = above[-1][1], [row for i, row in data if i >= begin]
-        names = [name.strip("'\" ") for name in names]
-        self.first_line = min(begin, len(lines)) if data else above[-1][0] + 1 + bool(units)
-        skip = 0
-        if rows and width == len(names) + 1:
-            if all(not row[-1] for row in rows if len(row) == width):
-                names, units = [*names, ""], [*units, ""]       # a separator at each row's end
-            elif all(re.fullmatch(r"\d+", row[0]) for row in rows if len(row) == width) or (
-                    names[0] == "" or '"' in lines[begin][:1]):
-                names, units, skip = ["", *names], ["", *units], 1      # R's row names
-            else:
-                self._refuse_width(begin + 1, width, len(names))
-        elif rows and width < len(names) and not any(names[width:]):
-            names = names[:width]
-        elif rows and width != len(names):
-            self._refuse_width(begin + 1, width, len(names))
-        self.width, self.names = len(names), formats.unique(names)
-        self.numbers = [name for name in self.names[skip:] if name]
+        names, row_names = [name.strip("'\" ") for name in above[-1][1]], []
+        data = [row for i, row in data if i >= begin]
+        self.first_line, self.width = begin, widths[0][0] if data else len(names)
+        same = [row for row in data if len(row) == self.width]
+        if self.width == len(names) + 1 and not any(row[-1] for row in same):
+            names, units = [*names, ""], [*units, ""]       # a separator at each row's end
+        elif self.width == len(names) + 1 and (
+                all(row[0].isdigit() for row in same) or lines[begin].startswith('"')):
+            names, units, row_names = ["", *names], ["", *units], [""]      # as R writes them
+        elif self.width < len(names) and not any(names[self.width:]):
+            names = names[:self.width]
+        elif self.width != len(names):
+            raise self._bad_width(begin + 1, self.width, len(names))
+        self.names = formats.unique(names)
         units = dict(zip(self.names, [*units, *[""] * self.width]))
-        self.units = {name: units[name].strip("'\"[]() ") or formats.unit_in_name(name)
+        self.units = {name: units[name].strip("'\"[]() ") or unit_in_name(name)
                       for name in self.names}
-        self.sample = {name: [row[i] for row in rows if i < len(row) and row[i]]
-                       for i, name in enumerate(self.names)}
-        self._number_format([cell for cells in self.sample.values() for cell in cells
-                             if _is_number(cell)])
+        cells = {name: [row[i] for row in data if i < len(row) and row[i].lower() not in MISSING]
+                 for i, name in enumerate(self.names)}
+        self.texts = [name for name in cells if cells[name] and not _is_number(cells[name][0])]
+        self.numbers = [name for name in self.names if name not in ["", *self.texts, *row_names]]
+        self.dates = [name for name in self.texts if name == self.names[0]
+                      and re.match(CLOCK, cells[name][0].strip("'\"[] "))]
+        self._number_format([cell for column in cells.values() for cell in column])
 
     def _number_format(self, cells):
-        comma, dot = ([cell for cell in cells if one in cell] for one in ",.")
+        """How the numbers among the first rows are written: decimal mark, thousands separator."""
+        cells = [cell for cell in cells if _is_number(cell)]
+        comma, dot = ([cell for cell in cells if mark in cell] for mark in ",.")
         both = [cell for cell in comma if "." in cell]
-        self.decimal, self.thousands = ".", None
+        self.decimal, self.thousands = ("," if comma else "."), None
+        for mark in "' ":
+            grouped = rf"[+-]?\d{{1,3}}({mark}\d{{3}})+([.,]\d*)?"
+            if any(re.fullmatch(grouped, cell) for cell in cells):
+                self.thousands = mark
         if both and all(cell.rindex(",") > cell.rindex(".") for cell in both):
-            self.decimal, self.thousands = ",", "."
-        elif both or comma and dot:
-            grouped = all(re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?", cell) for cell in comma)
-            if not grouped or any(cell.rindex(",") > cell.rindex(".") for cell in both):
+            self.thousands = "."
+        elif comma and dot:
+            self.decimal, self.thousands = ".", ","
+            if not all(re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?", cell) for cell in comma):
                 raise RecordingError(self.path, "decimal commas and decimal points in one file; "
                                                 "export it with one of them")
-            self.thousands = ","
-        elif comma:
-            self.decimal = ","
-        for one in "' \u00a0\u202f":
-            grouped = rf"[+-]?\d{{1,3}}({one}\d{{3}})+([.,]\d*)?"
-            if any(re.fullmatch(grouped, cell) for cell in cells):
-                self.thousands = self.thousands or one
 
-    def _refuse_width(self, line, width, n_names):
-        raise RecordingError(
-            self.path, f"line {line} has {width} cells, the header names {n_names} columns" + (
-                "; decimal commas between commas? export it with semicolons"
-                if self.separator == "," and width > n_names else
-                "; each row needs as many cells as the header"))
+    def _bad_width(self, line, width, n_names):
+        advice = ("decimal commas between commas? export it with semicolons"
+                  if self.separator == "," and width > n_names else
+                  "each row needs as many cells as the header")
+        return RecordingError(self.path, f"line {line} has {width} cells, the header names "
+                                         f"{n_names} columns; {advice}")
 
-    def time_columns(self):
-        """[name] of the time column, [date, clock time] where two hold it, [] if there is none."""
-        time_units = {name: formats.unit_in_name(name, TIME) for name in self.names if name}
-        plain = {name: re.sub(r"[^a-zµ]", "", _without(name, unit).lower()) or plain_unit(unit)
-                 for name, unit in time_units.items()}
-        found = [name for known in TIME_NAMES for name in plain if plain[name] == known]
-        text = [name for name in found if self.is_text(name)]
-        dates = [name for name in text if plain[name] == "date"]
-        if not found:
-            found = [name for name in self.names[:1] if self.is_text(name)
-                     and re.match(CLOCK, self.sample[name][0].strip("'\"[] "))]
-        if found and found[0] in text and dates and dates[0] != found[0]:
-            return [dates[0], found[0]]
-        return found[:1]
+    def _plain(self, text):
+        """Text with usual blanks, and single ones where they separate cells."""
+        text = text.replace("\u00a0", " ").replace("\u202f", " ")
+        if self.separator == " ":
+            text = re.sub(r"(?m)^[ \t]+|[ \t]+$", "", text)
+            text = re.sub(r"[ \t]+", " ", text)
+        return text
 
-    def time_unit(self, name):
-        return formats.unit_in_name(name, TIME) or self.units.get(name, "")
-
-    def is_text(self, name):
-        return bool(self.sample[name]) and not _is_number(self.sample[name][0])
+    def _rows(self, text):
+        return csv.reader(io.StringIO(self._plain(text)), delimiter=self.separator,
+                          skipinitialspace=True)
 
     def frames(self, columns):
         at = [self.names.index(name) for name in columns]
-        order = sorted(set(at))
-        text = [i for i in at if self.is_text(self.names[i])]
-        separator = "" if self.separator == r"\s+" else re.escape(self.separator)
-        empty = re.compile(rf'(?m)^(?:[ \t{separator}"]*|\s*{COMMENT}.*)$\n?')
-        n_lines, ended = self.first_line, False
-        with self._text() as file:
+        texts = {i: str for i in at if self.names[i] in self.texts}
+        n_lines, tail = self.first_line, " "
+        with self._open() as file:
             for _ in range(self.first_line):
-                file.readline(MAX_LINE)
-            while not ended:
+                self._line(file)
+            while tail:
                 part = file.read(TABLE_CHARS)
-                tail = file.readline(MAX_LINE)
-                self._check_line(tail)
-                part, ended = part + tail, not tail
-                body = empty.sub("", part)
-                body = self._whole_rows(body, part, n_lines, empty, ended)
+                tail = self._line(file)
+                part += tail
+                body, lines = self._body(part, n_lines, is_last=not tail)
                 if body:
-                    with contextlib.suppress(pd.errors.EmptyDataError):
-                        frame = pd.read_csv(
-                            io.StringIO(body), sep=self.separator, header=None, usecols=order,
-                            names=range(self.width), decimal=self.decimal, index_col=False,
-                            thousands=self.thousands, na_values=MISSING_CELLS, low_memory=False,
-                            skipinitialspace=True, **EXACT,
-                            dtype=dict.fromkeys(text, str))[at]
-                        self._check(frame, part, n_lines, empty, text)
-                        frame.columns = list(columns)
-                        yield n_lines, frame
+                    frame = pd.read_csv(
+                        io.StringIO(body), sep=self.separator, header=None, index_col=False,
+                        names=range(self.width), usecols=sorted(set(at)), decimal=self.decimal,
+                        thousands=self.thousands, na_values=MISSING_CELLS, low_memory=False,
+                        skipinitialspace=True, dtype=texts, **EXACT)[at]
+                    frame.index = lines
+                    yield self._checked(frame, texts).set_axis(list(columns), axis=1)
                 n_lines += part.count("\n")
 
-    def _whole_rows(self, body, part, n_lines, empty, ended):
-        """`body` without a last row that was cut; raises if another row has other cells."""
-        if self.separator == r"\s+":
-            return body
-        if '"' in body:
-            counts = np.array([len(row) for row in csv.reader(io.StringIO(body, newline=""),
-                                                              delimiter=self.separator)])
-        else:
-            raw = np.frombuffer(body.encode(), np.uint8)
-            ends = np.flatnonzero(raw == 10)
-            ends = ends if body.endswith("\n") else np.append(ends, raw.size)
-            cells = np.flatnonzero(raw == ord(self.separator))
-            counts = np.diff(np.searchsorted(cells, ends), prepend=0) + 1
-        wrong = np.flatnonzero(counts != self.width)
-        if ended and wrong.size == 1 and wrong[0] == len(counts) - 1 and counts[-1] < self.width:
-            self.notes.append("the last row is cut short; left out")
-            return body.rstrip("\n")[:body.rstrip("\n").rfind("\n") + 1]
-        if wrong.size:
-            lines = body.split("\n")
-            for row in wrong:       # blank cells too many are no harm
-                extra = self.cells(lines[row])[self.width:] if '"' not in body else [1]
-                if counts[row] < self.width or any(extra):
-                    self._refuse_width(_line(part, n_lines, empty, row), counts[row], self.width)
-                lines[row] = self.separator.join(lines[row].split(self.separator)[:self.width])
-            body = "\n".join(lines)
-        return body
+    def _body(self, part, n_lines, is_last):
+        """(the rows of a part of the file, the numbers of their lines); each has `width` cells."""
+        part = self._plain(part).rstrip("\n") + "\n"
+        body = self.empty.sub("", part)
+        lines = np.arange(part.count("\n"))
+        if body.count("\n") != len(lines):
+            lines = np.array([i for i, line in enumerate(part.split("\n"))
+                              if not self.empty.fullmatch(line)], int)
+        lines += n_lines + 1
+        if set(map(len, self._rows(body))) <= {self.width}:
+            return body, lines
+        for line, row in zip(lines, self._rows(body)):
+            if is_last and line == lines[-1] and len(row) < self.width:
+                self.notes.append("the last row is cut short; left out")
+                return body[:body.rstrip("\n").rfind("\n") + 1], lines[:-1]
+            if len(row) < self.width or any(row[self.width:]):
+                raise self._bad_width(line, len(row), self.width)
+        return body, lines
 
-    def _check(self, frame, part, n_lines, empty, text):
-        for i in frame.columns:
-            if i in text or pd.api.types.is_numeric_dtype(frame[i]):
-                continue
-            wrong = pd.to_numeric(frame[i], errors="coerce").isna() & frame[i].notna()
-            if wrong.any():
-                row = int(wrong.to_numpy().argmax())
+    def _checked(self, frame, texts):
+        for i in frame.columns.difference(list(texts)):
+            numbers = pd.to_numeric(frame[i], errors="coerce")
+            wrong = frame.index[numbers.isna() & frame[i].notna()]
+            if len(wrong):
                 raise RecordingError(
-                    self.path, f"line {_line(part, n_lines, empty, row)}, column {i + 1}: expected "
-                    "a number", f"{self.names[i]}: {str(frame[i].iloc[row])[:40]!r}")
-            frame[i] = pd.to_numeric(frame[i])
+                    self.path, f"line {wrong[0]}, column {i + 1}: expected a number",
+                    f"{self.names[i]}: {str(frame[i][wrong[0]])[:40]!r}")
+            frame[i] = numbers
+        return frame
 
-
-def _line(part, n_lines, empty, row):
-    """The number of the line that holds a row of a part."""
-    kept = [i for i, line in enumerate(part.split("\n")) if not empty.fullmatch(line)]
-    return n_lines + kept[row] + 1
+    def time_columns(self):
+        """[name] of the time column, [date, clock time] where two hold it, [] if there is none."""
+        plain = {}
+        for name in filter(None, self.names):
+            unit = unit_in_name(name, TIME)
+            without = name[:name.rindex(unit)] if unit else name
+            plain[name] = re.sub(r"[^a-zµ]", "", without.lower()) or plain_unit(unit)
+        found = [name for known in TIME_NAMES for name in plain if plain[name] == known]
+        days = [name for name in found if plain[name] == "date" and name in self.texts]
+        if days and found[0] in self.texts and found[0] != days[0]:
+            return [days[0], found[0]]
+        return (found or self.dates)[:1]
 
 
 def _encoding(start):
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
-    if start[1:2] == b"\x00" or start[:1] == b"\x00":
+    if b"\x00" in start[:2]:
         return "utf-16-le" if start[1:2] == b"\x00" else "utf-16-be"
     try:
         start[:start.rfind(b"\n") + 1].decode("utf-8")
     except UnicodeDecodeError:
         return "cp1252"
     return "utf-8-sig"
+
+
+def _separator(lines):
+    for one in "\t;|":
+        count, times = Counter(line.count(one) for line in lines).most_common(1)[0]
+        if count and times >= 0.6 * len(lines):
+            return one
+    blanks = [line for line in lines if "," not in line and len(line.split()) > 1]
+    return " " if len(blanks) > 0.6 * len(lines) else ","
 
 
 def _share(row, test):
@@ -298,45 +262,29 @@ def _is_number(cell):
 
 def _is_value(cell):
     cell = cell.strip("'\"[] ")
-    return bool(re.fullmatch(NUMBER, cell) or re.match(CLOCK, cell)
-                or cell.lower() in ("nan", "na", "n/a", "null", *MISSING_CELLS))
+    return cell.lower() in MISSING or bool(re.fullmatch(NUMBER, cell) or re.match(CLOCK, cell))
 
 
 def _is_unit(cell):
-    cell = plain_unit(cell.strip("'\""))
-    return cell in {**PRESSURE, **RATE, **TIME} or cell in formats.NO_UNIT or "hh:mm" in cell
+    return plain_unit(cell.strip("'\"")) in UNITS or "hh:mm" in cell
 
 
-def _without(name, unit):
-    return name[:name.rindex(unit)] if unit and unit in name else name
-
-
-class ParquetFile(CsvFile):
+class Parquet(Csv):
     def __init__(self, path):
         from pyarrow import parquet, types
 
-        self.path, self.notes, self.sample = path, [], {}
+        self.path, self.notes = path, []
         with open(path, "rb") as file:      # a name that is not UTF-8 is no path for pyarrow
             opened = parquet.ParquetFile(file)
-            schema = opened.schema_arrow
-            self.n_rows = opened.metadata.num_rows
-            check_size(path, self.n_rows, os.path.getsize(path))
-        self.names, fields = list(schema.names), list(schema)
+            fields = list(opened.schema_arrow)
+            check_size(path, opened.metadata.num_rows)
         self.numbers = [one.name for one in fields if types.is_integer(one.type)
                         or types.is_floating(one.type) or types.is_decimal(one.type)]
         self.dates = [one.name for one in fields if types.is_temporal(one.type)]
-        self.texts = [one.name for one in fields if types.is_string(one.type)
-                      or types.is_large_string(one.type)]
-        self.units = {name: formats.unit_in_name(name) for name in self.names}
-        self.sample = {name: [""] for name in self.names}
-
-    def is_text(self, name):
-        return name in self.dates + self.texts
-
-    def time_columns(self):
-        times = [name for name in super().time_columns()
-                 if name in self.numbers + self.dates + self.texts]
-        return times or self.dates[:1]
+        self.texts = [*self.dates, *(one.name for one in fields if types.is_string(one.type)
+                                     or types.is_large_string(one.type))]
+        self.names = [one.name for one in fields if one.name in self.numbers + self.texts]
+        self.units = {name: unit_in_name(name) for name in self.names}
 
     def frames(self, columns):
         from pyarrow import parquet
@@ -345,90 +293,89 @@ class ParquetFile(CsvFile):
         with open(self.path, "rb") as file:
             for batch in parquet.ParquetFile(file).iter_batches(TABLE_ROWS, columns=list(columns)):
                 frame = batch.to_pandas(ignore_metadata=True)[list(columns)]
-                yield n_lines, frame
+                frame.index += n_lines + 1
                 n_lines += len(frame)
+                yield frame
+
+
+def open_table(path):
+    return (Parquet if path.lower().endswith(".parquet") else Csv)(path)
 
 
 # ----------------------------------------------------------------------------------------- the time
 
-class TimeReader:
-    """Seconds from a time column: numbers in the header's unit or since 1970, clock times, dates.
+def read_times(file, names, hours=False):
+    """(times [n] in s, whether they count from 1970 or midnight, lines [n]) of the time column, or
+    of a date and a clock time. hours: 10:30 is half past ten, not ten minutes and a half.
 
-    Clock times go on past midnight, and local times over a change of daylight saving time.
+    Numbers are in the header's unit, or s, ms, us or ns since 1970, or Excel's days. Clock times go
+    on past midnight, and local times over a change of daylight saving time.
     """
-
-    def __init__(self, path, unit="", hours=False):
-        self.path, self.notes, self.start_time = path, [], None
-        self.hours = hours      # 10:30 is half past ten, not ten minutes and a half
-        self.factor, self.zero = TIME.get(plain_unit(unit)), None
-        self.last, self.shift = np.nan, 0.0
-
-    def seconds(self, frame, n_lines=0):
-        """[n] float64 of a DataFrame of one column, or of a date and a clock time; NaN is an error.
-        The first call's first time is 0, and `start_time` if it is a date or a clock time."""
+    unit = TIME.get(plain_unit(unit_in_name(names[-1], TIME) or file.units[names[-1]]))
+    times, dates, days, lines, is_date, zoned = [], {}, [], [], False, False
+    for frame in file.frames(names):
         column = frame.iloc[:, -1]
-        if column.dtype.kind in "Mm":
+        lines.append(frame.index.to_numpy())
+        if pd.api.types.is_numeric_dtype(column):
+            times.append(column.to_numpy(np.float64, na_value=np.nan))
+        elif column.dtype.kind in "mM":
             column = column.dt.tz_convert(None) if getattr(column.dt, "tz", None) else column
-            values = column.to_numpy().astype(f"{column.dtype.kind}8[ns]")
-            times = np.where(np.isnat(values), np.nan, values.astype(np.int64) / 1e9)
-            is_date = values.dtype.kind == "M"
-        elif pd.api.types.is_numeric_dtype(column):
-            times = column.to_numpy(np.float64, na_value=np.nan)
-            self.factor = self.factor or _guess_unit(times)
-            times = times * self.factor
-            is_date = times[0] > 1e8
+            nanoseconds = column.to_numpy().astype(f"{column.dtype.kind}8[ns]")
+            times.append(np.where(np.isnat(nanoseconds), np.nan, nanoseconds.astype("i8") / 1e9))
+            unit, zoned, is_date = 1.0, True, column.dtype.kind == "M"
         else:
             texts = column.astype(str)
-            if frame.shape[1] == 2:
+            if len(names) == 2:
                 texts = frame.iloc[:, 0].astype(str) + " " + texts
-            times, is_date = self._texts(texts), True
-        if not np.isfinite(times).all():
-            row = int((~np.isfinite(times)).argmax())
-            raise RecordingError(
-                self.path, f"line {n_lines + row + 1}: no time, or one that cannot be read; "
-                f"{GIVE_RATE}", str(column.iloc[row])[:40])
-        if self.zero is None:
-            self.zero = times[0]
-            with contextlib.suppress(OverflowError, ValueError):
-                if is_date:
-                    self.start_time = datetime.datetime(1970, 1, 1) + datetime.timedelta(
-                        seconds=round(float(times[0]), 6))
-        return times - self.zero
-
-    def _texts(self, texts):
-        """Seconds since 1970 (dates), or since midnight (clock times)."""
-        parts = texts.str.strip(" '\"[]").str.extract(CLOCK)
-        date, half, zone = parts["date"].fillna(parts["late"]), parts["half"], parts["zone"]
-        clock = parts["clock"].str.replace(",", ".", regex=False).str.split(":", expand=True)
-        clock = clock.reindex(columns=range(3)).astype(float).to_numpy()
-        dated = date.notna().to_numpy()
-        clock[dated & np.isnan(clock).all(1)] = 0
-        is_long = ~np.isnan(clock[:, 2])
-        in_hours = is_long | dated | half.notna().to_numpy() | self.hours
-        a, b, c = clock[:, 0], clock[:, 1], np.nan_to_num(clock[:, 2])
-        a = np.where(half.notna(), a % 12 + 12 * half.str.lower().eq("p"), a)
-        times = np.where(in_hours, a * 3600 + b * 60 + c, a * 60 + b)
-        if dated.any():
-            times = times + date.map(_days(date.dropna().unique())).to_numpy(float) * 86400
-        if zone.notna().any():
-            return times - zone.fillna("Z").map(_zone_s).to_numpy(float)
-        raw_steps = np.diff(times, prepend=self.last)
-        self.last, fix = times[-1], np.zeros(len(times))
-        if not dated.any():
-            fix[raw_steps < -43200] = 86400
+            seconds, date, offset = _clock_times(texts, hours)
+            times.append(seconds)
+            codes, found = pd.factorize(date)
+            found = [dates.setdefault(one, len(dates)) for one in found]
+            days.append(np.array([*found, -1])[codes])
+            unit, zoned, is_date = 1.0, zoned or offset, True
+    if not times:
+        raise RecordingError(file.path, "no rows below the header")
+    times, lines = np.concatenate(times), np.concatenate(lines)
+    if unit is None:
+        unit = _guess_unit(times)
+    times = times * unit
+    if dates:
+        times += 86400 * np.append(_days(list(dates)), np.nan)[np.concatenate(days)]
+    if not np.isfinite(times).all():
+        row = int((~np.isfinite(times)).argmax())
+        raise RecordingError(file.path, f"line {lines[row]}: no time, or one that cannot be read; "
+                                        f"{GIVE_RATE}")
+    if is_date and not zoned:
+        steps, fix = np.diff(times, prepend=times[0]), np.zeros(len(times))
+        if not dates:
+            fix[steps < -43200] = 86400
         else:
-            fix[np.abs(raw_steps + 3600) < 2] = 3600
             sunday = (times // 86400 + 4) % 7 == 0
-            fix[(np.abs(raw_steps - 3600) < 2) & sunday & ((times % 3600) < 2)] = -3600
-            if (fix != 0).any():
-                self.notes.append("times: a change of daylight saving time; the seconds go on")
-        times = times + self.shift + np.cumsum(fix)
-        self.shift += fix.sum()
-        return times
+            fix[np.abs(steps + 3600) < 2] = 3600
+            fix[(np.abs(steps - 3600) < 2) & sunday & (times % 3600 < 2)] = -3600
+            if fix.any():
+                file.notes.append("times: a change of daylight saving time; the seconds go on")
+        times += np.cumsum(fix)
+    return times, is_date or times[0] > 1e8, lines
+
+
+def _clock_times(texts, hours):
+    """(seconds since midnight [n], dates [n] (texts, or missing), whether a zone is stated)."""
+    parts = texts.str.strip(" '\"[]").str.extract(CLOCK)
+    date, zones = parts["date"].fillna(parts["late"]), parts["zone"].dropna().unique()
+    clock = parts["clock"].str.replace(",", ".", regex=False).str.split(":", expand=True)
+    a, b, c = clock.reindex(columns=range(3)).astype(float).to_numpy().T
+    dated, half = date.notna().to_numpy(), parts["half"].str.lower()
+    a, b = (np.where(dated & parts["clock"].isna(), 0.0, part) for part in (a, b))
+    in_hours = ~np.isnan(c) | dated | half.notna().to_numpy() | hours
+    a = np.where(half.notna(), a % 12 + 12 * half.eq("p"), a)
+    seconds = np.where(in_hours, a * 3600 + b * 60 + np.nan_to_num(c), a * 60 + b)
+    offsets = {zone: datetime.datetime.strptime(re.sub("UTC|GMT", "Z", zone), "%z")
+               .utcoffset().total_seconds() for zone in zones}
+    return seconds - parts["zone"].map(offsets).fillna(0).to_numpy(float), date, len(zones) > 0
 
 
 def _guess_unit(times):
-    """Of numbers without a unit: seconds; since 1970 in s, ms, us or ns; or days (Excel)."""
     first = abs(times[0])
     for least, factor in ((1e17, 1e-9), (1e14, 1e-6), (1e11, 1e-3)):
         if first > least:
@@ -438,158 +385,110 @@ def _guess_unit(times):
 
 
 def _days(dates):
-    """{text: days since 1970}: of day and month first, the order that all fit and spans less."""
-    best = {}
+    """Days since 1970 of dates: of day and month first, the order that all fit and spans less."""
+    found = []
     for form in DATES:
         with contextlib.suppress(ValueError):
-            days = {date: (datetime.datetime.strptime(re.sub("[/.]", "-", date), form)
-                           - datetime.datetime(1970, 1, 1)).days for date in dates}
-            if not best or np.ptp(list(days.values())) < np.ptp(list(best.values())):
-                best = days
-    return best
+            days = [datetime.datetime.strptime(re.sub("[/.]", "-", date), form) for date in dates]
+            found.append([(day - datetime.datetime(1970, 1, 1)).days for day in days])
+    return min(found, key=np.ptp, default=[np.nan] * len(dates))
 
 
-def _zone_s(zone):
-    digits = zone.replace(":", "")
-    if digits[0] not in "+-":
-        return 0.0
-    return (-1 if digits[0] == "-" else 1) * (3600.0 * int(digits[1:3]) + 60.0 * int(digits[3:5]))
-
-
-class Stamps:
-    """The rate and the gaps of rows from their time stamps, added part after part.
+def find_grid(path, times, lines):
+    """(rows/s, [(row, rows by which it and all later ones move)], length in rows, notes).
 
     Stamps are rounded, jitter and repeat; rows are missing, or there are gaps. A step counts as a
     jump where the stamps after it are late as a whole, against an even grid: by the medians of
     NEAR_ROWS and of FAR_ROWS rows on either side. The rate is that of least squares in the runs
     between jumps, made a round number where that moves the last row by less than a tenth of a row.
     """
-
-    def __init__(self, path):
-        self.path, self.notes = path, []
-        self.times, self.base = np.empty(0), 0      # the last stamps; the row of the first of them
-        self.period, self.coarse_s = None, 0.0      # s; what stamps are rounded to, if to > 1 row
-        self.n_rows, self.done, self.run = 0, 0, 0  # rows added; looked at; first row of the run
-        self.n_wild = 0         # stamps over a second from where their neighbours put them
-        self.jumps = []         # (row, s by which it and all later ones are late)
-        self.sums = np.zeros(2)     # of i * t and i * i about the means of parts of runs
-        self.blocks = []        # (row, its time, the run): every RATE_BLOCK_S
-        self.lines = [(0, 0)]   # (row, the lines before it)
-
-    def add(self, times, n_lines):
-        self.lines.append((self.n_rows, n_lines))
-        self.n_rows += len(times)
-        self.times = np.concatenate((self.times, times))
-        if len(self.times) > 2 * TABLE_ROWS:
-            self._look(self.n_rows - 2 * self._far())
-
-    def finish(self):
-        """(rows/s, [(row, rows by which it and all later ones move)], length in rows)."""
-        if self.n_rows < 2:
-            raise RecordingError(self.path, "fewer than two rows below the header" if self.n_rows
-                                 else "no rows below the header")
-        self._look(self.n_rows)
-        period = self.sums[0] / self.sums[1] if self.sums[1] else self.period
-        n = self.n_rows + sum(by / period for _, by in self.jumps)
-        rounded = (round(1 / period, digits) for digits in range(9))
-        fs = next((fs for fs in rounded if abs(fs * period - 1) * n < 0.1), 1 / period)
-        jumps = [(row, round(by * fs)) for row, by in self.jumps]
-        self._check_rate(fs)
-        gaps = [by for _, by in jumps if by > 0]
-        if gaps:
-            self.notes.append(f"times: {fs:.6g} rows/s, {len(gaps)} gaps of {sum(gaps) / fs:.6g} s "
-                              f"together ({sum(gaps):,} rows missing)")
-        if self.n_wild:
-            self.notes.append(f"times: {self.n_wild:,} stamps do not fit those around them; their "
-                              "rows were placed by their neighbours")
-        if len(jumps) > len(gaps):
-            n_left = -sum(by for _, by in jumps if by < 0)
-            self.notes.append(f"times: {n_left:,} rows repeat the time of others; left out")
-        return fs, jumps, self.n_rows + sum(by for _, by in jumps)
-
-    def line(self, row):
-        first, before = max(entry for entry in self.lines if entry[0] <= row)
-        return row - first + before + 1
-
-    def _far(self):
-        return int(np.clip(np.ceil(2 * self.coarse_s / (self.period or 1)), FAR_ROWS, 8192))
-
-    def _measure(self):
-        """The period, roughly, from the first part."""
-        steps = np.diff(self.times)
-        new = np.flatnonzero(np.append(True, steps > 0))    # rows with a stamp of their own
-        w = int(np.clip(len(new) // 20, 1, 256))
-        slopes = (self.times[new[w:]] - self.times[new[:-w]]) / (new[w:] - new[:-w])
-        self.period = float(np.median(slopes)) if slopes.size else 0.0
-        if not self.period > 0:
+    n = len(times)
+    if n < 2:
+        raise RecordingError(path, "fewer than two rows below the header")
+    head = times[:2 * TABLE_ROWS]
+    steps = np.diff(head)
+    new = np.flatnonzero(np.append(True, steps > 0))    # rows with a stamp of their own
+    w = int(np.clip(len(new) // 20, 1, 256))
+    slopes = (head[new[w:]] - head[new[:-w]]) / (new[w:] - new[:-w])
+    period = float(np.median(slopes)) if slopes.size else 0.0
+    if not period > 0:
+        raise RecordingError(path, f"line {lines[1]}: time does not increase; {GIVE_RATE}")
+    # what stamps are rounded to, where to more than a row
+    coarse_s = float(np.median(steps[steps > 0])) if np.mean(steps == 0) > 0.2 else 0.0
+    far = int(np.clip(np.ceil(2 * coarse_s / period), FAR_ROWS, 8192))
+    jumps = _find_jumps(path, times, lines, period, coarse_s, far)
+    runs = list(zip([0, *(row for row, _ in jumps)], [*(row for row, _ in jumps), n]))
+    sums, n_wild = np.zeros(2), 0       # of i * t and i * i about the means of parts of runs
+    for first, end in runs:
+        for a in range(first, end, TABLE_ROWS):
+            t = times[a:min(a + TABLE_ROWS, end)]
+            i = np.arange(len(t))
+            late_s = t - period * i
+            good = np.abs(late_s - np.median(late_s)) < max(1.0, 5 * period, 2 * coarse_s)
+            n_wild += np.count_nonzero(~good)
+            i, t = i[good] - i[good].mean(), t[good] - t[good].mean()
+            sums += i @ t, i @ i
+    exact = sums[0] / sums[1] if sums[1] else period
+    length = n + sum(by / exact for _, by in jumps)
+    rounded = (round(1 / exact, digits) for digits in range(9))
+    fs = next((fs for fs in rounded if abs(fs * exact - 1) * length < 0.1), 1 / exact)
+    size = max(far, int(RATE_BLOCK_S / period))
+    for first, end in runs:
+        at, i = np.arange(first, end - FAR_ROWS + 1, size), np.arange(FAR_ROWS)
+        seconds = np.diff(np.median(times[at[:, None] + i] - period * i, axis=1))
+        wrong = np.abs(seconds * fs - size) > MAX_RATE_ERROR * size + 0.5 + fs * coarse_s
+        if wrong.any():
+            k = int(wrong.argmax())
             raise RecordingError(
-                self.path, f"line {self.line(1)}: time does not increase; {GIVE_RATE}")
-        if np.mean(steps == 0) > 0.2:
-            self.coarse_s = float(np.median(steps[steps > 0]))
+                path, f"line {lines[at[k + 1]]}: time is not evenly spaced: "
+                f"{size / seconds[k]:.4g} rows/s above it, {fs:.4g} on average; {GIVE_RATE}")
+    moves, notes = [(row, round(by * fs)) for row, by in jumps], []
+    missing = [by for _, by in moves if by > 0]
+    repeated = -sum(by for _, by in moves if by < 0)
+    if missing:
+        notes.append(f"times: {fs:.6g} rows/s, {len(missing)} gaps of {sum(missing) / fs:.6g} s "
+                     f"together ({sum(missing):,} rows missing)")
+    if n_wild:
+        notes.append(f"times: {n_wild:,} stamps do not fit those around them; their rows were "
+                     "placed by their neighbours")
+    if repeated:
+        notes.append(f"times: {repeated:,} rows repeat the time of others; left out")
+    return fs, moves, n + sum(missing) - repeated, notes
 
-    def _look(self, stop):
-        """Finds the jumps before row `stop`."""
-        if self.period is None:
-            self._measure()
-        p, far, least = self.period, self._far(), 0.6 * max(self.period, self.coarse_s)
-        near = far if self.coarse_s else NEAR_ROWS
-        steps = np.diff(self.times)
-        odd = (steps > p + max(0.5 * p, self.coarse_s)) | (steps < -p)
-        odd |= (steps < 0.5 * p) & (not self.coarse_s)
-        for row in np.flatnonzero(odd) + 1 + self.base:
-            if not self.done < row < stop:
-                continue
-            late_s = [self._late(row, n) for n in (near, far)]
-            if min(map(abs, late_s)) < least or late_s[0] * late_s[1] < 0:
-                continue
-            by = late_s[0]
-            if by < -max(1.0, 2 * p):
-                raise RecordingError(self.path, f"line {self.line(row)}: time does not increase, "
-                                                f"but goes back by {-by:.6g} s; {GIVE_RATE}")
-            if by > formats.MAX_GAPS_S:
-                raise RecordingError(
-                    self.path, f"line {self.line(row)}: jumps in time of over a week "
-                    f"({by / 86400:.3g} days); is time in seconds?")
-            self._take(row)
-            self.jumps.append((int(row), by))
-            self.run = self.done = row
-        self._take(stop)
-        self.done = stop
-        keep = max(0, stop - self.base - 2 * far)
-        self.times, self.base = self.times[keep:], self.base + keep
 
-    def _late(self, row, n):
-        """By how many s the n rows from `row` on are later than the n rows before it announce."""
-        i = row - self.base
-        before, after = self.times[max(self.run - self.base, i - n, 0):i], self.times[i:i + n]
-        return float(np.median(after - self.period * np.arange(len(after)))
-                     - np.median(before + self.period * np.arange(len(before), 0, -1)))
-
-    def _take(self, end):
-        """Takes the rows from the last ones looked at to `end`, one run, into the rate."""
-        t = self.times[self.done - self.base:end - self.base]
-        if not len(t):
-            return
-        i = np.arange(len(t))
-        late_s = t - self.period * i
-        good = np.abs(late_s - np.median(late_s)) < max(1.0, 5 * self.period, 2 * self.coarse_s)
-        self.n_wild += np.count_nonzero(~good)
-        if good.sum() > 1:
-            i = i[good] - i[good].mean()
-            self.sums += i @ (t[good] - t[good].mean()), i @ i
-        size = max(self._far(), int(RATE_BLOCK_S / self.period))
-        self.blocks += [(self.done + at, float(np.median(
-            t[at:at + FAR_ROWS] - self.period * np.arange(FAR_ROWS))), self.run)
-            for at in range(0, len(t) - FAR_ROWS + 1, size)]
-
-    def _check_rate(self, fs):
-        for (row, t, run), (next_row, next_t, next_run) in zip(self.blocks, self.blocks[1:]):
-            n, seconds = next_row - row, next_t - t
-            if run == next_run and abs(seconds * fs - n) > (
-                    MAX_RATE_ERROR * n + 0.5 + fs * self.coarse_s):
-                raise RecordingError(
-                    self.path, f"line {self.line(next_row)}: time is not evenly spaced: "
-                    f"{n / seconds:.4g} rows/s above it, {fs:.4g} on average; {GIVE_RATE}")
+def _find_jumps(path, times, lines, period, coarse_s, far):
+    """[(row, s by which it and all later ones are late)]."""
+    near = far if coarse_s else NEAR_ROWS
+    least_s = 0.6 * max(period, coarse_s)
+    steps = np.diff(times)
+    odd = (steps > period + max(0.5 * period, coarse_s)) | (steps < -period)
+    rows = np.flatnonzero(odd | (steps < 0.5 * period) & (not coarse_s)) + 1
+    if not coarse_s:        # jitter leaves many: look closer only where a few rows are late
+        i = np.arange(NEAR_ROWS)
+        after = times[np.minimum(rows[:, None] + i, len(times) - 1)] - period * i
+        before = times[np.maximum(rows[:, None] - 1 - i, 0)] + period * (i + 1)
+        late_s = np.abs(np.median(after, axis=1) - np.median(before, axis=1))
+        inside = (rows >= NEAR_ROWS) & (rows <= len(times) - NEAR_ROWS)
+        rows = rows[(late_s >= least_s) | ~inside]
+    jumps, run = [], 0
+    for row in rows:
+        late_s = []
+        for k in (near, far):       # how much later are the rows after it than those before it say?
+            before, after = times[max(run, row - k):row], times[row:row + k]
+            late_s.append(float(np.median(after - period * np.arange(len(after)))
+                                - np.median(before + period * np.arange(len(before), 0, -1))))
+        by = late_s[0]
+        if min(map(abs, late_s)) < least_s or by * late_s[1] < 0:
+            continue
+        if by < -max(1.0, 2 * period):
+            raise RecordingError(path, f"line {lines[row]}: time does not increase, but goes back "
+                                       f"by {-by:.6g} s; {GIVE_RATE}")
+        if by > MAX_GAP_S:
+            raise RecordingError(path, f"line {lines[row]}: jumps in time of over a week "
+                                       f"({by / 86400:.3g} days); is time in seconds?")
+        jumps.append((int(row), by))
+        run = row
+    return jumps
 
 
 class Table:
@@ -601,40 +500,37 @@ class Table:
 
     def __init__(self, path, file_fs=None):
         self.path, self.file = path, open_table(path)
-        self.start_time, self.fs, self.jumps, n = None, file_fs, [], 0
-        times = [] if file_fs else self.file.time_columns()
-        if not file_fs and not times:
+        self.start_time, self.fs, self.jumps, notes = None, file_fs, [], []
+        names = [] if file_fs else self.file.time_columns()
+        if file_fs:
+            n = sum(len(frame) for frame in self.file.frames(self.file.names[-1:]))
+            if not n:
+                raise RecordingError(path, "no rows below the header")
+        elif names:
+            times, is_date, lines = read_times(self.file, names)
+            self.fs, self.jumps, n, notes = find_grid(path, times - times[0], lines)
+            if is_date:
+                self.start_time = _datetime(times[0])
+        else:
             raise RecordingError(
                 path, "no time column (time_s, Time (ms), a clock time or a date); give the "
                 "sampling rate: --fs HZ", ", ".join(self.file.names))
-        extra = []
-        if file_fs:
-            n = sum(len(frame) for _, frame in self.file.frames(self.file.names[-1:]))
-            if not n:
-                raise RecordingError(path, "no rows below the header")
-        else:
-            clock = TimeReader(path, self.file.time_unit(times[-1]))
-            stamps = Stamps(path)
-            for n_lines, frame in self.file.frames(times):
-                stamps.add(clock.seconds(frame, n_lines), n_lines)
-            self.fs, self.jumps, n = stamps.finish()
-            self.start_time, extra = clock.start_time, stamps.notes + clock.notes
-        self.notes = list(dict.fromkeys(self.file.notes + extra))
-        check_size(path, n, os.path.getsize(path))
+        check_size(path, n)
+        self.notes = list(dict.fromkeys(self.file.notes + notes))
         self.end_s = n / self.fs
         self.channels = {name: formats.listed(self.fs, self.file.units[name])
-                         for name in self.file.numbers if name not in times}
+                         for name in self.file.numbers if name not in names}
         self.every = {}     # {name: (k, phase)}: a slower channel has a cell in every k-th row
         self.names, self.begin_s = None, np.inf
 
     def read(self, names, start_s, stop_s):
         if list(names) != self.names or start_s < self.begin_s:     # from the first row on
             self.names, self.n_rows, self.kept = list(names), 0, []
-            self.frames = iter(self.file.frames(self.names) if self.names else ())
+            self.frames = self.file.frames(self.names) if self.names else iter(())
         self.begin_s = start_s
         first, end = span(start_s, stop_s, self.fs, round(self.end_s * self.fs))
         while not (self.kept and self.kept[-1][0][-1] >= end):
-            _, frame = next(self.frames, (0, None))
+            frame = next(self.frames, None)
             if frame is None:
                 break
             at = self._positions(self.n_rows + np.arange(len(frame)))
@@ -667,7 +563,10 @@ class Table:
                        fs=self.fs / k, first=begin, start_s=phase / self.fs)
 
 
-# ------------------------------------------------------------------------------- tables of readings
+def _datetime(seconds):
+    with contextlib.suppress(OverflowError, ValueError):
+        return datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=round(seconds, 6))
+
 
 def read_readings(path, start_time=None):
     """(times_s [n] from the recording's start, DataFrame of the numbers, {column: unit}) of a CSV
@@ -677,18 +576,14 @@ def read_readings(path, start_time=None):
     names = file.time_columns()
     if not names:
         raise RecordingError(path, "no time column (time_s: seconds from the recording's start)")
-    columns = [name for name in file.numbers if name not in names and not file.is_text(name)]
-    clock = TimeReader(path, file.time_unit(names[-1]), hours=True)
-    times, frames = [], []
-    for n_lines, frame in file.frames([*names, *columns]):
-        times.append(clock.seconds(frame[names], n_lines) + (0 if clock.start_time else clock.zero))
-        frames.append(frame[columns])
-    times = np.concatenate(times) if times else np.empty(0)
-    if clock.start_time:
+    columns = [name for name in file.numbers if name not in names]
+    times, is_date, _ = read_times(file, names, hours=True)
+    if is_date:
         if start_time is None:
             raise RecordingError(path, "has dates or clock times, but the recording has none; give "
                                        "time_s, seconds from its start")
-        times = times + (clock.start_time - start_time).total_seconds()
-        if 1970 in (start_time.year, clock.start_time.year):    # only a clock time
-            times = times - 86400 * np.round(times[0] / 86400) if times.size else times
-    return times, pd.concat(frames) if frames else pd.DataFrame(columns=columns), file.units
+        only_clock = start_time.year == 1970 or times[0] < 86400
+        times = times - (start_time - datetime.datetime(1970, 1, 1)).total_seconds()
+        if only_clock:
+            times = times - 86400 * np.round(times[0] / 86400)
+    return times, pd.concat(file.frames(columns), ignore_index=True), file.units
