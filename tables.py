@@ -190,11 +190,10 @@ class Csv:
         """(the rows of a part of the file, the numbers of their lines); each has `width` cells."""
         part = self._plain(part).rstrip("\n") + "\n"
         body = self.empty.sub("", part)
-        lines = np.arange(part.count("\n"))
+        lines = range(n_lines + 1, n_lines + 1 + part.count("\n"))
         if body.count("\n") != len(lines):
-            lines = np.array([i for i, line in enumerate(part.split("\n"))
-                              if not self.empty.fullmatch(line)], int)
-        lines += n_lines + 1
+            lines = [i for i, line in zip(lines, part.split("\n"))
+                     if not self.empty.fullmatch(line)]
         if set(map(len, self._rows(body))) <= {self.width}:
             return body, lines
         for line, row in zip(lines, self._rows(body)):
@@ -315,7 +314,7 @@ def read_times(file, names, hours=False):
     times, dates, days, lines, is_date, zoned = [], {}, [], [], False, False
     for frame in file.frames(names):
         column = frame.iloc[:, -1]
-        lines.append(frame.index.to_numpy())
+        lines.append(frame.index)
         if pd.api.types.is_numeric_dtype(column):
             times.append(column.to_numpy(np.float64, na_value=np.nan))
         elif column.dtype.kind in "mM":
@@ -335,16 +334,16 @@ def read_times(file, names, hours=False):
             unit, zoned, is_date = 1.0, zoned or offset, True
     if not times:
         raise RecordingError(file.path, "no rows below the header")
-    times, lines = np.concatenate(times), np.concatenate(lines)
+    times = np.concatenate(times)
     if unit is None:
         unit = _guess_unit(times)
-    times = times * unit
+    times *= unit
     if dates:
         times += 86400 * np.append(_days(list(dates)), np.nan)[np.concatenate(days)]
     if not np.isfinite(times).all():
         row = int((~np.isfinite(times)).argmax())
-        raise RecordingError(file.path, f"line {lines[row]}: no time, or one that cannot be read; "
-                                        f"{GIVE_RATE}")
+        raise _at_line(file.path, lines, row,
+                       f"no time, or one that cannot be read; {GIVE_RATE}")
     if is_date and not zoned:
         steps, fix = np.diff(times, prepend=times[0]), np.zeros(len(times))
         if not dates:
@@ -394,6 +393,14 @@ def _days(dates):
     return min(found, key=np.ptp, default=[np.nan] * len(dates))
 
 
+def _at_line(path, lines, row, what):
+    """The error of a row; lines: the numbers of the lines of all rows, in parts."""
+    for part in lines:
+        if row < len(part):
+            return RecordingError(path, f"line {part[row]}: {what}")
+        row -= len(part)
+
+
 def find_grid(path, times, lines):
     """(rows/s, [(row, rows by which it and all later ones move)], length in rows, notes).
 
@@ -412,7 +419,7 @@ def find_grid(path, times, lines):
     slopes = (head[new[w:]] - head[new[:-w]]) / (new[w:] - new[:-w])
     period = float(np.median(slopes)) if slopes.size else 0.0
     if not period > 0:
-        raise RecordingError(path, f"line {lines[1]}: time does not increase; {GIVE_RATE}")
+        raise _at_line(path, lines, 1, f"time does not increase; {GIVE_RATE}")
     # what stamps are rounded to, where to more than a row
     coarse_s = float(np.median(steps[steps > 0])) if np.mean(steps == 0) > 0.2 else 0.0
     far = int(np.clip(np.ceil(2 * coarse_s / period), FAR_ROWS, 8192))
@@ -439,9 +446,9 @@ def find_grid(path, times, lines):
         wrong = np.abs(seconds * fs - size) > MAX_RATE_ERROR * size + 0.5 + fs * coarse_s
         if wrong.any():
             k = int(wrong.argmax())
-            raise RecordingError(
-                path, f"line {lines[at[k + 1]]}: time is not evenly spaced: "
-                f"{size / seconds[k]:.4g} rows/s above it, {fs:.4g} on average; {GIVE_RATE}")
+            raise _at_line(path, lines, at[k + 1], "time is not evenly spaced: "
+                           f"{size / seconds[k]:.4g} rows/s above it, {fs:.4g} on average; "
+                           f"{GIVE_RATE}")
     moves, notes = [(row, round(by * fs)) for row, by in jumps], []
     missing = [by for _, by in moves if by > 0]
     repeated = -sum(by for _, by in moves if by < 0)
@@ -460,9 +467,12 @@ def _find_jumps(path, times, lines, period, coarse_s, far):
     """[(row, s by which it and all later ones are late)]."""
     near = far if coarse_s else NEAR_ROWS
     least_s = 0.6 * max(period, coarse_s)
-    steps = np.diff(times)
-    odd = (steps > period + max(0.5 * period, coarse_s)) | (steps < -period)
-    rows = np.flatnonzero(odd | (steps < 0.5 * period) & (not coarse_s)) + 1
+    rows = []
+    for first in range(0, len(times), TABLE_ROWS):
+        steps = np.diff(times[first:first + TABLE_ROWS + 1])
+        odd = (steps > period + max(0.5 * period, coarse_s)) | (steps < -period)
+        rows.append(np.flatnonzero(odd | (steps < 0.5 * period) & (not coarse_s)) + first + 1)
+    rows = np.concatenate(rows)
     if not coarse_s:        # jitter leaves many: look closer only where a few rows are late
         i = np.arange(NEAR_ROWS)
         after = times[np.minimum(rows[:, None] + i, len(times) - 1)] - period * i
@@ -481,11 +491,11 @@ def _find_jumps(path, times, lines, period, coarse_s, far):
         if min(map(abs, late_s)) < least_s or by * late_s[1] < 0:
             continue
         if by < -max(1.0, 2 * period):
-            raise RecordingError(path, f"line {lines[row]}: time does not increase, but goes back "
-                                       f"by {-by:.6g} s; {GIVE_RATE}")
+            raise _at_line(path, lines, row, "time does not increase, but goes back by "
+                                             f"{-by:.6g} s; {GIVE_RATE}")
         if by > MAX_GAP_S:
-            raise RecordingError(path, f"line {lines[row]}: jumps in time of over a week "
-                                       f"({by / 86400:.3g} days); is time in seconds?")
+            raise _at_line(path, lines, row, "jumps in time of over a week "
+                                             f"({by / 86400:.3g} days); is time in seconds?")
         jumps.append((int(row), by))
         run = row
     return jumps
@@ -508,9 +518,9 @@ class Table:
                 raise RecordingError(path, "no rows below the header")
         elif names:
             times, is_date, lines = read_times(self.file, names)
-            self.fs, self.jumps, n, notes = find_grid(path, times - times[0], lines)
-            if is_date:
-                self.start_time = _datetime(times[0])
+            self.start_time = _datetime(times[0]) if is_date else None
+            times -= times[0]
+            self.fs, self.jumps, n, notes = find_grid(path, times, lines)
         else:
             raise RecordingError(
                 path, "no time column (time_s, Time (ms), a clock time or a date); give the "
