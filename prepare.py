@@ -8,59 +8,58 @@ Each record is read minute by minute at 60 Hz, every minute is labelled from its
 pressure, and the record is stored as one piece in the hidden folder .<out>.parts. When all pieces
 are there, they are joined. After an interruption, the same command continues.
 
-Needs recordings, signals, labels, datasets, quality, report, tk_utils and templates/ beside it.
+Exit codes: 0 all records are prepared; 1 the output was written, but some records could not be used
+(each has a line on stderr and a row in the private <out>_problems.csv); 2 no output written.
+
+Needs recordings, signals, labels, layout, report, tk_utils and templates/ in the same folder.
 """
 
 import argparse
 import contextlib
+import csv
 import hashlib
-import json
 import os
 import pathlib
 import re
 import shutil
 import sys
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
-from typing import List, NamedTuple, Sequence
+from typing import List, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-import datasets
 import labels
-import quality
+import layout
 import recordings
+import report
 import signals
 import tk_utils
-from datasets import DataError
-from recordings import RecordingError
+from layout import DataError
+from recordings import PRIVATE_LINE, RecordingError, safe_cell, shown
 from tk_utils import counted
 
-EXIT_CODES = """\
-exit codes: 0 all records are prepared; 1 the output was written, but some records could not be used
-(each has a line on stderr and a row in the private <out>_problems.csv); 2 no output written."""
-
-SHAPING = ("label_method", "align", "abp_channel", "ppg_channel", "fs", "unit")  # shape the rows
+# What shapes the rows of a record besides its files. A change of any is noticed.
+SHAPING_OPTIONS = ("label_method", "align", "abp_channel", "ppg_channel", "fs", "unit")
+SHAPING_MODULES = ("prepare", "recordings", "formats", "tables", "signals", "labels")
 
 
 def parse_arguments(arguments=None):
-    parser = tk_utils.ScriptParser(
-        description=__doc__, epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tk_utils.ScriptParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT",
-                        help="a recording (a WFDB record or its .hea, a CSV with a header, ...), "
-                             "or a folder")
+                        help="a recording (a WFDB record, a CSV with a header, ...) or a folder")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="FILE", help="the HDF5 file to write")
     add("--report", metavar="HTML", help="also write a quality page")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     add = parser.add_argument_group("patients and labels").add_argument
     add("--groups", metavar="CSV",
-        help="columns record,split_group: which records belong to one patient (default: each is "
-             "its own patient); a record is its file's name or the end of its path, p1/night")
+        help="columns record (a file's name, or the end of its path: p1/night) and split_group "
+             "(its patient; default: each record is its own patient)")
     add("--label-method", choices=tuple(labels.METHODS), default="published",
         help="how Pcrit is estimated, docs/labels.md (default: published)")
     add("--align", action="store_true",
@@ -69,105 +68,87 @@ def parse_arguments(arguments=None):
     add("--list-channels", action="store_true",
         help="print the channels of each input, which would be taken, and why; prepare nothing")
     options = parser.parse_args(arguments)
-    for fine, message in (
-            (options.list_channels or options.out, "--out FILE is required"),
-            (options.workers > 0, "--workers must be 1 or more"),
-            (not options.report or options.report.lower().endswith((".html", ".htm")),
-             "--report: expected a name that ends in .html")):
-        if not fine:
-            parser.error(message)
+    if not (options.list_channels or options.out):
+        parser.error("--out FILE is required")
+    if options.report and not options.report.lower().endswith((".html", ".htm")):
+        parser.error("--report: expected a name that ends in .html")
     return options
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    found = recordings.find_recordings(options.inputs)
-    skipped = found.skipped
-    found = without_own_files(found, options)
+    finds = recordings.find_recordings(options.inputs)
+    own = {os.path.realpath(path) for path in (options.groups, options.out) if path}
+    found = [item for item in finds     # the groups file and the output may lie in the folder
+             if not item.in_folder or os.path.realpath(item.path) not in own]
     if options.list_channels:
         return print_channels(found, options)
     recordings.check_readers(found)
     problems = Problems(found, options.out)
     recordings.check_outputs([options.out, problems.path, options.report], found, [options.groups])
-    unopened = problems.add_skipped(skipped)
+    unopened = problems.add_skipped(finds.skipped)
     with work_folder(options.out) as parts:
-        made_with = fingerprints(options)
-        held = read_output(options.out, made_with)
-        records = plan(found, options.groups, problems, made_with)
+        prepared = find_prepared(options.out, parts)
+        records = plan(found, options, problems)
         problems.recall(records)
-        print_changes(options.out, held, records, problems.failed)
-        clean_up(parts, records)
-        prepare_missing(records, held, problems, options, parts)
+        prepare_missing(records, prepared, problems, options, parts)
         problems.write()
+        prepared = find_prepared(options.out, parts)
         usable = [record for record in records if record.key not in problems.failed]
         if not usable:
             raise DataError(f'{", ".join(options.inputs)}: none of the records could be used')
-        written = write_output(usable, held, options, made_with, parts)
-    if not written:
-        print(f"nothing to do: {options.out} holds {len(usable)} of "
-              f"{counted(len(records), 'record')}, prepared with these options from these files")
-    new_page = options.report and (written or not os.path.isfile(options.report))
-    if written or new_page:
-        contents = quality.read_contents(options.out)
-    if written:
-        print(f"{len(usable)} of {counted(len(records), 'record')} prepared")
-        quality.print_summary(contents)
+        in_output = {key for key, path in prepared.items() if path == options.out}
+        is_new = in_output != {record.key for record in usable}
+        if is_new:
+            write_output(usable, prepared, options)
+    count = f"{len(usable)} of {counted(len(records), 'record')}"
+    contents = read_contents(options.out) if is_new or options.report else {}
+    if is_new:
+        print(f"{count} prepared")
+        report.print_quality(contents)
         print(f"written: {options.out}")
-    if new_page:
-        quality.write_page(options.report, contents, {
-            "recordings found": len(records), "label method": options.label_method,
-            "PPG shifted by its delay": "yes" if options.align else "no"}, [
-                ("Recordings that could not be used", problems.kinds("error"), ("why", "records")),
-                ("Notes", problems.kinds("note"), ("what", "records"))])
+    else:
+        print(f"nothing to do: {options.out} holds {count}, prepared with these options from these "
+              "files")
+    if options.report:
+        report.write_quality(options.report, contents, [
+            ("Input", [("recordings found", len(records)), ("label method", options.label_method),
+                       ("PPG shifted by its delay", "yes" if options.align else "no")], ("", "")),
+            ("Recordings that could not be used", problems.kinds("error"), ("why", "records")),
+            ("Notes", problems.kinds("note"), ("what", "records"))])
         print(f"written: {options.report}")
     return int(bool(problems.failed) or unopened)
 
 
 # ----------------------------------------------------------------------------------------- planning
 
-# A record's key is a hash of everything that shapes its rows: sizes and times of its files, the
-# options, this program. A piece with that name is finished, and so is a group of the output with
-# that key. All other records are to be prepared.
-
 class Record(NamedTuple):
-    number: int  # in the list of recordings found
+    """A recording and its place in the output. key: a hash of everything that shapes its rows: the
+    options, this program, sizes and times of its files. The piece <key>.h5 is finished, and so is
+    a group of the output with this key."""
     path: str
-    patient: str
-    name: str
+    place: tuple    # (patient, name): the names of its groups
     key: str
 
 
-def without_own_files(found, options):
-    """The recordings found, without the groups file and the output, which may lie among them."""
-    own = {os.path.realpath(path) for path in (options.groups, options.out) if path}
-    return [item for item in found
-            if not item.in_folder or os.path.realpath(item.path) not in own]
-
-
-def fingerprints(options):
-    """{option: hash of its value}; hashes, because what was typed may name a patient."""
-    made_with = {name: getattr(options, name) for name in SHAPING}
-    made_with["program"] = b"".join(
-        pathlib.Path(module.__file__).read_bytes()
-        for module in (labels, recordings, signals, sys.modules[__name__]))
-    return {name: digest(value) for name, value in made_with.items()}
-
-
-def digest(value):
-    return hashlib.blake2b(repr(value).encode(), digest_size=10).hexdigest()
-
-
-def plan(found, groups_path, problems, made_with):
+def plan(found, options, problems) -> List[Record]:
     """A Record for each recording found."""
+    folder = pathlib.Path(__file__).parent
+    made_with = [getattr(options, name) for name in SHAPING_OPTIONS] + [
+        digest((folder / f"{name}.py").read_bytes()) for name in SHAPING_MODULES]
     names = record_names(found)
-    patients = assign_patients(found, names, groups_path, problems)
     records = []
-    for number, (item, patient, name) in enumerate(zip(found, patients, names)):
-        stats = [os.stat(path) for path in recordings.files_of(item.path) if os.path.exists(path)]
-        key = digest([patient, name, os.path.abspath(item.path), made_with,
-                      [(one.st_size, one.st_mtime_ns) for one in stats]])
-        records.append(Record(number, item.path, patient, name, key))
+    for item, *place in zip(found, assign_patients(found, names, options, problems), names):
+        files = [os.stat(path) for path in recordings.files_of(item.path) if os.path.exists(path)]
+        key = digest([place, os.path.abspath(item.path), made_with,
+                      [(file.st_size, file.st_mtime_ns) for file in files]])
+        records.append(Record(item.path, tuple(place), key))
     return records
+
+
+def digest(value) -> str:
+    """A hash: what the user typed may name a patient, and must not be stored as it is."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=10).hexdigest()
 
 
 def record_names(found) -> List[str]:
@@ -177,87 +158,57 @@ def record_names(found) -> List[str]:
     for longer in ([item.name for item in found], [os.path.relpath(item.path) for item in found]):
         repeated = {name for name, n in Counter(names).items() if n > 1}
         names = [path if name in repeated else name for name, path in zip(names, longer)]
-    names = [re.sub(r"[/\\]", ":", name).encode("utf-8", "backslashreplace").decode()
-             for name in names]
-    return [name if len(name.encode()) <= 200 else f"{name[:40]}-{digest(name)}" for name in names]
+    return [re.sub(r"[/\\]", ":", name).encode("utf-8", "backslashreplace").decode()
+            for name in names]
 
 
-def assign_patients(found, names, groups_path, problems):
-    """The patient of each recording: its split group, or a patient of its own."""
-    groups = read_groups(groups_path) if groups_path else {}
-    patients, line_used = [None] * len(found), {}
-    for number, item in enumerate(found):
-        words = os.path.splitext(os.path.abspath(item.path))[0].split(os.sep)
-        ends = ["/".join(words[-n:]) for n in range(len(words), 0, -1)]
-        ends += [end + os.path.splitext(item.path)[1] for end in ends]
-        end = next((end for end in ends if end in groups), None)
-        if end is None:
-            if groups_path:
-                problems.add(number, "note", "not in the groups file: taken as its own patient")
-            patients[number] = names[number]
-            continue
-        patients[number], line = groups[end]
-        if line_used.setdefault(line, number) != number:
-            raise RecordingError(
-                groups_path, f"line {line}: several recordings have this name; give the end of "
-                "each one's path, such as folder/name")
-    alone = len(found) - len(line_used)
-    if groups_path and alone:
-        print(f"{alone} of {counted(len(found), 'record')} not in {groups_path}: each is taken as "
-              f"its own patient (named in {problems.path})", file=sys.stderr)
-    return patients
-
-
-def read_groups(path):
-    """{record: (patient, line)} of a CSV with the columns record and split_group."""
+def assign_patients(found, names, options, problems) -> List[str]:
+    """The patient of each recording: its group in the groups file, or a patient of its own."""
+    if not options.groups:
+        return names
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig",
+        table = pd.read_csv(options.groups, dtype=str, keep_default_na=False, encoding="utf-8-sig",
                             usecols=["record", "split_group"], skip_blank_lines=False)
     except ValueError as error:  # also of bytes that are not UTF-8 and of pandas' parser
-        raise RecordingError(path, "expected a CSV file with the columns record,split_group",
-                             error) from None
+        raise RecordingError(options.groups, "expected a CSV file with the columns "
+                             "record,split_group", error) from None
+    known_as = defaultdict(set)     # {end of a path, with or without ending: numbers of recordings}
+    for number, item in enumerate(found):
+        words = os.path.abspath(item.path).split(os.sep)
+        for end in ("/".join(words[n:]) for n in range(len(words))):
+            known_as[end].add(number)
+            known_as[os.path.splitext(end)[0]].add(number)
     groups = {}
     for line, (record, group) in enumerate(zip(table["record"], table["split_group"]), 2):
-        record, group = record.strip().replace("\\", "/"), group.strip()
-        if not record and not group:
-            continue
-        if not record or not re.fullmatch(r"[^/\x00]{1,200}", group) or group in (".", ".."):
-            raise RecordingError(path, f"line {line}: expected a record and a group without /")
-        if groups.setdefault(record, (group, line))[0] != group:
-            raise RecordingError(path, f"line {line}: this record has two groups")
-    return groups
+        record, group, wrong = record.strip().replace("\\", "/"), group.strip(), None
+        numbers = known_as.get(record, ())
+        if not record or group in ("", ".") or "/" in group:
+            wrong = "expected a record and a group without /"
+        elif len(numbers) > 1:
+            wrong = ("several recordings have this name; give the end of each one's path, such as "
+                     "folder/name")
+        elif any(groups.setdefault(number, group) != group for number in numbers):
+            wrong = "this record has two groups"
+        if wrong:
+            raise RecordingError(options.groups, f"line {line}: {wrong}")
+    for number, item in enumerate(found):
+        if number not in groups:
+            problems.add("note", item.path, "not in the groups file: taken as its own patient")
+    return [groups.get(number, name) for number, name in enumerate(names)]
 
 
-def read_output(out, made_with):
-    """{(patient, name): key} of the records that the output holds; None if it was made with other
-    options or by another version of the program."""
-    if not os.path.lexists(out):
-        return {}
-    with datasets.open_file(out) as file, datasets.reading(out):
-        before = json.loads(file.attrs.get("prepared_with", "{}"))
-        if datasets.attribute(file, "origin", "") != "recordings" or not before:
-            raise DataError(f"{out}: was not written by prepare.py; give another --out, or "
-                            "remove it")
-        changed = sorted(key for key in made_with if before.get(key) != made_with[key])
-        if changed:
-            names = ["program version" if key == "program" else "--" + key.replace("_", "-")
-                     for key in changed]
-            print(f"{out} was made with another {', '.join(names)}; all is prepared again")
-            return None
-        return {(patient, name): group.attrs["key"]
-                for patient, groups in file.items() for name, group in groups.items()}
-
-
-def print_changes(out, held, records, failed):
-    """Says how the records differ from those in the output."""
-    now = {(record.patient, record.name): record.key for record in records
-           if record.key not in failed}
-    before = held or {}
-    counts = {"new": len(now.keys() - before.keys()), "gone": len(before.keys() - now.keys()),
-              "changed": sum(key != before.get(place, key) for place, key in now.items())}
-    if before and any(counts.values()):
-        print(f"since {out} was written, records: "
-              + ", ".join(f"{n} {what}" for what, n in counts.items()))
+def find_prepared(out, parts):
+    """{key: file with the record's group}: the output, or a piece of an unfinished run."""
+    prepared = {name[:-len(".h5")]: os.path.join(parts, name) for name in os.listdir(parts)
+                if name.endswith(".h5")}
+    if os.path.lexists(out):
+        with layout.open_file(out) as file, layout.reading(out):
+            if "prepared_with" not in file.attrs:
+                raise DataError(f"{out}: was not written by prepare.py; give another --out, or "
+                                "remove it")
+            prepared.update((group.attrs["key"], out) for groups in file.values()
+                            for group in groups.values())
+    return prepared
 
 
 @contextlib.contextmanager
@@ -277,76 +228,50 @@ def work_folder(out):
                 shutil.rmtree(parts)
 
 
-def clean_up(parts, records):
-    """Removes what killed runs left: pieces that are incomplete or no longer of use."""
-    keys = {record.key + ".h5" for record in records}
-    pieces = [name for name in os.listdir(parts) if name.endswith(".h5")]
-    if pieces:
-        n_good = sum(name in keys for name in pieces)
-        print(f"an unfinished run has prepared {n_good} of {len(records)} records"
-              + (f"; {len(pieces) - n_good} more are out of date" if n_good < len(pieces) else ""))
-    for name in os.listdir(parts):
-        if name != "lock" and name not in keys:
-            os.remove(os.path.join(parts, name))
-
-
 # --------------------------------------------------------------------------------------- one record
 
-class Result(NamedTuple):
-    problem: str = ""  # does not identify the record; `detail` may
-    detail: str = ""
-    notes: Sequence[str] = ()  # lines for the private problems file
-
-
-def prepare_missing(records, held, problems, options, parts):
+def prepare_missing(records, prepared, problems, options, parts):
     """Makes the pieces that are not there yet."""
-    missing = [record for record in records if record.key not in problems.failed
-               and (held or {}).get((record.patient, record.name)) != record.key
-               and not os.path.exists(piece_path(parts, record))]
+    missing = [record for record in records
+               if record.key not in prepared and record.key not in problems.failed]
     results = tk_utils.in_processes(partial(prepare_record, options=options, parts=parts), missing,
                                     options.workers)
-    for record, result in tk_utils.progress(results, total=len(missing), desc="records",
-                                            unit="record", disable=not missing):
-        if isinstance(result, tk_utils.ProcessDied):
-            result = Result("its process was killed (out of memory?)")
-        for note in result.notes:
-            problems.add(record.number, "note", note, key=record.key)
-        if result.problem:
-            problems.add(record.number, "error", result.problem, result.detail, record.key)
+    for record, rows in tk_utils.progress(results, total=len(missing), desc="records",
+                                          unit="record", disable=not missing):
+        if isinstance(rows, tk_utils.ProcessDied):
+            rows = [("error", "its process was killed (out of memory?)", "")]
+        for kind, what, detail in rows:
+            problems.add(kind, record.path, what, detail, record.key)
 
 
-def prepare_record(record, options, parts) -> Result:
-    """Writes the piece of one record. Raises OSError if it cannot be written."""
-    notes = []
+def prepare_record(record, options, parts) -> list:
+    """Writes the piece of one record; returns rows for the problems file, ('note' or 'error', what,
+    detail): only the detail may identify the record. Raises OSError if it cannot be written."""
+    rows = []
     try:
-        fields, attributes = read_segments(record.path, options, notes)
+        fields, attributes = read_segments(record.path, options, rows)
     except RecordingError as error:
-        return Result(error.what, error.detail, tuple(notes))
+        return [*rows, ("error", error.what, error.detail)]
     except MemoryError:
-        return Result("not enough memory for it; fewer --workers leave more for each")
+        return [("error", "not enough memory for it; fewer --workers leave more for each")]
     except Exception as error:  # noqa: BLE001 - one record in an archive must not end the run
-        return Result(f"{type(error).__name__}, a bug in this program: please report what the "
-                      "problems file says", traceback.format_exc())
-    with tk_utils.atomic_path(piece_path(parts, record)) as temporary:
+        return [("error", f"{type(error).__name__}, a bug in this program: please report what the "
+                 "problems file says", traceback.format_exc())]
+    with tk_utils.atomic_path(os.path.join(parts, record.key + ".h5")) as temporary:
         with writing(temporary, options) as writer:
-            writer.write(record.patient, record.name, fields)
-            group = writer.file[record.patient][record.name]
-            group.attrs.update(attributes, key=record.key)
-    return Result(notes=tuple(notes))
-
-
-def piece_path(parts, record):
-    return os.path.join(parts, record.key + ".h5")
+            writer.write(*record.place, fields)
+            writer.file["/".join(record.place)].attrs.update(attributes, key=record.key)
+    return rows
 
 
 def writing(path, options, **attributes):
-    return datasets.LayoutWriter(
+    return layout.LayoutWriter(
         path, origin="recordings", label_method=options.label_method,
         beats=labels.METHODS[options.label_method].beats, reasons=signals.REASONS, **attributes)
 
 
-def read_segments(path, options, notes):
-    """(the layout's fields, the encounter's attributes) of one recording; adds to `notes`."""
+def read_segments(path, options, rows):
+    """(the layout's fields, the encounter's attributes) of one recording; adds notes to `rows`."""
     recorded = open_recording(path, options)
     for kind in ("abp", "ppg"):
         if kind not in recorded.chosen:
@@ -354,29 +279,28 @@ def read_segments(path, options, notes):
                                        f"--list-channels and --{kind}-channel",
                                  "it has " + (", ".join(recorded.channels) or "no channels"))
     blocks = [(minutes.start_s, minutes.abp, minutes.ppg) for minutes in recorded]
-    notes += recorded.notes
+    rows += [("note", note, "") for note in recorded.notes]
     if not blocks:
         raise RecordingError(path, f"lasts {recorded.left_over_s:.1f} s, with no uninterrupted "
-                                   f"{datasets.SEGMENT_SECONDS} s of PPG")
+                                   f"{layout.SEGMENT_SECONDS} s of PPG")
     start_s, abp, ppg = map(np.concatenate, zip(*blocks))
-    delay_s, strength, rows = signals.ppg_delay(abp, ppg, datasets.FS)
-    sure = strength >= signals.SURE_DELAY
-    shift_s = delay_s if options.align and sure else 0.0
+    delay_s, strength, delays_s = signals.ppg_delay(abp, ppg, layout.FS)
+    shift_s = delay_s if options.align and strength >= signals.SURE_DELAY else 0.0
     if shift_s:
         ppg = shifted(ppg, start_s, shift_s)
     elif options.align:
-        notes.append("the PPG's delay is uncertain: not aligned")
-    measures = signals.signal_quality(abp, ppg, datasets.FS)
-    fields = {"abp": abp, "ppg": ppg, "start_s": start_s, "ppg_delay_s": rows - shift_s,
-              **labels.label_segments(abp, datasets.FS, method=options.label_method)}
-    reason = fields["reason"] | measures.pop("reason")
-    fields.update(measures, reason=reason)
-    return fields, {"ppg_delay_s": delay_s, "ppg_delay_strength": strength, "ppg_shift_s": shift_s,
-                    "left_over_s": recorded.left_over_s}
+        rows.append(("note", "the PPG's delay is uncertain: not aligned", ""))
+    fields = {"abp": abp, "ppg": ppg, "start_s": start_s, "ppg_delay_s": delays_s - shift_s,
+              **labels.label_segments(abp, layout.FS, method=options.label_method)}
+    quality = signals.signal_quality(abp, ppg, layout.FS)
+    quality["reason"] |= fields["reason"]
+    return {**fields, **quality}, {
+        "ppg_delay_s": delay_s, "ppg_delay_strength": strength, "ppg_shift_s": shift_s,
+        "left_over_s": recorded.left_over_s}
 
 
 def open_recording(path, options):
-    return recordings.read_windows(path, **datasets.WINDOW, **recordings.channel_options(options),
+    return recordings.read_windows(path, **layout.WINDOW, **recordings.channel_options(options),
                                    polarity=signals.ppg_polarity)
 
 
@@ -384,85 +308,91 @@ def shifted(ppg, start_s, shift_s):
     """ppg [N, samples] moved `shift_s` earlier; across minutes that follow one another. NaN where
     the samples are missing."""
     out = np.full_like(ppg, np.nan)
-    new = np.flatnonzero(np.diff(start_s) != datasets.SEGMENT_SECONDS) + 1
+    new = np.flatnonzero(np.diff(start_s) != layout.SEGMENT_SECONDS) + 1
     for rows in np.split(np.arange(len(ppg)), new):
-        wave = ppg[rows].ravel().astype(np.float64)
-        at = np.arange(wave.size) + shift_s * datasets.FS
-        gap = ~np.isfinite(wave)
-        if gap.all():
-            continue
-        wave[gap] = np.interp(np.flatnonzero(gap), np.flatnonzero(~gap), wave[~gap])
+        wave, gap = (one[0] for one in signals.fill_missing(ppg[rows].reshape(1, -1)))
+        at = np.arange(wave.size) + shift_s * layout.FS
         moved = ndimage.map_coordinates(wave, [at], order=5, mode="nearest")
-        beside = np.clip([np.floor(at), np.ceil(at)], 0, wave.size - 1).astype(int)
-        moved[gap[beside].any(0) | (at < 0) | (at > wave.size - 1)] = np.nan
+        neighbours = np.clip([np.floor(at), np.ceil(at)], 0, wave.size - 1).astype(int)
+        moved[gap[neighbours].any(0) | (at < 0) | (at > wave.size - 1)] = np.nan
         out[rows] = moved.reshape(len(rows), -1)
     return out
 
 
-def write_output(records, held, options, made_with, parts):
-    """Joins pieces, and records that the output held before, into a new output, atomically.
-    Returns False if the output is complete already."""
-    if held is not None and held == {(one.patient, one.name): one.key for one in records}:
-        return False
-    pieces = [piece_path(parts, record) for record in records]
-    needed = sum(os.path.getsize(path) for path in pieces if os.path.exists(path))
-    if shutil.disk_usage(parts).free < needed:
-        raise OSError(28, f"no space left on the device, {needed / 1e6:,.0f} MB needed",
-                      options.out)
+def write_output(records, prepared, options):
+    """Joins the records' groups to a new output, atomically."""
     with tk_utils.atomic_path(options.out) as temporary:
-        with writing(temporary, options, prepared_with=json.dumps(made_with)) as writer:
-            for record, piece in zip(records, pieces):
-                source_path = piece if os.path.exists(piece) else options.out
-                with datasets.open_file(source_path) as source:
-                    source.copy(source[record.patient][record.name],
-                                writer.file.require_group(record.patient), record.name)
-    return True
+        with writing(temporary, options, prepared_with="prepare.py") as writer:
+            for record in records:
+                with layout.open_file(prepared[record.key]) as source:
+                    group = source["/".join(record.place)]
+                    writer.write(*record.place, {key: item[:] for key, item in group.items()})
+                    writer.file[group.name].attrs.update(group.attrs)
 
 
 # ---------------------------------------------------------------------------------------- reporting
 
+def read_contents(path) -> dict:
+    """A prepared file without its waveforms, as report.print_quality and write_quality take it."""
+    records, tables = [], []
+    with layout.open_file(path) as file:
+        for patient, groups in file.items():
+            for name, group in groups.items():
+                records.append(dict(group.attrs))
+                scalars = {key: item[:] for key, item in group.items() if item.ndim == 1}
+                tables.append(pd.DataFrame({**scalars, "patient": patient, "name": name}))
+    records = pd.DataFrame(records)
+    segments = pd.concat(tables).rename_axis("row").reset_index()
+    segments["passed"] = layout.passes_gate(layout.get_gate(layout.DEFAULT_CONDITION),
+                                            segments.get, np.ones(len(segments), bool))
+    segments["reasons"] = segments["reason"].map({
+        mask: [name.replace("_", " ").replace("abp", "ABP").replace("ppg", "PPG")
+               for name in signals.reason_names(mask)] for mask in segments["reason"].unique()})
+    waves, titles = [], []              # of 3 random segments that pass and 3 that do not
+    examples = segments.sample(frac=1, random_state=0).groupby("passed").head(3)
+    with layout.open_file(path) as file:
+        for row in examples.sort_values("passed", ascending=False, kind="stable").itertuples():
+            group = file[row.patient][row.name]
+            waves += [group["abp"][row.row], group["ppg"][row.row]]
+            titles += [f"ABP: MAP {row.map:.0f}, Pcrit {row.p_crit:.0f} mmHg, r² {row.r2:.2f}, "
+                       + ("passes" if row.passed else "refused"), f"PPG {', '.join(row.reasons)}"]
+    return {"segments": segments, "gate": layout.gate_report(path), "n_records": len(records),
+            "delays_s": records["ppg_delay_s"][records["ppg_delay_strength"] >= signals.SURE_DELAY],
+            "minutes_dropped": records["left_over_s"].sum() / 60, "waves": waves, "titles": titles}
+
+
 class Problems:
     """Errors and notes per record: named in a private file, unnamed on stderr.
 
-    File names of recordings are often patients' numbers, and stderr ends up in logs. A path that
-    the user typed is shown as typed; a file found in a typed folder, by its number. A record that
-    could not be used is not tried again while its key is in the file.
+    A record that could not be used is not tried again while its key is in the file.
     """
 
-    COLUMNS = ["kind", "record", "path", "what", "detail", "key"]
+    COLUMNS = ("kind", "record", "path", "what", "detail", "key")
 
     def __init__(self, found, out):
-        self.found, self.path = found, os.path.splitext(os.path.normpath(out))[0] + "_problems.csv"
-        self.rows, self.failed, self.lines, self.is_new = [], set(), [], False
-        self.earlier = pd.DataFrame(columns=self.COLUMNS, dtype=str)
-        if not os.path.lexists(self.path):
-            return
-        with open(self.path, encoding="utf-8", errors="replace") as file:
-            if file.readline().rstrip("\r\n") != recordings.PRIVATE_LINE:
-                raise DataError(f"{self.path}: was not written by prepare.py, which needs this "
-                                "name; rename it, or give another --out")
-            with contextlib.suppress(ValueError):  # damaged: the records are tried again
-                earlier = pd.read_csv(file, dtype=str, keep_default_na=False)
-                if list(earlier.columns) == self.COLUMNS:
-                    self.earlier = earlier
+        self.path = os.path.splitext(os.path.normpath(out))[0] + "_problems.csv"
+        self.shown = {item.path: shown(found, number) for number, item in enumerate(found)}
+        self.rows, self.earlier, self.lines, self.failed = [], [], [], set()
+        if os.path.lexists(self.path):
+            with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
+                if file.readline().rstrip("\r\n") != PRIVATE_LINE:
+                    raise DataError(f"{self.path}: was not written by prepare.py, which needs this "
+                                    "name; rename it, or give another --out")
+                self.earlier = list(map(tuple, csv.reader(file)))[1:]
 
-    def add(self, number, kind, text, detail="", key="", is_new=True):
-        path = self.found[number].path
-        cells = (kind, recordings.recording_name(path), path, text, detail, key)
-        self.rows.append((number, *(recordings.safe_cell(cell) for cell in cells)))
-        self.is_new |= is_new
+    def add(self, kind, path, what, detail="", key=""):
+        cells = (kind, recordings.recording_name(path), path, what, detail, key)
+        self.rows.append(tuple(map(safe_cell, cells)))
         if kind == "error":
             self.failed.add(key)
-            if is_new:
-                self.lines.append(
-                    f"{recordings.shown(self.found, number)}: {tk_utils.printable(text)}")
+            self.lines.append(f"{self.shown[path]}: {tk_utils.printable(what)}")
 
-    def add_skipped(self, skipped):
-        """Notes for what find_recordings skipped; returns whether a folder could not be opened."""
+    def add_skipped(self, skipped) -> bool:
+        """Notes for what find_recordings skipped; whether a folder could not be opened."""
         for path, why, _ in skipped:
             if not why.startswith("prepared by this project"):
-                self.rows.append((-1, *map(recordings.safe_cell, ("note", "", path, why, "", ""))))
-        unopened = sum(problem for _, _, problem in skipped)
+                self.add("note", path, why)
+        unopened = sum(is_problem for _, _, is_problem in skipped)
         if unopened:
             print(f"{counted(unopened, 'folder')} could not be opened and skipped; named in "
                   f"{self.path}, which is private", file=sys.stderr)
@@ -470,39 +400,35 @@ class Problems:
 
     def recall(self, records):
         """What an earlier run wrote about these records, if they have not changed."""
-        numbers = {record.key: record.number for record in records}
-        for row in self.earlier.itertuples(index=False):
-            if row.key in numbers:
-                self.add(numbers[row.key], row.kind, row.what, row.detail, row.key, is_new=False)
+        keys = {record.key for record in records}
+        recalled = [row for row in self.earlier if row[-1] in keys]
+        self.rows += recalled
+        self.failed.update(row[-1] for row in recalled if row[0] == "error")
 
     def write(self):
         """The new errors as lines to stderr, all rows to the file; without rows, no file."""
-        table = pd.DataFrame([row[1:] for row in sorted(self.rows)], columns=self.COLUMNS)
-        if not len(table):
-            if os.path.lexists(self.path):
-                os.remove(self.path)
-            return
-        if not table.equals(self.earlier):
+        self.rows.sort()
+        is_new = self.rows != self.earlier
+        if is_new and self.rows:
             with tk_utils.atomic_file(self.path, newline="") as file:
-                file.write(recordings.PRIVATE_LINE + "\n")
-                table.to_csv(file, index=False, lineterminator="\n")
+                file.write(PRIVATE_LINE + "\n")
+                csv.writer(file, lineterminator="\n").writerows([self.COLUMNS, *self.rows])
+        elif is_new:
+            os.remove(self.path)
         for line in self.lines:
             print(line, file=sys.stderr)
-        n_errors = int((table["kind"] == "error").sum())
-        if n_errors:
-            print(f"{counted(n_errors, 'record')} could not be used; named in {self.path}, which "
-                  "is private (remove it to try them again)", file=sys.stderr)
-        if self.is_new:
-            for text, n in self.kinds("note"):
-                print(f"note: {text} ({counted(n, 'record')}, see {self.path})", file=sys.stderr)
+        if self.failed:
+            print(f"{counted(len(self.failed), 'record')} could not be used; named in {self.path}, "
+                  "which is private (remove it to try them again)", file=sys.stderr)
+        for text, n in self.kinds("note") if is_new else ():
+            print(f"note: {text} ({counted(n, 'record')}, see {self.path})", file=sys.stderr)
 
     def kinds(self, kind):
         """[(what, number of records)]; numbers in the text are left out where records differ."""
-        texts = Counter(row[4] for row in self.rows if row[1] == kind)
-        plain = Counter()
-        for text, n in texts.items():
-            plain[text if len(texts) == 1 else re.sub(r"\d[\d.,]*", "#", text)] += n
-        return plain.most_common()
+        texts = [row[3] for row in self.rows if row[0] == kind]
+        if len(set(texts)) > 1:
+            texts = [re.sub(r"\d[\d.,]*", "#", text) for text in texts]
+        return Counter(texts).most_common()
 
 
 def print_channels(found, options):
@@ -512,20 +438,20 @@ def print_channels(found, options):
         try:
             recorded = open_recording(item.path, options)
         except RecordingError as error:
-            print(f"{recordings.shown(found, number)}: {error.what}", file=sys.stderr)
+            print(f"{shown(found, number)}: {error.what}", file=sys.stderr)
             unreadable += 1
             continue
-        print(f"{recordings.shown(found, number)}: {counted(len(recorded.channels), 'channel')}")
+        print(f"{shown(found, number)}: {counted(len(recorded.channels), 'channel')}")
         rows = []
         for name, channel in recorded.channels.items():
             kinds = [kind for kind, taken in recorded.chosen.items() if taken == name]
-            rate = f"{channel.fs:g} Hz" if channel.fs > 0 else ""
-            rows.append((name, rate, channel.unit, " ".join(kinds).upper(),
-                         "; ".join(dict.fromkeys(recorded.reasons[kind] for kind in kinds))))
+            why = dict.fromkeys(recorded.reasons[kind] for kind in kinds)   # each once
+            rows.append((name, f"{channel.fs:g} Hz" if channel.fs > 0 else "", channel.unit,
+                         " ".join(kinds).upper(), "; ".join(why)))
         tk_utils.print_table(rows, ("channel", "rate", "unit", "taken as", "why"))
-        for kind, why in recorded.reasons.items():
-            if kind in ("abp", "ppg") and kind not in recorded.chosen:
-                print(f"no {kind.upper()}: {why}")
+        for kind in ("abp", "ppg"):
+            if kind not in recorded.chosen:
+                print(f"no {kind.upper()}: {recorded.reasons[kind]}")
     return int(unreadable > 0)
 
 

@@ -112,7 +112,7 @@ def scale(options):
     scored.intervals = {level: metrics.interval(tpp, calibration, level)
                         for level in metrics.LEVELS}
     scored.low_probability = metrics.low_probability(tpp, calibration)
-    results = {**scoring.score_all(scored, full=True), "note": None, "simulated": False, "logs": {}}
+    results = {**scoring.score_all(scored, full=True), "note": None, "simulated": False}
     in_scores = time.process_time() - processor
     for draw in report.FIGURES.values():
         drawn = draw(results, scored)

@@ -1,4 +1,4 @@
-"""prepare.py: recordings in, one file of the layout out; quality.py: the page about it."""
+"""prepare.py: recordings in, one file of the layout and a quality page out."""
 import contextlib
 import csv
 import io
@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import time
-from dataclasses import replace
 from typing import NamedTuple
 
 import filelock
@@ -17,18 +16,14 @@ import h5py
 import numpy as np
 import pytest
 
-import datasets
 import labels
 import prepare
-import signals
 import simulate
 import tk_utils
-from datasets import DataError
+from layout import DataError
 from recordings import RecordingError
 
 ROOT = os.path.dirname(os.path.abspath(prepare.__file__))
-SHARED = os.path.join(ROOT, "..", "shared", "data")
-needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason="no ../shared/data here")
 
 
 class Done(NamedTuple):
@@ -38,7 +33,7 @@ class Done(NamedTuple):
 
 
 def run(*arguments):
-    """In this process: a subprocess takes seconds to import PyTorch."""
+    """In this process: quicker than a subprocess."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -68,27 +63,11 @@ def write_csv(path, minutes, fs=100, columns=("time_s", "ABP", "PLETH"), gap_s=(
 
 
 def read(path):
-    """{(patient, encounter): {field: array}} of a layout file."""
+    """{(patient, encounter): {field: array, '@attribute': value}} of a layout file."""
     with h5py.File(path, "r") as file:
-        return {(patient, name): {key: item[:] for key, item in group.items()}
+        return {(patient, name): {**{key: item[:] for key, item in group.items()},
+                                  **{"@" + key: value for key, value in group.attrs.items()}}
                 for patient in file for name, group in file[patient].items()}
-
-
-def assert_same_content(a, b):
-    """Group by group, dataset by dataset, attribute by attribute."""
-    with h5py.File(a, "r") as one, h5py.File(b, "r") as two:
-        names = [[], []]
-        one.visit(names[0].append)
-        two.visit(names[1].append)
-        assert names[0] == names[1] and len(names[0]) > 20
-        for name in ["/"] + names[0]:
-            x, y = one[name], two[name]
-            assert sorted(x.attrs) == sorted(y.attrs)
-            for key in x.attrs:
-                np.testing.assert_array_equal(x.attrs[key], y.attrs[key])
-            if isinstance(x, h5py.Dataset):
-                assert x.dtype == y.dtype
-                np.testing.assert_array_equal(x[:], y[:])
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +100,7 @@ def test_a_new_minute_begins_after_a_gap_and_lies_at_its_own_time(tmp_path):
 
 
 def test_labels_are_those_of_the_stored_pressure(tmp_path):
-    write_csv(tmp_path / "one.csv", minutes=3, fs=124.945)
+    write_csv(tmp_path / "one.csv", minutes=1.1, fs=124.945)
     for method in labels.METHODS:
         done = run(tmp_path / "one.csv", "--out", tmp_path / "o.h5", "--label-method", method)
         assert done.returncode == 0, done.stderr
@@ -131,34 +110,23 @@ def test_labels_are_those_of_the_stored_pressure(tmp_path):
             np.testing.assert_array_equal(fields[key], again[key])
         with h5py.File(tmp_path / "o.h5", "r") as file:
             assert file.attrs["label_method"] == method and file.attrs["origin"] == "recordings"
-            assert file.attrs["beats"] == labels.METHODS[method].beats
 
 
-def test_groups_keep_the_records_of_a_patient_together(tmp_path):
-    for name in ("r1", "r2", "r3"):
-        write_csv(tmp_path / f"{name}.csv", minutes=1.1)
-    groups = tmp_path / "groups.csv"  # lies in the folder, and is not taken for a recording
-    groups.write_text("record,split_group,age\nr1,ann,50\nr2.csv,ann,50\n")
-    done = run(tmp_path, "--groups", groups, "--out", tmp_path / "out" / "o.h5")
-    assert done.returncode == 0, done.stderr
-    assert sorted(read(tmp_path / "out" / "o.h5")) == [("ann", "r1"), ("ann", "r2"), ("r3", "r3")]
-    assert "1 of 3 records not in" in done.stderr
-
-
-def test_records_of_one_name_are_told_apart_by_their_paths(tmp_path, minute):
+def test_groups_keep_a_patients_records_together_and_equal_names_apart(tmp_path, minute):
     for folder in ("p1/a", "p1/b", "p2/a"):
         (tmp_path / "in" / folder).mkdir(parents=True)
         shutil.copy(minute, tmp_path / "in" / folder / "waves.csv")
-    assert run(tmp_path / "in", "--out", tmp_path / "o.h5").returncode == 0
+    arguments = [tmp_path / "in", "--out", tmp_path / "o.h5"]
+    assert run(*arguments).returncode == 0
     names = ["p1:a:waves", "p1:b:waves", "p2:a:waves"]
     assert sorted(read(tmp_path / "o.h5")) == [(name, name) for name in names]
-    groups = tmp_path / "groups.csv"
-    groups.write_text("record,split_group\np1/a/waves,P1\np1/b/waves,P1\np2/a/waves,P2\n")
-    done = run(tmp_path / "in", "--groups", groups, "--out", tmp_path / "o.h5")
-    assert done.returncode == 0, done.stderr
-    assert sorted(read(tmp_path / "o.h5")) == list(zip(["P1", "P1", "P2"], names))
+    groups = tmp_path / "in" / "groups.csv"     # in the folder, and not taken for a recording
+    groups.write_text("record,split_group,age\np1/a/waves,P1,50\np1/b/waves.csv,P1,50\n")
+    done = run(*arguments, "--groups", groups)
+    assert done.returncode == 0 and "not in the groups file" in done.stderr, done.stderr
+    assert sorted(read(tmp_path / "o.h5")) == list(zip(["P1", "P1", names[2]], names))
     groups.write_text("record,split_group\nwaves,P1\n")
-    done = run(tmp_path / "in", "--groups", groups, "--out", tmp_path / "o.h5")
+    done = run(*arguments, "--groups", groups)
     assert done.returncode == 2 and "line 2: several recordings have this name" in done.stderr
 
 
@@ -166,7 +134,7 @@ def test_records_of_one_name_are_told_apart_by_their_paths(tmp_path, minute):
     ("name,split_group\n", "expected a CSV file with the columns record,split_group"),
     ("record,split_group\nr1,\n", "line 2: expected a record and a group"),
     ("record,split_group\nr1,a/b\n", "line 2: expected a record and a group"),
-    ("record,split_group\nr1,a\nr1,b\n", "line 3: this record has two groups"),
+    ("record,split_group\nminute,a\nminute.csv,b\n", "line 3: this record has two groups"),
 ])
 def test_a_bad_groups_file_gets_one_line(tmp_path, minute, text, complaint):
     (tmp_path / "groups").write_text(text)
@@ -176,19 +144,17 @@ def test_a_bad_groups_file_gets_one_line(tmp_path, minute, text, complaint):
     assert os.listdir(tmp_path) == ["groups"]
 
 
-def test_a_broken_record_costs_one_line_and_a_private_row_and_the_rest_goes_on(tmp_path):
-    records = tmp_path / "records"
-    records.mkdir()
-    write_csv(records / "MRN1111.csv", minutes=2)
-    write_csv(records / "MRN2222.csv", minutes=2, columns=("time_s", "II", "PLETH"))
+def test_a_broken_record_costs_one_line_and_a_private_row_and_the_rest_goes_on(tmp_path, minute):
+    records = many(tmp_path / "records", minute, 1)
+    write_csv(records / "MRN2222.csv", minutes=1, columns=("time_s", "II", "PLETH"))
     write_csv(records / "MRN3333.csv", minutes=0.5)
     (records / "MRN4444.csv").write_text("time_s,ABP MRN4,PLETH\n0,80,1\n0.01,x,2\n")
     with h5py.File(records / "MRN5555.h5", "w") as file:  # a message too long for a CSV cell
-        for i in range(3000):
+        for i in range(300):
             file[f"d{i:05d}" + "y" * 60] = np.ones(2)
     done = run(records, "--out", tmp_path / "o.h5")
     assert done.returncode == 1
-    assert list(read(tmp_path / "o.h5")) == [("MRN1111", "MRN1111")]
+    assert list(read(tmp_path / "o.h5")) == [("MRN0000", "MRN0000")]
     lines = [line for line in done.stderr.splitlines() if line.startswith(str(records))]
     assert len(lines) == 4 and "no ABP: no channel with a usual name" in lines[0]
     assert "lasts 30.0 s" in lines[1] and "MRN" not in done.stderr + done.stdout
@@ -197,16 +163,13 @@ def test_a_broken_record_costs_one_line_and_a_private_row_and_the_rest_goes_on(t
     assert "4 records could not be used" in again.stderr and "records:" not in again.stderr
     with open(tmp_path / "o_problems.csv") as file:
         assert "private" in file.readline()
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "error"]
     assert [row["record"] for row in rows] == ["MRN2222", "MRN3333", "MRN4444", "MRN5555"]
-    assert all(row["kind"] == "error" for row in rows)
-    # Mended and run again: the list of problems goes.
-    os.remove(records / "MRN5555.h5")
+    os.remove(records / "MRN5555.h5")   # mended and run again: the list of problems goes
     for name in ("MRN2222", "MRN3333", "MRN4444"):
-        shutil.copy(records / "MRN1111.csv", records / f"{name}.csv")
+        shutil.copy(minute, records / f"{name}.csv")
     done = run(records, "--out", tmp_path / "o.h5")
-    assert done.returncode == 0 and "records: 3 new, 0 gone, 0 changed" in done.stdout
-    assert "3/3" in done.stderr and len(read(tmp_path / "o.h5")) == 4
+    assert done.returncode == 0 and "3/3" in done.stderr and len(read(tmp_path / "o.h5")) == 4
     assert not os.path.exists(tmp_path / "o_problems.csv")
 
 
@@ -230,7 +193,7 @@ def test_where_nothing_is_usable_the_old_file_stays_and_the_exit_code_is_2(tmp_p
     shutil.copy(minute, tmp_path / "a.csv")
     assert run(tmp_path / "a.csv", "--out", tmp_path / "o.h5").returncode == 0
     before = (tmp_path / "o.h5").read_bytes()
-    write_csv(tmp_path / "a.csv", minutes=2, columns=("time_s", "II", "PLETH"))
+    (tmp_path / "a.csv").write_text("time_s,II,PLETH\n0,1,1\n")
     done = run(tmp_path / "a.csv", "--out", tmp_path / "o.h5")
     assert done.returncode == 2
     assert "none of the records could be used" in done.stderr.splitlines()[-1]
@@ -254,74 +217,32 @@ def test_what_prepare_did_not_write_is_never_replaced(tmp_path, minute):
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
 
-@pytest.mark.parametrize("arguments", [
-    [], ["--workers", "0"], ["--fs", "-3"], ["--what"], ["--unit", "kPa"], ["README.md"]])
-def test_a_bad_command_line_ends_with_code_2_and_without_a_traceback(arguments):
-    done = run("absent.csv", "--out", "o.h5", *arguments)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert not os.path.exists(os.path.join(ROOT, "o.h5"))
-
-
 def test_channels_can_be_listed_and_named(tmp_path):
     write_csv(tmp_path / "a.csv", minutes=1.2, columns=("time_s", "P4 [mmHg]", "finger"))
     listed = run(tmp_path / "a.csv", "--list-channels")
-    assert listed.returncode == 0 and "P4 [mmHg]" in listed.stdout and "100 Hz" in listed.stdout
     assert "no ABP: no channel with a usual name" in listed.stdout
-    names = ["--abp-channel", "P4 [mmHg]", "--ppg-channel", "FINGER"]
-    listed = run(tmp_path / "a.csv", "--list-channels", *names)
+    listed = run(tmp_path / "a.csv", "--list-channels", "--ppg-channel", "FINGER")
     assert re.search(r"finger +100 Hz +PPG +--ppg-channel", listed.stdout), listed.stdout
-    assert run(tmp_path / "a.csv", "--out", tmp_path / "o.h5", *names).returncode == 0
+    assert run(tmp_path / "a.csv", "--out", tmp_path / "o.h5", "--abp-channel", "P4 [mmHg]",
+               "--ppg-channel", "FINGER").returncode == 0
 
 
-def test_kilopascals_are_converted_and_units_can_be_stated(tmp_path):
-    t = np.arange(6000) / 100
-    lines = [f"{s:.2f},{p / 7.50062:.5f},{p:.3f}\n" for s, p in zip(t, pulse(t))]
-    for column, more in (("ABP (kPa)", []), ("ABP", ["--unit", "ABP=kPa"])):
-        (tmp_path / "kpa.csv").write_text(f"time_s,{column},PLETH\n" + "".join(lines))
-        done = run(tmp_path / "kpa.csv", "--out", tmp_path / "o.h5", *more)
-        assert done.returncode == 0, done.stderr
-        abp = read(tmp_path / "o.h5")[("kpa", "kpa")]["abp"][0]
-        np.testing.assert_allclose(abp[60:-60], pulse(np.arange(60, 3540) / 60), atol=0.05)
-
-
-@needs_shared
-def test_all_shared_records_go_through_and_their_delays_are_those_of_their_monitors(tmp_path):
+def test_real_records_go_through_and_their_delays_are_those_of_their_monitors(
+        tmp_path, recordings):
     pytest.importorskip("wfdb")
-    groups = os.path.join(SHARED, "recordings.csv")
-    arguments = [os.path.join(SHARED, "wfdb"), "--groups", groups, "--out", tmp_path / "real.h5"]
-    done = run(*arguments)
-    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
-    assert "77 of 77 records" in done.stdout
-    fields = read(tmp_path / "real.h5")
-    assert len(fields) == 77
-    index = datasets.create_dataset_index(path=str(tmp_path / "real.h5"))
-    assert re.search(rf"{len(index):,} of \d+ segments pass", done.stdout)
-    assert len(index) > 100 and index.n_patients > 10
-    for one in fields.values():  # nothing is refused without a reason
-        assert (np.isfinite(one["tpp"]) | (one["reason"] != 0)).all()
-
+    groups = os.path.join(recordings, "recordings.csv")
     with open(groups) as file:
         source = {row["record"]: row["dataset"] for row in csv.DictReader(file)}
-    with h5py.File(tmp_path / "real.h5", "r") as file:
-        delays = {name: group.attrs["ppg_delay_s"] for patient in file.values()
-                  for name, group in patient.items()}
-    challenge = np.array([s for name, s in delays.items() if "Challenge" in source[name]])
-    others = np.array([s for name, s in delays.items() if "Challenge" not in source[name]])
-    assert ((others > 0.06) & (others < 0.4)).all()
-    late = (challenge > 0.8) & (challenge < 1.1)
-    # Wrong by a beat's length would be any other number. A few come from another vendor's monitor.
-    assert late.mean() > 0.85 and ((challenge[~late] > 0.25) & (challenge[~late] < 0.35)).all()
-
-
-def test_a_recording_without_one_beat_is_stored_as_refused(tmp_path):
-    t = np.arange(7000) / 100
-    with open(tmp_path / "flat.csv", "w") as file:
-        file.write("time_s,ABP,PLETH\n")
-        file.writelines(f"{s:.2f},80,1\n" for s in t)
-    done = run(tmp_path / "flat.csv", "--out", tmp_path / "o.h5", "--report", tmp_path / "o.html")
-    assert done.returncode == 0, done.stderr
-    assert "0 of 1 segments pass" in done.stdout
-    assert read(tmp_path / "o.h5")[("flat", "flat")]["reason"].all()
+    records = [os.path.join(recordings, "wfdb", record) for record in sorted(source)[::6]]
+    done = run(*records, "--groups", groups, "--out", tmp_path / "real.h5")
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
+    found = read(tmp_path / "real.h5")
+    assert len(found) == len(records) > 10
+    for (_, name), fields in found.items():
+        assert (np.isfinite(fields["tpp"]) | (fields["reason"] != 0)).all()
+        delay_s, is_late = fields["@ppg_delay_s"], "Challenge" in source[name]
+        # Wrong by a beat's length would be any other number. A few of the others' monitors.
+        assert 0.06 < delay_s < 0.4 or is_late and 0.8 < delay_s < 1.1
 
 
 # ------------------------------------- Continuing where a run stopped
@@ -344,38 +265,38 @@ def kill(process):
 
 
 def test_a_second_run_does_nothing_and_says_so_in_a_line(tmp_path, minute):
-    records = many(tmp_path / "records", minute, 3)
+    records = many(tmp_path / "records", minute, 2)
     arguments = [records, "--out", records / "o.h5"]  # the output may lie among the inputs
     assert run(*arguments).returncode == 0
     before = os.stat(records / "o.h5")
     done = run(*arguments, "--workers", 2)
     assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 1, "")
-    assert done.stdout.startswith("nothing to do: ") and "3 of 3 records" in done.stdout
-    after = os.stat(records / "o.h5")
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert sorted(os.listdir(records)) == ["MRN0000.csv", "MRN0001.csv", "MRN0002.csv", "o.h5"]
+    assert done.stdout.startswith("nothing to do: ") and "2 of 2 records" in done.stdout
+    assert os.stat(records / "o.h5") == before
+    assert sorted(os.listdir(records)) == ["MRN0000.csv", "MRN0001.csv", "o.h5"]
 
 
 def test_a_run_killed_at_any_moment_and_restarted_gives_the_same_file(tmp_path, minute):
-    records = many(tmp_path / "records", minute, 6)
+    records = many(tmp_path / "records", minute, 4)
     begin = time.monotonic()
-    assert run(records, "--out", tmp_path / "whole.h5").returncode == 0
-    whole_s = time.monotonic() - begin
+    assert run(records, "--out", tmp_path / "one.h5").returncode == 0
+    whole_s, whole = time.monotonic() - begin, read(tmp_path / "one.h5")
+    assert run(records, "--out", tmp_path / "two.h5", "--workers", 2).returncode == 0
+    np.testing.assert_equal(read(tmp_path / "two.h5"), whole)
     moments, n_killed = random.Random(0), 0
-    for trial in range(4):
+    for trial in range(3):
         out, killed = tmp_path / f"killed{trial}.h5", True
         while killed:
             process = start(records, "--out", out)
             process.join(moments.uniform(0, whole_s))
             killed = kill(process)
             n_killed += killed
-        assert_same_content(tmp_path / "whole.h5", out)
-    assert n_killed > 0
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+        np.testing.assert_equal(read(out), whole)
+    assert n_killed and not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
 def test_a_killed_run_keeps_what_it_has_prepared_and_leaves_no_litter(tmp_path, minute):
-    records, parts = many(tmp_path / "records", minute, 30), tmp_path / ".o.h5.parts"
+    records, parts = many(tmp_path / "records", minute, 20), tmp_path / ".o.h5.parts"
     process = start(records, "--out", tmp_path / "o.h5")
     while not parts.is_dir() or len(os.listdir(parts)) < 6:
         time.sleep(0.005)
@@ -384,31 +305,21 @@ def test_a_killed_run_keeps_what_it_has_prepared_and_leaves_no_litter(tmp_path, 
     (parts / ".0123.h5.0123456789ab.tmp").write_text("a killed writer's")
     write_csv(records / "MRN0000.csv", minutes=2.05, fs=60)
     done = run(records, "--out", tmp_path / "o.h5")
-    assert f"has prepared {len(kept) - 1} of 30 records; 1 more are out of date" in done.stdout
-    assert f"{31 - len(kept)}/{31 - len(kept)}" in done.stderr
+    assert f"{21 - len(kept)}/{21 - len(kept)}" in done.stderr
     fields = read(tmp_path / "o.h5")
-    assert len(fields) == 30 and len(fields["MRN0000", "MRN0000"]["ppg"]) == 2
+    assert len(fields) == 20 and len(fields["MRN0000", "MRN0000"]["ppg"]) == 2
     assert sorted(os.listdir(tmp_path)) == ["o.h5", "records"]
 
 
-def test_worker_processes_give_the_same_file(tmp_path, minute):
-    records = many(tmp_path / "records", minute, 6)
-    assert run(records, "--out", tmp_path / "o.h5", "--workers", 2).returncode == 0
-    assert run(records, "--out", tmp_path / "one.h5").returncode == 0
-    assert_same_content(tmp_path / "o.h5", tmp_path / "one.h5")
-
-
-def test_a_changed_input_or_option_is_noticed_and_said(tmp_path, minute):
+def test_a_changed_input_or_option_is_noticed(tmp_path, minute):
     records = many(tmp_path / "records", minute, 3)
     arguments = [records, "--out", tmp_path / "o.h5"]
     assert run(*arguments).returncode == 0
     write_csv(records / "MRN0001.csv", minutes=2.05, fs=60)
     os.remove(records / "MRN0002.csv")
-    done = run(*arguments)
-    assert "records: 0 new, 1 gone, 1 changed" in done.stdout and "1/1" in done.stderr
+    assert "1/1" in run(*arguments).stderr
     assert [len(one["ppg"]) for one in read(tmp_path / "o.h5").values()] == [1, 2]
-    done = run(*arguments, "--label-method", "published_peaks")
-    assert "was made with another --label-method; all is prepared again" in done.stdout
+    assert "2/2" in run(*arguments, "--label-method", "published_peaks").stderr
     assert run(*arguments, "--label-method", "published_peaks").stdout.startswith("nothing to do")
 
 
@@ -420,80 +331,60 @@ def test_two_runs_do_not_write_one_output_at_a_time(tmp_path, minute):
     assert run(minute, "--out", tmp_path / "o.h5").returncode == 0
 
 
-# ------------------------------------- Time: delay, drift, gaps
-
-
-def test_the_delay_of_simulated_patients_is_found():
-    found, true, minutes = [], [], []
-    settings = replace(simulate.DEFAULT, late_monitor_share=0.5)
-    for number in range(6):
-        fields = simulate.simulate_patient(3, number, 6, keep_abp=True, settings=settings)
-        delay_s, strength, rows = signals.ppg_delay(fields["abp"], fields["ppg"], 60)
-        assert strength >= signals.SURE_DELAY
-        found.append(delay_s)
-        true.append(fields["ppg_delay_s"][0])
-        minutes.append(np.nanmax(np.abs(rows - delay_s)))
-    assert np.ptp(true) > 0.5
-    # The foot of the finger's pulse is itself a little later than the radial line's.
-    np.testing.assert_allclose(np.array(found) - true, 0.0, atol=0.03)
-    assert np.median(minutes) < 0.02
-
-
 def test_alignment_shifts_the_ppg_alone_and_says_by_how_much(tmp_path):
     t = np.arange(int(3.05 * 6000)) / 100
     t += 0.05 * np.sin(0.3 * t)  # a rhythm that breathes
-    with open(tmp_path / "late.csv", "w") as file:
-        file.write("ABP,PLETH\n")
-        file.writelines(f"{p:.3f},{q:.3f}\n" for p, q in zip(pulse(t), pulse(np.interp(
-            np.arange(t.size) - 95, np.arange(t.size), t))))
+    late = pulse(np.interp(np.arange(t.size) - 95, np.arange(t.size), t))
+    np.savetxt(tmp_path / "late.csv", np.column_stack([pulse(t), late]), "%.3f", ",",
+               header="ABP,PLETH", comments="")
     options = [tmp_path / "late.csv", "--fs", 100, "--out"]
     assert run(*options, tmp_path / "as_is.h5").returncode == 0
-    done = run(*options, tmp_path / "aligned.h5", "--align")
-    assert done.returncode == 0, done.stderr
+    assert run(*options, tmp_path / "aligned.h5", "--align").returncode == 0
     as_is = read(tmp_path / "as_is.h5")["late", "late"]
     aligned = read(tmp_path / "aligned.h5")["late", "late"]
     np.testing.assert_allclose(as_is["ppg_delay_s"], 0.95, atol=0.01)
     np.testing.assert_allclose(aligned["ppg_delay_s"], 0.0, atol=0.01)
+    assert abs(aligned["@ppg_shift_s"] - 0.95) < 0.01
     for key in ("abp", "start_s", "p_crit", "tpp", "r2"):
         np.testing.assert_array_equal(as_is[key], aligned[key])
     np.testing.assert_allclose(
         aligned["ppg"].ravel()[200:10000], aligned["abp"].ravel()[200:10000], atol=0.6)
-    with h5py.File(tmp_path / "aligned.h5", "r") as file:
-        assert abs(file["late/late"].attrs["ppg_shift_s"] - 0.95) < 0.01
 
 
 # ------------------------------------- The quality page
 
 
 def test_the_page_stands_alone_is_repeatable_and_names_nobody(tmp_path):
-    records = tmp_path / "MRN777"
+    records, out, page = tmp_path / "MRN777", tmp_path / "MRN888.h5", tmp_path / "report.html"
     records.mkdir()
     for number in range(2):
         fields = simulate.simulate_patient(5, number, 3, keep_abp=True)
-        rows = list(zip(fields["abp"].ravel(), fields["ppg"].ravel()))
-        with open(records / f"MRN1{number}11.csv", "w") as file:
-            file.write("ABP,PLETH\n")  # pressure flat for most of the second minute
-            file.writelines(f"{80 if 3700 < i < 7000 else a:.3f},{p:.5f}\n"
-                            for i, (a, p) in enumerate(rows))
+        fields["abp"].ravel()[3700:7000] = 80   # flat for most of the second minute
+        np.savetxt(records / f"MRN1{number}11.csv", np.column_stack(
+            [fields["abp"].ravel(), fields["ppg"].ravel()]), "%.5f", ",", header="ABP,PLETH",
+            comments="")
     (records / "MRN2222.csv").write_text("ABP,PLETH\n80,1\n")
-    out, page = tmp_path / "MRN888.h5", tmp_path / "report.html"
     arguments = [records, "--out", out, "--report", page, "--fs", 60, "--abp-channel", "abp"]
     done = run(*arguments)
     assert done.returncode == 1 and page.is_file(), done.stderr
     text = page.read_text(encoding="utf-8")
-    assert not re.search(r"MRN\d{3}", text) and str(tmp_path) not in text
+    assert not re.search(r"MRN\d{3}", text) and str(tmp_path) not in text and len(text) < 3e6
     assert not re.search(r"<(script|link)|src=\"(?!data:)|https?://", text)
-    for part in ("arterial pressure flat", "p_crit &lt; map", "published cohort", "PPG behind ABP",
-                 "lasts 0.0 s", "Refused: arterial pressure flat", "Largest patient"):
+    for part in ("ABP flat", "p_crit &lt; map", "published cohort", "PPG behind ABP",
+                 "lasts 0.0 s", "the largest gives", "refused", "passes"):
         assert part in text, part
-    n_drawn = [int(n) for n in re.findall(r"(\d+) random segment", text)]
-    assert len(n_drawn) == 2 and sum(n_drawn) == 6 and min(n_drawn) >= 2
-    assert text.count("<img") == 9 and len(text) < 3e6
     first = page.read_bytes()
-    page.unlink()  # asked for again, it is made again from what is there
     done = run(*arguments)
     assert done.stdout.startswith("nothing to do") and page.read_bytes() == first
     with h5py.File(out, "r") as file:
         attributes = [str(dict(file.attrs))]
         file.visititems(lambda _, item: attributes.append(str(dict(item.attrs))))
     assert "MRN" not in "".join(attributes) and "abp-channel" not in "".join(attributes)
+
+
+def test_a_page_can_be_written_where_nothing_passes(tmp_path):
+    (tmp_path / "flat.csv").write_text("ABP,PLETH\n" + "80,1\n" * 7000)
+    done = run(tmp_path / "flat.csv", "--out", tmp_path / "o.h5", "--report", tmp_path / "o.html",
+               "--fs", 100)
+    assert done.returncode == 0 and "0 of 1 segments pass" in done.stdout, done.stderr
+    assert read(tmp_path / "o.h5")[("flat", "flat")]["reason"].all()

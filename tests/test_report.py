@@ -1,5 +1,5 @@
 """The report: its page stands alone, its words follow the numbers, its figures and model card."""
-import html.parser
+import html
 import json
 import os
 import re
@@ -82,50 +82,26 @@ def reported(tmp_path_factory):
     return folder, results, segments, (folder / "report.html").read_text(encoding="utf-8")
 
 
-class Page(html.parser.HTMLParser):
-    """What the tests ask of a page: its tags with attributes, its text, tags left open."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.text = [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+def words(page):
+    """The text of a page or figure."""
+    text = re.sub(r"<style.*?</style>|<[^>]+>", " ", page, flags=re.S)
+    return " ".join(html.unescape(text).split())
 
 
 # ---------------------------------------------------------------- the page
 
 def test_the_page_stands_alone_and_nothing_in_it_can_run(reported):
     *_, text = reported
-    page = Page(text)
-    assert not page.open and len(text) < 5e6
-    tags = [tag for tag, _ in page.tags]
-    assert not {"script", "link", "iframe", "object"} & set(tags)
-    assert "default-src 'none'" in text and not re.search(r"(src|href)=.?(http|//|file)", text)
-    for tag, attributes in page.tags:
-        if tag == "img":
-            assert attributes["src"].startswith("data:image/png;base64,") and attributes["alt"]
-        assert not any(name.startswith("on") for name in attributes)
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    links = [attributes["href"][1:] for tag, attributes in page.tags if tag == "a"]
-    assert set(links) <= set(ids) and len(links) >= 9
-    assert tags.count("figure") == len(FIGURES)
-    assert len(ids) == len(set(ids))                    # also over the figures in SVG
+    assert len(text) < 5e6 and text.count("<figure") == len(FIGURES) == text.count("</figure")
+    assert not re.search(r"<(script|link|iframe|object)| on\w+=|https?://", text)
+    assert "default-src 'none'" in text
+    assert not re.search(r"(src|href)=\W?(?!#|data:image/png;base64,)\w", text)
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))                    # also over the figures
+    assert set(re.findall(r'<a href="#([^"]+)"', text)) <= set(ids)
 
 
-def test_the_page_escapes_what_it_is_given(reported, tmp_path):
+def test_the_page_escapes_what_it_is_given(reported):
     bad = "<script>alert('&')</script>"
     results = dict(reported[1], condition=bad, origin=bad, note=bad, problems=[bad])
     text = report.render("evaluation.html", title=bad, note=bad, warnings=[bad], results=results,
@@ -133,31 +109,27 @@ def test_the_page_escapes_what_it_is_given(reported, tmp_path):
     assert "<script" not in text and text.count("&lt;script&gt;") >= 5 and "<b>.pth" not in text
 
 
-def test_the_page_begins_with_what_tpp_is_and_four_numbers(reported):
+def test_the_page_says_what_tpp_is_four_numbers_and_shows_values_under_the_pointer(reported):
     _, results, _, text = reported
-    first = " ".join(Page(text[:text.index("<nav")]).text.split())
+    first = words(text[:text.index("<nav")])
     for wanted in ("Tissue perfusion pressure (TPP)", "critical closing pressure (Pcrit)",
                    "SIMULATED", f"{results['tpp']['rmse']:.1f} mmHg", "R² of Pcrit", "skill",
                    "90 % prediction interval", "2026-10-01", "Trained on 99 patients",
                    "Scored on 240 minutes of 40 SIMULATED patients"):
         assert wanted in first, wanted
-    assert len(report.tiles(results)) == 4 and not re.search(r"\bnan\b", Page(text).text)
-    assert "Change of label TPP" not in text            # in the figure, as a picture
+    assert text.count('class="tile"') == 4 and not re.search(r"\bnan\b", words(text))
     assert text.count("TPP &lt; 20 mmHg") == 1          # strata once
-
-
-def test_values_appear_under_the_pointer_in_the_figures(reported):
-    _, results, _, text = reported
+    assert all(part in words(text) for part in (" met ", "BHS grade", "epochs 8", "torch 2"))
     titles = re.findall(r"<title>([^<]+)</title>", text)
     assert f"network: RMSE {report.shown(report.of_ci95(results['tpp'], 'rmse'))} mmHg" in titles
     assert any(title.startswith("predicted ") and "observed" in title for title in titles)
 
 
 def test_the_figures_come_as_png_and_pdf_with_fonts_that_can_be_edited(reported):
-    folder = reported[0] / "figures_resnet"
     for name in FIGURES:
-        assert (folder / f"M1.5_{name}.png").read_bytes().startswith(b"\x89PNG")
-        pdf = (folder / f"M1.5_{name}.pdf").read_bytes()
+        path = reported[0] / "figures_resnet" / f"M1.5_{name}.png"
+        assert path.read_bytes().startswith(b"\x89PNG")
+        pdf = path.with_suffix(".pdf").read_bytes()
         assert pdf.startswith(b"%PDF") and b"/Type3" not in pdf
 
 
@@ -167,7 +139,7 @@ def test_a_page_of_few_segments_and_no_intervals_can_be_written_too(tmp_path, mo
     segments.best, segments.baselines, segments.swapped = None, {}, None
     results = make_results(segments, note=None, simulated=False, origin="recordings")
     report.write_report(results, segments, "r.html", {"runs/a.pth": CHECKPOINT})
-    text = Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
+    text = words((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert "none (calibrated on other data)" in text and not re.search(r"\bnan\b", text)
     assert "SIMULATED" not in text
 
@@ -180,7 +152,7 @@ def test_several_runs_have_one_page_with_a_line_for_each(tmp_path, monkeypatch):
     results = {"runs": runs, "together": make_results(pooled, checkpoint="2 runs")}
     report.write_report(results, pooled, "icu.html",
                         {f"runs/icu_fold{n}.pth": CHECKPOINT for n in range(2)})
-    text = Page((tmp_path / "icu.html").read_text(encoding="utf-8")).text
+    text = words((tmp_path / "icu.html").read_text(encoding="utf-8"))
     assert "icu_fold0" in text and "icu_fold1" in text and "Each run" in text
     assert "each run's best baseline" in text and "160 minutes of 20" in text
     assert (tmp_path / "figures_resnet/icu_fold_histogram_plot.pdf").exists()
@@ -189,10 +161,9 @@ def test_several_runs_have_one_page_with_a_line_for_each(tmp_path, monkeypatch):
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)
 MEASURE = """<script>document.title = JSON.stringify([innerWidth,
- document.documentElement.scrollWidth, [...document.images].filter(i => !i.naturalWidth).length,
+ document.documentElement.scrollWidth,
  [...document.querySelectorAll('.table')].filter(t => t.scrollWidth > t.clientWidth + 1).length,
- Math.min(...[...document.images].map(i => i.clientWidth)),
- Math.min(...[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height))
+ Math.min(...[...document.querySelectorAll('figure svg')].map(i => i.clientWidth))
 ])</script>"""
 
 
@@ -213,11 +184,10 @@ def test_in_a_browser_nothing_overflows_and_every_figure_can_be_read(reported, t
          "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/u",
          "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=120)
-    inner, scroll, broken, cut, narrowest, text_height = json.loads(
+    inner, scroll, cut, narrowest = json.loads(
         re.search(r"(\[[\d,.]+\])</body>", done.stdout).group(1))
-    assert inner <= width and scroll <= inner and broken == 0 and cut == 0
-    # 9-point text in figures of 4.8 inches, in pixels
-    assert 9 * narrowest / (4.8 * 72) >= 8.9 and text_height >= 9
+    assert inner <= width and scroll <= inner and cut == 0
+    assert 9 * narrowest / (4.8 * 72) >= 8.9    # 9-point text in figures of 4.8 inches, in pixels
 
 
 # ---------------------------------------------------------------- its words
@@ -226,54 +196,35 @@ def estimate(value):
     return {"value": value, "low": value - 0.1, "high": value + 0.1}
 
 
-def test_the_headline_says_worse_where_any_baseline_does_better(reported):
-    results = reported[1]
-    good, bad = estimate(0.5), estimate(-0.6)
+def test_the_headline_says_worse_where_any_baseline_does_better():
+    def text(skill, here, over="ridge"):
+        return report.skill_text(dict(estimate(skill), over="ridge"),
+                                 dict(estimate(here), over=over))
 
-    def lines(skill, here, over="ridge"):
-        return report.headline(dict(results, skill=dict(skill, over="ridge"),
-                                    skill_in_hindsight=dict(here, over=over)))
-
-    assert any(line.startswith("It is better than the best") for line in lines(good, good))
-    assert not any("WORSE" in line for line in lines(good, good))
-    assert any("WORSE here than mean TPP of the train patients" in line
-               for line in lines(good, bad, "mean_tpp"))
-    assert any("It is worse than" in line for line in lines(bad, bad))
+    assert text(0.5, 0.5).startswith("It is better than the best") and "WORSE" not in text(0.5, 0.5)
+    assert "WORSE here than mean TPP of the train patients" in text(0.5, -0.6, "mean_tpp")
+    assert text(-0.6, -0.6).startswith("It is worse than")
+    assert "NOT shown to be better" in text(0.05, 0.05)
 
 
 def test_numbers_without_an_interval_or_a_value_are_shown_as_what_they_are():
     nan = float("nan")
     assert report.shown({"value": 4.716, "low": 4.271, "high": 5.21}) == "4.72 (4.27 to 5.21)"
-    assert report.shown({"value": 4.716, "low": nan, "high": nan}) == "4.72"
+    assert report.shown({"value": 4.716, "low": nan, "high": None}) == "4.72"
     assert report.shown({"value": nan, "low": nan, "high": nan}) == report.shown(None) == "–"
     assert report.percent(0.5) == "50 %" and report.percent(estimate(0.5)) == "50 % (40 to 60)"
 
 
-@pytest.mark.parametrize("theirs, ours, refused", [
-    ("simulated", "simulated", False), ("recordings", "recordings", False),
-    ("recordings", "unknown", False), ("unknown", "recordings", False),
-    ("simulated", "recordings", True), ("simulated", "unknown", True),
-    ("recordings", "simulated", True)])
-def test_intervals_hold_for_the_domain_of_their_calibration_only(theirs, ours, refused):
-    reason = report.domain_refusal({"origin": theirs, "label_method": "published"}, ours)
+@pytest.mark.parametrize("theirs, ours, method, refused", [
+    ("simulated", "simulated", "published", False), ("recordings", "unknown", "published", False),
+    ("unknown", "recordings", "published", False), ("simulated", "recordings", "published", True),
+    ("simulated", "unknown", "published", True), ("recordings", "simulated", "published", True),
+    ("recordings", "recordings", "waveform_balance", True)])
+def test_intervals_hold_only_for_the_data_and_labels_of_their_calibration(
+        theirs, ours, method, refused):
+    calibration = {"origin": theirs, "label_method": "published"}
+    reason = report.domain_refusal(calibration, ours, method)
     assert bool(reason) == refused and (not refused or "--calibrate" in reason)
-
-
-def test_intervals_do_not_hold_for_labels_by_another_method():
-    calibration = {"origin": "recordings", "label_method": "published"}
-    assert "by method" in report.domain_refusal(calibration, "recordings", "waveform_balance")
-    assert report.domain_refusal(calibration, "recordings", "published") is None
-
-
-def test_the_roc_curve_passes_through_ties_as_one_step():
-    segments = make_segments(4, 1, seed=1)
-    segments.fields["tpp"] = np.array([30.0, 40.0, 30.0, 40.0])
-    segments.tpp = -np.array([2.0, 1.0, 1.0, 0.0])
-    found = {"auc": estimate(0.875), "threshold": 34, "sensitivity": {"value": 0.5},
-             "specificity": {"value": 1.0}}
-    curve = report.detection({"detection": found, "note": None}, segments)[0].axes[0].lines[0]
-    assert curve.get_xdata().tolist() == [0, 0, 0.5, 1]
-    assert curve.get_ydata().tolist() == [0, 0.5, 1, 1]
 
 
 def test_a_score_added_to_the_table_reaches_console_and_page(reported, monkeypatch):
@@ -285,25 +236,6 @@ def test_a_score_added_to_the_table_reaches_console_and_page(reported, monkeypat
     results = make_results(segments)
     assert "largest error" in report.score_table(results)[1]
     assert "largest error of TPP" in [row[0] for row in report.error_rows(results)]
-    assert results["tpp"]["largest"] == np.abs(segments.tpp - segments.truth).max()
-
-
-# ---------------------------------------------------------------- the model card
-
-# The items of TRIPOD+AI (Collins et al., BMJ 2024;385:e078378) that have parts.
-PARTS_OF_ITEMS = {3: "abc", 5: "ab", 6: "abc", 8: "abc", 9: "abc", 12: "abcdefg", 18: "abcdef",
-                  20: "abc", 23: "ab", 27: "abc"}
-
-
-def items_of(names):
-    """The items that names like '12f, 24 updating' and '18a-d funding' begin with."""
-    found = set()
-    for name in names:
-        for number, first, last in re.findall(r"\b(\d+)([a-g]?)(?:-([a-g]))?\b",
-                                              re.match(r"[\da-g, -]+\b", name).group()):
-            letters = "abcdefg"["abcdefg".index(first):"abcdefg".index(last or first) + 1]
-            found |= {number + letter for letter in letters} if first else {number}
-    return found
 
 
 def test_the_model_card_fills_what_a_program_can_and_lists_what_it_cannot(reported):
@@ -313,14 +245,10 @@ def test_the_model_card_fills_what_a_program_can_and_lists_what_it_cannot(report
     assert all(len(text) > 2 for _, text in rows)
     left = re.findall(r"^- (.+)$", card, re.M)
     assert "17 ethics approval and consent" in left
-    items = {f"{number}{part}" for number in range(1, 28)
-             for part in PARTS_OF_ITEMS.get(number, [""])}
-    assert len(items) == 52 and items_of([name for name, _ in rows]) | items_of(left) == items
+    named = " ".join([name for name, _ in rows] + left)     # all 27 items of TRIPOD+AI
+    assert {int(n) for n in re.findall(r"\b(\d+)", named)} == set(range(1, 28))
     assert "240 segments of 40 patients" in card and "99 train, 30 tune, 40 test" in card
     assert "M&1" in card                                # Markdown, not HTML
-
-
-def test_the_card_of_a_quick_evaluation_leaves_out_what_was_not_computed(reported):
-    results = {key: value for key, value in reported[1].items()
-               if key not in ("strata", "patients", "good_signal", "swapped_ppg")}
-    assert "RMSE" in report.model_card(results, CHECKPOINT)
+    quick = {key: value for key, value in reported[1].items()
+             if key not in ("strata", "patients", "good_signal", "swapped_ppg")}
+    assert "RMSE" in report.model_card(quick, CHECKPOINT)
