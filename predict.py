@@ -106,7 +106,9 @@ def main(arguments=None):
     found = recordings.find_recordings(options.recordings) if options.recordings else []
     outputs = [options.out, options.figure, options.export]
     outputs += [names_path(options.out)] if options.out else []
-    recordings.check_outputs(outputs, found, [options.checkpoint, options.vitals])
+    inputs = [path for item in found for path in recordings.files_of(item.path)]
+    for path in filter(None, outputs):
+        tk_utils.check_writable(path, [*inputs, options.checkpoint, options.vitals])
     for path in outputs[:1] + outputs[3:]:
         check_ours(path)
     if options.export:
@@ -127,10 +129,7 @@ def main(arguments=None):
     if options.figure:
         tk_utils.save_figure(draw(table, predictor), options.figure)
         print(f"written: {options.figure}")
-    unopened = sum(problem for _, _, problem in found.skipped)
-    if unopened:
-        print(f"{counted(unopened, 'folder')} could not be opened and skipped", file=sys.stderr)
-    return int(bool(table.attrs["failed"]) or unopened > 0)
+    return int(bool(table.attrs["failed"]))
 
 
 def check_ours(path):
@@ -277,21 +276,21 @@ class Predictor:
         if "ppg" not in recorded.chosen:
             raise RecordingError(item.typed, f"no PPG: {recorded.reasons['ppg']}; see prepare.py "
                                              "--list-channels and --ppg-channel")
-        readings = {}
+        readings, wrong = {}, {}
         if self.vitals_path:
-            readings = recordings.read_vitals(self.vitals_path, limits=WINDOW["limits"],
+            readings, wrong = recordings.read_vitals(self.vitals_path, limits=WINDOW["limits"],
                                               units=self.reading["units"],
                                               start_time=recorded.start_time)
         self.check_vitals(item.typed, recorded.chosen, readings)
         for minutes in recorded:
-            yield minutes.ppg, self.block(recorded, minutes, readings)
+            yield minutes.ppg, self.block(recorded, minutes, readings, wrong)
         self.remarks += [f"{item.typed}: {note}" for note in recorded.notes]
 
     def check_vitals(self, shown, chosen, readings):
         """Raises PredictError if the recording cannot give what the network needs."""
         if chosen.get("abp"):
             return
-        have = {"hr", *self.given, *readings,
+        have = {"hr", *self.given, *(key for key in readings if len(readings[key][0])),
                 *(kind.replace("cuff_", "") for kind in chosen)}
         have |= {"pp"} if {"sbp", "dbp"} <= have else set()
         missing = [key for key in self.needed if key not in have]
@@ -304,7 +303,7 @@ class Predictor:
                 + f"{give}, or ".lstrip(", or") * bool(give)
                 + f"--vitals CSV with the columns time_s,{','.join(missing)}")
 
-    def block(self, recorded, minutes, readings) -> pd.DataFrame:
+    def block(self, recorded, minutes, readings, wrong) -> pd.DataFrame:
         """The vitals, labels and quality of some minutes."""
         n = len(minutes.start_s)
         label = labels.label_segments(minutes.abp, FS, method=self.method)
@@ -330,7 +329,7 @@ class Predictor:
         refused = Counter()     # {vital: [n] readings that no person has}
         for key, counts in minutes.refused.items():
             refused[key.replace("cuff_", "")] = refused[key.replace("cuff_", "")] + counts
-        for key, times_s in getattr(readings, "refused", {}).items():
+        for key, times_s in wrong.items():
             within = (times_s >= minutes.start_s[:, None]) & (
                 times_s < minutes.start_s[:, None] + SEGMENT_SECONDS)
             refused[key] = refused[key] + within.sum(1)
@@ -457,7 +456,7 @@ def names_path(out):
 def write_csv(table, path):
     """The table as CSV, two decimals; names of files found in a folder go to a private file."""
     cells = {name: column.astype(np.float64).round(2) if is_numeric_dtype(column)
-             else column.map(recordings.safe_cell) for name, column in table.items()}
+             else column for name, column in table.items()}
     with tk_utils.atomic_file(path, newline="") as file:
         pd.DataFrame(cells).to_csv(file, index=False, lineterminator="\n")
     names = table.attrs.get("recordings")

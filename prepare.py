@@ -39,9 +39,10 @@ import report
 import signals
 import tk_utils
 from layout import DataError
-from recordings import PRIVATE_LINE, RecordingError, safe_cell, shown
+from recordings import PRIVATE_LINE, RecordingError, shown
 from tk_utils import counted
 
+MAX_CELL = 1000     # characters of a message in the problems file
 # What shapes the rows of a record besides its files. A change of any is noticed.
 SHAPING_OPTIONS = ("label_method", "align", "abp_channel", "ppg_channel", "fs", "unit")
 SHAPING_MODULES = ("prepare", "recordings", "formats", "tables", "signals", "labels")
@@ -77,16 +78,16 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    finds = recordings.find_recordings(options.inputs)
+    found = recordings.find_recordings(options.inputs)
     own = {os.path.realpath(path) for path in (options.groups, options.out) if path}
-    found = [item for item in finds     # the groups file and the output may lie in the folder
+    found = [item for item in found     # the groups file and the output may lie in the folder
              if not item.in_folder or os.path.realpath(item.path) not in own]
     if options.list_channels:
         return print_channels(found, options)
-    recordings.check_readers(found)
     problems = Problems(found, options.out)
-    recordings.check_outputs([options.out, problems.path, options.report], found, [options.groups])
-    unopened = problems.add_skipped(finds.skipped)
+    inputs = [path for item in found for path in recordings.files_of(item.path)]
+    for path in filter(None, (options.out, problems.path, options.report)):
+        tk_utils.check_writable(path, [*inputs, options.groups])
     with work_folder(options.out) as parts:
         prepared = find_prepared(options.out, parts)
         records = plan(found, options, problems)
@@ -117,7 +118,7 @@ def main(arguments=None):
             ("Recordings that could not be used", problems.kinds("error"), ("why", "records")),
             ("Notes", problems.kinds("note"), ("what", "records"))])
         print(f"written: {options.report}")
-    return int(bool(problems.failed) or unopened)
+    return int(bool(problems.failed))
 
 
 # ----------------------------------------------------------------------------------------- planning
@@ -381,22 +382,11 @@ class Problems:
                 self.earlier = list(map(tuple, csv.reader(file)))[1:]
 
     def add(self, kind, path, what, detail="", key=""):
-        cells = (kind, recordings.recording_name(path), path, what, detail, key)
+        cells = (kind, os.path.splitext(os.path.basename(path))[0], path, what, detail, key)
         self.rows.append(tuple(map(safe_cell, cells)))
         if kind == "error":
             self.failed.add(key)
             self.lines.append(f"{self.shown[path]}: {tk_utils.printable(what)}")
-
-    def add_skipped(self, skipped) -> bool:
-        """Notes for what find_recordings skipped; whether a folder could not be opened."""
-        for path, why, _ in skipped:
-            if not why.startswith("prepared by this project"):
-                self.add("note", path, why)
-        unopened = sum(is_problem for _, _, is_problem in skipped)
-        if unopened:
-            print(f"{counted(unopened, 'folder')} could not be opened and skipped; named in "
-                  f"{self.path}, which is private", file=sys.stderr)
-        return unopened > 0
 
     def recall(self, records):
         """What an earlier run wrote about these records, if they have not changed."""
@@ -429,6 +419,13 @@ class Problems:
         if len(set(texts)) > 1:
             texts = [re.sub(r"\d[\d.,]*", "#", text) for text in texts]
         return Counter(texts).most_common()
+
+
+def safe_cell(text):
+    """One line of text that fits a cell and that no spreadsheet takes for a formula."""
+    text = tk_utils.printable(text)
+    text = text if len(text) <= MAX_CELL else text[:MAX_CELL - 3] + "..."
+    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
 
 def print_channels(found, options):

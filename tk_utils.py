@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -104,14 +105,20 @@ def remove_leftovers(path) -> None:
                 os.remove(temporary)
 
 
-def check_writable(path) -> None:
-    """Raise OSError if `path` cannot be written: call it before the work that it will hold."""
+def check_writable(path, inputs=()) -> None:
+    """Raise OSError if `path` cannot be written, or is one of the files `inputs` (None: no file):
+    call it before the work that it will hold."""
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: expected a file to write, but this is a folder")
+    if os.path.realpath(path) in {os.path.realpath(file) for file in inputs if file}:
+        raise FileExistsError(f"{path}: is both an input and an output")
     folder = os.path.dirname(os.path.realpath(path))
-    os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{path}: cannot write into this folder")
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written here ({error.strerror})") from None
 
 
 def _machine() -> str:

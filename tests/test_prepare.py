@@ -174,19 +174,19 @@ def test_a_broken_record_costs_one_line_and_a_private_row_and_the_rest_goes_on(t
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-def test_what_is_no_file_is_skipped_and_a_closed_folder_is_counted(tmp_path, minute):
+def test_what_is_no_file_and_a_closed_folder_are_records_that_cannot_be_used(tmp_path, minute):
     records = many(tmp_path / "records", minute, 1)
     os.mkfifo(records / "x.csv")
     shutil.copy(minute, records / os.fsdecode(b"caf\xe9.csv"))
     done = run(records, "--out", tmp_path / "o.h5")
-    assert done.returncode == 0 and "2 of 2 records prepared" in done.stdout, done.stderr
-    assert "not a regular file" in (tmp_path / "o_problems.csv").read_text()
+    assert done.returncode == 1 and "2 of 3 records prepared" in done.stdout, done.stderr
+    assert "recording 3 of 3): not a regular file" in done.stderr
     many(records / "closed", minute, 1).chmod(0)
     if os.access(records / "closed", os.R_OK):
         pytest.skip("root opens every folder")
     done = run(records, "--out", tmp_path / "o.h5")
     (records / "closed").chmod(0o700)
-    assert done.returncode == 1 and "1 folder could not be opened" in done.stderr
+    assert done.returncode == 1 and "a folder that cannot be opened" in done.stderr
 
 
 def test_where_nothing_is_usable_the_old_file_stays_and_the_exit_code_is_2(tmp_path, minute):
