@@ -3,65 +3,36 @@
     from labels import label_segments
     labels = label_segments(abp, fs=60)         # abp [N, samples] in mmHg, any rate >= 40 Hz
     labels['tpp']                               # [N] mmHg, NaN where labels['reason'] != 0
-    label_segments(abp, 60, method='waveform_balance')      # the smallest error: see METHODS
+    label_segments(abp, 60, method='waveform_balance')      # the smallest error: docs/labels.md
 
 Copy signals.py with it. The published method (Chandrasekhar et al., Nat Med 2023, doi
 10.1038/s41591-023-02474-6): over one minute, MAP = Pcrit + R * flow with flow ~ k * PP * HR. Each
 beat gives MAP (its time mean), PP (maximum minus minimum) and HR (60 / interval); beats whose
 PP * HR lies outside the 5th-95th percentile are dropped; the intercept of the least-squares line of
-MAP on PP * HR is Pcrit; TPP = MAP - Pcrit. The published beats run from peak to peak ('peak'). Foot
-to foot is the default because it is less biased when stroke volume varies with respiration. The
-error of each method on virtual patients whose Pcrit is known: `python benchmarks/label_error.py`.
+MAP on PP * HR is Pcrit; TPP = MAP - Pcrit. The paper's beats run from peak to peak, ours from foot
+to foot, which is less biased.
 """
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Dict, NamedTuple, Optional
 
 import numpy as np
 
-from signals import (
-    ABP_RANGE_MMHG,
-    ARRHYTHMIC,
-    CLIP_SECONDS,
-    MAX_BEAT_SECONDS,
-    MIN_BEAT_SECONDS,
-    MIN_BEATS,
-    MIN_FS_HZ,
-    SATURATED_SECONDS,
-    Beats,
-    Wave,
-    at_extremes,
-    fill_missing,
-    find_tops,
-    followed,
-    in_blocks,
-    irregularity,
-    is_bad,
-    measure_beats,
-    reason_mask,
-    runs,
-    segment_mean,
-    segment_quantile,
-    segment_sum,
-)
+import signals
+from signals import Beats, Wave, segment_mean, segment_quantile, segment_sum
 
 FIELDS = ("map", "sbp", "dbp", "pp", "hr", "p_crit", "tpp", "r2", "fit_rmse", "p_crit_se")
-
-# Which pressures are plausible, and which minutes hold enough of them.
+BEATS = "foot"            # where beats begin and end; a file's attribute `beats`
 SBP_MAX_MMHG, DBP_MIN_MMHG = 300.0, 10.0
 PP_RANGE_MMHG = (5.0, 200.0)
-FLAT_SECONDS = 0.5
-FLAT_MMHG_PER_S = 0.5     # diastole falls faster than this unless the heart stops
-CLIP_MMHG = 0.25
-FLUSH_MMHG = 60.0         # above the segment's SBP; post-ectopic beats stay below it
+FLAT_SECONDS, FLAT_MMHG_PER_S = 0.5, 0.5    # diastole falls faster unless the heart stops
+CLIP_MMHG, FLUSH_MMHG = 0.25, 60.0      # below the top; above SBP, where no post-ectopic beat is
 MIN_COVER = 0.5           # share of the segment that valid beats must cover
-
 # `waveform_balance`; times are from a beat's foot.
 LEVEL_SECONDS = 0.12      # the level at a foot is the mean over this time
 ALIGN_SECONDS = (-0.1, 0.25)
 SYSTOLE_SECONDS = (0.05, 0.25)  # ejection lasts 0.20-0.36 s; its mean follows the stroke volume
 DIASTOLE_SECONDS = 0.5    # from here on ejection, the valve's closure and most reflections are over
-MIN_DIASTOLE_SECONDS = 0.15
+MIN_DIASTOLE_SECONDS, NOISE_SECONDS = 0.15, 0.15
 END_SECONDS = 0.1         # over which the levels at the ends of a diastole are averaged
-NOISE_SECONDS = 0.15
 TAU_S = (0.5, 0.35)       # mean and SD of RC, wide: 0.45-0.7 s is usual (Maas et al. 2012, and C)
 BREATH_HZ = (0.12, 0.5)   # 7 to 30 breaths/min
 BREATH_MMHG = 0.2         # SD of the sine and cosine parts of the chest's own pressure swing
@@ -70,43 +41,31 @@ MODEL_ERROR_MMHG = 1.0    # part of every standard error, seen on simulated pati
 MAX_NOISE_SHARE = 0.7     # upper bound on the noise that is subtracted from a slope's variance
 
 
-def label_segments(abp: np.ndarray, fs: float, method: str = "published",
-                   beats: Optional[str] = None) -> Dict[str, np.ndarray]:
-    """Labels of the segments `abp` [N, samples] (or one segment, [samples]) in mmHg at `fs` Hz.
-
-    `beats`: 'foot' or 'peak', where beats begin and end; default: as METHODS says. Returns a dict
-    of (N,) arrays: the FIELDS (mmHg; `hr` in beats/min; float32; NaN where the segment is refused),
-    `n_beats` (int32, the beats in the fit) and `reason` (uint32, bits of signals.REASONS). Raises
-    ValueError for a rate below MIN_FS_HZ or an unknown method.
-    """
-    if not fs >= MIN_FS_HZ:
-        raise ValueError(f"the ABP must be sampled at {MIN_FS_HZ} Hz or more, not at {fs}")
+def label_segments(abp: np.ndarray, fs: float, method: str = "published") -> Dict[str, np.ndarray]:
+    """Labels of the segments `abp` [N, samples] (or [samples]) in mmHg at `fs` Hz: a dict of (N,)
+    FIELDS (mmHg; `hr` in beats/min; NaN where refused), `n_beats` in the fit, and `reason` (bits of
+    signals.REASONS). Raises ValueError for a rate below MIN_FS_HZ or an unknown method."""
+    if not fs >= signals.MIN_FS_HZ:         # NaN, too
+        raise ValueError(f"the ABP must be sampled at {signals.MIN_FS_HZ} Hz or more, not at {fs}")
     if method not in METHODS:
         raise ValueError(f'method must be one of {", ".join(METHODS)}, not {method!r}')
-    beats = beats or METHODS[method].beats
-    if beats not in ("foot", "peak"):
-        raise ValueError(f"beats must be 'foot' or 'peak', not {beats!r}")
-    return in_blocks(lambda block: _label_block(block, fs, METHODS[method].function, beats),
-                     abp=abp)
+    return signals.in_blocks(lambda block: _label_block(block, fs, METHODS[method]), abp=abp)
 
 
-def _label_block(abp, fs, method, boundaries):
-    abp, missing = fill_missing(abp, *ABP_RANGE_MMHG)
+def _label_block(abp, fs, method):
+    abp, missing = signals.fill_missing(abp, *signals.ABP_RANGE_MMHG)
     n, samples = abp.shape
-    flat = runs(np.abs(np.diff(abp, axis=1)) < FLAT_MMHG_PER_S / fs, FLAT_SECONDS, fs)
-    flat &= ~missing                            # a bridged gap is missing, not flat
+    still = np.abs(np.diff(abp, axis=1)) < FLAT_MMHG_PER_S / fs
+    flat = signals.runs(still, FLAT_SECONDS, fs) & ~missing     # a bridged gap is missing, not flat
     near_top = abp >= abp.max(1, keepdims=True) - CLIP_MMHG
-    clipped = runs(near_top[:, 1:] & near_top[:, :-1], CLIP_SECONDS, fs)
+    clipped = signals.runs(near_top[:, 1:] & near_top[:, :-1], signals.CLIP_SECONDS, fs)
     wave = Wave(abp, missing | flat | clipped, fs)
-    beats = measure_beats(wave, *(find_tops(wave) if boundaries == "peak"
-                                  else (wave.foot, wave.row)))
-
+    beats = signals.measure_beats(wave)
     flush_mmhg = segment_quantile(beats.max, beats.segment, n) + FLUSH_MMHG
     flushed = abp > flush_mmhg[:, None]         # False where there are no beats (NaN)
     wave.bad |= flushed
     beats = beats.select(beats.max <= flush_mmhg[beats.segment])
 
-    count = np.bincount(beats.segment, minlength=n)
     valid_s = np.bincount(beats.segment, beats.interval_s, n)
     out = {"map": np.bincount(beats.segment, beats.map * beats.interval_s, n) / valid_s,
            "sbp": segment_quantile(beats.max, beats.segment, n),
@@ -115,25 +74,18 @@ def _label_block(abp, fs, method, boundaries):
     out["pp"] = out["sbp"] - out["dbp"]
     out.update(method(beats, n, wave))
     out["tpp"] = out["map"] - out["p_crit"]
-
-    pp_low, pp_high = PP_RANGE_MMHG
-    few = (count < MIN_BEATS) | (valid_s < MIN_COVER * samples / fs)
-    reason = reason_mask(n, {
-        "abp_missing": is_bad(missing),
-        "abp_flat": is_bad(flat),
-        "abp_clipped": is_bad(clipped),
-        "abp_flush": is_bad(flushed),
+    few = np.bincount(beats.segment, minlength=n) < signals.MIN_BEATS
+    few |= valid_s < MIN_COVER * samples / fs
+    reason = signals.reason_mask({
+        "abp_missing": missing, "abp_flat": flat, "abp_clipped": clipped, "abp_flush": flushed,
+        "abp_saturated": signals.runs(
+            signals.at_extremes(abp, CLIP_MMHG), signals.SATURATED_SECONDS, fs),
         "abp_range": ((out["sbp"] > SBP_MAX_MMHG) | (out["dbp"] < DBP_MIN_MMHG)
-                      | (out["pp"] < pp_low) | (out["pp"] > pp_high)),
-        "few_beats": few,
-        "no_fit": ~few & ~np.isfinite(out["p_crit"]),
-        "abp_saturated": is_bad(runs(at_extremes(abp, CLIP_MMHG), SATURATED_SECONDS, fs)),
-    })
+                      | (out["pp"] < PP_RANGE_MMHG[0]) | (out["pp"] > PP_RANGE_MMHG[1])),
+        "few_beats": few, "no_fit": ~few & ~np.isfinite(out["p_crit"])})
     labels = {name: np.where(reason == 0, out[name], np.nan).astype(np.float32) for name in FIELDS}
     return {**labels, "n_beats": out["n_beats"].astype(np.int32), "reason": reason}
 
-
-# ------------------------------------------------------------------------------------- the methods
 
 def published(beats: Beats, n: int, wave: Optional[Wave] = None) -> Dict[str, np.ndarray]:
     """The published regression: MAP of each beat on its PP * HR; the intercept is Pcrit."""
@@ -147,14 +99,14 @@ def published(beats: Beats, n: int, wave: Optional[Wave] = None) -> Dict[str, np
     xx[(count <= 2) | ~(xx > 1e-12 * count * x_mean ** 2)] = np.nan
     slope = (1.0 / xx) * segment_sum(dx * dy, segment, n)
     residual = np.bincount(segment, (dy - dx * slope[segment]) ** 2, n)
-    variance = residual / (count - 2)
     return {"p_crit": y_mean - slope * x_mean,
-            "p_crit_se": np.sqrt(variance * (1.0 / count + x_mean * (1.0 / xx) * x_mean)),
+            "p_crit_se": np.sqrt(
+                residual / (count - 2) * (1.0 / count + x_mean * (1.0 / xx) * x_mean)),
             **_fit_quality(y, residual, segment, n), "n_beats": count}
 
 
 def waveform_balance(beats: Beats, n: int, wave: Wave) -> Dict[str, np.ndarray]:
-    """Balance of flow in, flow out and storage, on averages of the waveform.
+    """Balance of flow in, flow out and storage, on averages of the waveform; finds its own beats.
 
     Over a beat, inflow = outflow + storage: SV = (MAP - Pcrit) T / R + C dP, so that with H, the
     mean of SYSTOLE_SECONDS above the level F before the foot, as the measure of SV:
@@ -163,33 +115,28 @@ def waveform_balance(beats: Beats, n: int, wave: Wave) -> Dict[str, np.ndarray]:
     - Noise that is left in H and dF flattens the slopes and raises Pcrit. Its variance is estimated
       in late diastole and subtracted from the normal equations (errors in variables: Fuller,
       Measurement Error Models, 1987).
-    - `breath`: the chest adds its own pressure swing, which is no flow: a wave at the breathing
-      rate with an amplitude about BREATH_MMHG (ridge).
-    - tau = RC lies about TAU_S (ridge).
-    - In an arrhythmic minute, late diastoles join the fit: without inflow,
-      mean P = Pcrit - tau dP / dt over each of them, with the same Pcrit and tau. (With a regular
-      rhythm they hardly differ, and say more about reflected waves than about Pcrit.)
-    `beats` is not used: the method finds its own.
+    - `breath`: the chest's own pressure swing, which is no flow, is a wave at the breathing rate.
+      Its amplitude lies about BREATH_MMHG and tau = RC about TAU_S (ridge).
+    - In an arrhythmic minute, late diastoles join the fit: without inflow, mean P = Pcrit -
+      tau dP / dt over each. (With a regular rhythm they say more about reflected waves.)
     """
-    foot = _align_upstrokes(wave)
-    whole, late, noise, hz = _balance_rows(wave, foot, n)
-    xx, xy = segment_sum(_outer(whole.x), whole.segment, n), _cross(whole, n)
-    xx_late, xy_late = segment_sum(_outer(late.x), late.segment, n), _cross(late, n)
+    whole, late, noise = _balance_rows(wave, n)
+    (xx, xy), (xx_late, xy_late) = (
+        (segment_sum(rows.x[:, :, None] * rows.x[:, None, :], rows.segment, n),
+         segment_sum(rows.x * rows.y[:, None], rows.segment, n)) for rows in (whole, late))
     noise_xx, noise_xy, noise_late = _noise_sums(wave, whole, late, noise, n)
-    tau, tau_sd = TAU_S
-    prior = np.diag([0, 0, tau_sd ** -2, BREATH_MMHG ** -2, BREATH_MMHG ** -2])
-    pull = prior @ np.array([0, 0, tau, 0, 0])
-
+    prior = np.diag([0, 0, TAU_S[1] ** -2, BREATH_MMHG ** -2, BREATH_MMHG ** -2])
+    pull = prior @ np.array([0, 0, TAU_S[0], 0, 0])
     of, y = whole.segment, whole.y
     count, count_late = np.bincount(of, minlength=n), np.bincount(late.segment, minlength=n)
     weight = 5 * count / np.bincount(of, (y - segment_mean(y, of, n)[of]) ** 2, n)
-    enough = ((count >= MIN_BEATS) & np.isfinite(weight) & np.isfinite(noise)
+    enough = ((count >= signals.MIN_BEATS) & np.isfinite(weight) & np.isfinite(noise)
               & (np.abs(np.linalg.det(xx[:, :2, :2])) > 1e-12 * count * xx[:, 1, 1]))
     xx[~enough] = np.eye(5)
     for values in (noise_xx, noise_xy, xx_late, noise_late):
         values[~enough] = 0.0
     weight = np.where(enough, weight, 1.0)
-    weight_late = np.where(enough & (count_late >= MIN_BEATS), weight, 0.0)
+    weight_late = np.where(enough & (count_late >= signals.MIN_BEATS), weight, 0.0)
     for _ in range(5):                      # beats and diastoles are weighted by their residuals
         w, w_late = weight[:, None], weight_late[:, None]
         exact = w[:, None] * xx + w_late[:, None] * xx_late + prior
@@ -203,9 +150,8 @@ def waveform_balance(beats: Beats, n: int, wave: Wave) -> Dict[str, np.ndarray]:
         residual_late = np.bincount(late.segment, rest_late ** 2, n) + 1e-6 * count_late
         weight = np.where(enough, (count - 5) / residual, 1.0)
         weight_late = np.where(weight_late > 0, count_late / residual_late, 0.0)
-    # the variance includes what noise added to the sums, and counts correlated residuals as fewer
-    # beats
-    at = followed(of)
+    # the variance includes what noise added to the sums; correlated residuals count as fewer beats
+    at = np.flatnonzero(of[1:] == of[:-1])
     serial = np.clip(np.bincount(of[at], rest[at + 1] * rest[at], n) / residual, 0.0, MAX_SERIAL)
     spread = (((1 + serial) / (1 - serial) * weight)[:, None, None] * xx
               + weight_late[:, None, None] * xx_late + prior)
@@ -216,20 +162,9 @@ def waveform_balance(beats: Beats, n: int, wave: Wave) -> Dict[str, np.ndarray]:
             "n_beats": count}
 
 
-class Method(NamedTuple):
-    """`function`(beats, n segments, wave) -> dict of (n,) arrays p_crit, p_crit_se, r2, fit_rmse,
-    n_beats; `beats`: where the beats of MAP, SBP, DBP, PP and HR begin and end."""
-    function: Callable
-    beats: str
+# (beats, n segments, wave) -> {name: (n,)}. Files store a method's name, so it must not change.
+METHODS = {"published": published, "waveform_balance": waveform_balance}
 
-
-# The name is stored in a file's attribute `label_method`.
-METHODS = {"published": Method(published, "foot"),
-           "published_peaks": Method(published, "peak"),
-           "waveform_balance": Method(waveform_balance, "foot")}
-
-
-# ----------------------------------------------------------------------------- parts of the balance
 
 class Rows(NamedTuple):
     """Rows of the balance's regression: whole beats or late diastoles."""
@@ -239,33 +174,23 @@ class Rows(NamedTuple):
     length_s: np.ndarray    # [rows]
 
 
-def _outer(x):
-    return x[:, :, None] * x[:, None, :]
-
-
-def _cross(rows, n):
-    return segment_sum(rows.x * rows.y[:, None], rows.segment, n)
-
-
-def _balance_rows(wave, foot, n):
-    """(whole beats, late diastoles of arrhythmic segments, noise variance (n,), breathing rate (n,)
-    in Hz) for beats that begin at the feet `foot` (times in samples)."""
+def _balance_rows(wave, n):
+    """(whole beats, late diastoles of arrhythmic segments, noise variance (n,)) of the balance."""
     fs, samples = wave.fs, wave.abp.shape[1]
-    first = followed(wave.row)
-    first = first[foot[first + 1] > foot[first]]
+    foot = _align_upstrokes(wave)
+    first = wave.first[foot[wave.first + 1] > foot[wave.first]]
     segment, begin, end = wave.row[first], foot[first], foot[first + 1]
     interval_s = (end - begin) / fs
     level = LEVEL_SECONDS * fs
     a, b = (second * fs for second in SYSTOLE_SECONDS)
-    fine = ((interval_s >= MIN_BEAT_SECONDS) & (interval_s <= MAX_BEAT_SECONDS)
+    fine = ((interval_s >= signals.MIN_BEAT_SECONDS) & (interval_s <= signals.MAX_BEAT_SECONDS)
             & (begin >= level) & (end <= samples - 1) & (begin + b <= samples - 1)
             & wave.is_clean(segment, begin - level, end))
     segment, begin, end, interval_s = (v[fine] for v in (segment, begin, end, interval_s))
     before, after = (wave.mean(segment, at - level, at) for at in (begin, end))
     height = wave.mean(segment, begin + a, begin + b) - before
-    irregular = irregularity(interval_s, segment, n) > ARRHYTHMIC
+    irregular = signals.irregularity(interval_s, segment, n) > signals.ARRHYTHMIC
     noise = _noise_variance(wave, begin, segment, n)
-
     per_s = 1.0 / interval_s
     kept = _within_percentiles(height * per_s, segment, n)
     segment, begin, end, interval_s, per_s, height, change = (v[kept] for v in (
@@ -276,12 +201,11 @@ def _balance_rows(wave, foot, n):
     def design(segment, time_s, flow, change):
         phase = 2 * np.pi * hz[segment] * time_s
         return np.stack([np.ones(len(segment)), flow, -change, np.sin(phase), np.cos(phase)], 1)
-
     whole = Rows(segment, design(segment, time_s, height * per_s, change * per_s),
                  wave.mean(segment, begin, end), interval_s)
     late, mean, slope, length_s, middle_s = _diastoles(wave, foot, irregular)
-    diastoles = Rows(late, design(late, middle_s, np.zeros(len(late)), slope), mean, length_s)
-    return whole, diastoles, noise, hz
+    late_x = design(late, middle_s, np.zeros(len(late)), slope)
+    return whole, Rows(late, late_x, mean, length_s), noise
 
 
 def _noise_sums(wave, whole, late, noise, n):
@@ -298,17 +222,16 @@ def _noise_sums(wave, whole, late, noise, n):
         late.segment, 2 / (END_SECONDS * wave.fs) / late.length_s ** 2, n)
     return noise_xx, noise_xy, noise_late
 
+
 def _diastoles(wave, foot, wanted):
     """The late diastoles between the feet (times in samples) of the `wanted` (n,) segments: their
-    segment, mean pressure, slope in mmHg/s, length and middle in s. Levels at their ends are means
-    over END_SECONDS."""
+    segment, mean pressure, slope in mmHg/s, length and middle in s."""
     fs, samples = wave.fs, wave.abp.shape[1]
     half = 0.5 * END_SECONDS * fs
-    first = followed(wave.row)
-    segment = wave.row[first]
-    begin, end = foot[first] + DIASTOLE_SECONDS * fs, foot[first + 1] - half
+    segment = wave.row[wave.first]
+    begin, end = foot[wave.first] + DIASTOLE_SECONDS * fs, foot[wave.first + 1] - half
     fine = (wanted[segment] & (end - begin >= MIN_DIASTOLE_SECONDS * fs)
-            & (end - begin <= MAX_BEAT_SECONDS * fs) & (foot[first] >= 0)
+            & (end - begin <= signals.MAX_BEAT_SECONDS * fs) & (foot[wave.first] >= 0)
             & (end + half <= samples - 1) & wave.is_clean(segment, begin - half, end + half))
     segment, begin, end = segment[fine], begin[fine], end[fine]
     level = [wave.mean(segment, at - half, at + half) for at in (begin, end)]
@@ -320,15 +243,14 @@ def _diastoles(wave, foot, wanted):
 def _align_upstrokes(wave):
     """The feet, timed by the shift at which each upstroke fits the segment's mean upstroke: the
     noise of some 20 samples averaged, where a foot alone has that of two."""
-    fs, samples = wave.fs, wave.abp.shape[1]
-    foot, row = wave.foot.copy(), wave.row
-    n = len(wave.abp)
+    fs, row, n = wave.fs, wave.row, len(wave.abp)
+    foot = wave.foot.copy()
     around = np.arange(int(ALIGN_SECONDS[0] * fs), int(ALIGN_SECONDS[1] * fs) + 1)
     for _ in range(3):
         time = foot[:, None] + around
-        fine = ((time[:, 0] >= 0) & (time[:, -1] <= samples - 1)
+        fine = ((time[:, 0] >= 0) & (time[:, -1] <= wave.abp.shape[1] - 1)
                 & wave.is_clean(row, time[:, 0], time[:, -1]))
-        pressure = wave.at(row[fine][:, None], time[fine])
+        pressure, _ = wave.interpolate(row[fine][:, None], time[fine])
         count = np.maximum(np.bincount(row[fine], minlength=n), 1)
         mean = segment_sum(pressure, row[fine], n) / count[:, None]
         basis = np.stack([np.ones_like(mean), mean, np.gradient(mean, axis=1)], 1)
@@ -352,8 +274,7 @@ def _noise_variance(wave, begin, segment, n):
     t = np.linspace(-1, 1, length)
     smooth, _ = np.linalg.qr(np.stack([np.ones(length), t, t * t], 1))
     rest = values - values @ smooth @ smooth.T
-    # the median of chi-square over its degrees of freedom is below 1 (Wilson and Hilferty)
-    free = length - 3
+    free = length - 3           # chi-square's median over it is below 1 (Wilson and Hilferty)
     return segment_quantile((rest ** 2).sum(1) / free, segment, n) / (1 - 2 / (9 * free)) ** 3
 
 
@@ -389,8 +310,7 @@ def _noise_share(xx, noise_xx):
 def _within_percentiles(value, segment, n):
     """Which beats lie within their segment's 5th-95th percentile (below 5 beats: all)."""
     low, high = (segment_quantile(value, segment, n, share)[segment] for share in (0.05, 0.95))
-    few = np.bincount(segment, minlength=n) < 5
-    return ((value >= low) & (value <= high)) | few[segment]
+    return ((value >= low) & (value <= high)) | (np.bincount(segment, minlength=n) < 5)[segment]
 
 
 def _fit_quality(y, residual, segment, n):

@@ -268,7 +268,7 @@ def prepare_record(record, options, parts) -> list:
 def writing(path, options, **attributes):
     return layout.LayoutWriter(
         path, origin="recordings", label_method=options.label_method,
-        beats=labels.METHODS[options.label_method].beats, reasons=signals.REASONS, **attributes)
+        beats=labels.BEATS, reasons=signals.REASONS, **attributes)
 
 
 def read_segments(path, options, rows):

@@ -392,7 +392,7 @@ def simulate_file(path, patients: int, segments: int, seed: int, workers: int = 
             for number in range(patients))
     with tk_utils.atomic_path(path) as temporary, datasets.LayoutWriter(
             temporary, origin="simulated", label_method=label_method,
-            beats=labels.METHODS[label_method].beats, reasons=signals.REASONS,
+            beats=labels.BEATS, reasons=signals.REASONS,
             simulation_seed=seed) as writer:
         done = tk_utils.in_processes(_simulate, jobs, workers)
         if not quiet:

@@ -53,8 +53,7 @@ REGIMES = {
     "default cohort": (DEFAULT, 60),
 }
 RECOMMENDED = ("waveform_balance", "default, p_crit_se < 5.5")
-SHOWN = (("published_peaks", "default"), ("published", "default"),
-         ("waveform_balance", "default"), RECOMMENDED)
+SHOWN = (("published", "default"), ("waveform_balance", "default"), RECOMMENDED)
 
 
 def regime_labels(regime, seed, numbers):

@@ -309,7 +309,7 @@ def test_a_level_with_too_few_patients_is_left_out_and_said(tmp_path, checkpoint
 def test_the_label_is_of_the_method_that_the_network_learned(tmp_path):
     path = write_csv(tmp_path / "r.csv", 185)
     abp = waves(np.arange(180 * FS) / FS)[0].reshape(3, -1)
-    for method in ("published_peaks", "waveform_balance"):
+    for method in ("published", "waveform_balance"):
         model = make_checkpoint(tmp_path / "l.pth", label_method=method)
         expected = labels.label_segments(abp, FS, method=method)["tpp"]
         np.testing.assert_allclose(predicted(tmp_path, model, path)["tpp_abp"], expected, atol=1.0)

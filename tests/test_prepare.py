@@ -243,7 +243,7 @@ def test_a_second_run_does_nothing_but_what_has_changed(tmp_path, minute):
     os.remove(records / "MRN0002.csv")
     assert "1/1" in run(*arguments).stderr
     assert [len(one["ppg"]) for one in read(records / "o.h5").values()] == [1, 2]
-    assert "2/2" in run(*arguments, "--label-method", "published_peaks").stderr
+    assert "2/2" in run(*arguments, "--label-method", "waveform_balance").stderr
     assert sorted(os.listdir(records)) == ["MRN0000.csv", "MRN0001.csv", "o.h5"]
 
 

@@ -65,7 +65,7 @@ def test_the_labels_are_those_of_the_stored_arterial_pressure(tmp_path, method):
     simulate.simulate_file(path, 2, 3, seed=1, quiet=True, keep_abp=True, label_method=method)
     with h5py.File(path, "r") as file:
         assert file.attrs["label_method"] == method
-        assert file.attrs["beats"] == ("peak" if method == "published_peaks" else "foot")
+        assert file.attrs["beats"] == "foot"
         for group in (file["sim1-000000/1"], file["sim1-000001/1"]):
             again = labels.label_segments(group["abp"][()], 60, method)
             for name in labels.FIELDS:
