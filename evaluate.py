@@ -11,22 +11,23 @@ From Python: `evaluate(model_or_path, index)` returns the results as a dictionar
 TPP = MAP - Pcrit and MAP is an input, so the error of TPP is the error of Pcrit, while R² of TPP is
 inflated by the spread of MAP: read R² of Pcrit, and the skill over the baselines.
 
-Needs training_header.py and what that needs, metrics.py, baselines.py, signals.py, scoring.py,
-report.py and templates/.
+Needs training_header.py and what that needs, metrics.py, baselines.py, signals.py, report.py and
+templates/.
 """
 import json
 import os
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
+import pandas as pd
 
 import baselines
+import datasets
 import metrics
 import report
-import scoring
 import tk_utils
 from checkpoint import (
     CheckpointError,
@@ -36,24 +37,10 @@ from checkpoint import (
     read_salt,
     save_tensors,
 )
-from datasets import (
-    FS,
-    LABELS,
-    SEGMENT_SAMPLES,
-    SEGMENT_SECONDS,
-    VITALS,
-    DataError,
-    DatasetIndex,
-    TPP_PPG_dataset,
-    create_dataset_index,
-    find_files,
-    hash_patients,
-    origin_of,
-    vitals_of,
-)
-from scoring import Segments
-from signals import ppg_features
-from tk_utils import counted, run_script, simulated_note, write_json
+from datasets import DataError, DatasetIndex, TPP_PPG_dataset, create_dataset_index
+from report import percent
+from signals import PPG_FEATURES, ppg_features
+from tk_utils import counted
 from training_header import (
     LOSSES,
     TrainingError,
@@ -64,13 +51,23 @@ from training_header import (
 
 SPLITS = ("test", "tune", "train", "all")
 SCORED = ["map", "p_crit", "tpp"]           # fields without which there are no scores
-FIELDS_OF_STRATA = ("r2", "beat_irregularity", "ppg_quality", "start_s", "p_crit_true")
 MAX_BASELINE_SEGMENTS = 100_000             # train segments for the baselines: more adds nothing
 MAX_NOVELTY_SEGMENTS = 20_000               # train segments that define usual inputs
 MAX_HASHED_SEGMENTS = 200_000               # segments of a part searched for shared seconds
 MAX_TPP_MMHG = 500                          # a network that exceeds this is broken
+MIN_CHANGE_MMHG = 0.01                      # predictions that vary by less are constant
 # Runs that train_resnet.py --ablate trains in addition, by the endings of their names.
 ABLATIONS = {"_no_ppg": "network without the PPG", "_no_vitals": "network without vitals"}
+EACH_BEST = "each run's best baseline"
+STRATA = (      # fields (the first that is there), name, unit, inner edges or None for quarters
+    (("tpp",), "TPP", "mmHg", (20, 34, 50)), (("map",), "MAP", "mmHg", (65, 74, 90)),
+    (("hr",), "Heart rate", "/min", (60, 80, 100)),
+    (("pp",), "Pulse pressure", "mmHg", (40, 60, 80)),
+    (("r2",), "Label's r²", "", (0.7, 0.8, 0.9)),
+    (("ppg_quality", "pulse_quality"), "PPG quality", "", None),
+    (("beat_irregularity", "pulse_irregularity"), "Beat irregularity", "", (0.05, 0.1, 0.2)),
+    (("distance",), "Distance from training inputs", "", None),
+    (("spread",), "Network's own SD", "mmHg", None))
 
 
 def parse_args(arguments=None):
@@ -113,25 +110,62 @@ def main() -> None:
     settings = {"data": options.data, "split": options.split, "condition": options.condition,
                 "network": options.model, "full": bool(options.report)}
     if len(paths) > 1:
-        results, arrays = compare_runs(paths, **settings)
+        results, segments = compare_runs(paths, **settings)
     else:
-        results, arrays = evaluate_with_arrays(paths[0], **settings)
+        results, segments = evaluate_with_arrays(paths[0], **settings)
         report.print_results(results)
     if options.report:
-        report.write_report(results, arrays, options.report,
+        report.write_report(results, segments, options.report,
                             {path: load_checkpoint(path) for path in paths})
     if options.json:
-        write_json(options.json, results)
+        tk_utils.write_json(options.json, results)
 
 
 # ---------------------------------------------------------------- the data
 
 @dataclass
+class Segments:
+    """N segments and what is predicted of them, in mmHg; what is not known stays None or empty."""
+    fields: Dict[str, np.ndarray]           # {name: [N] float64}
+    patients: np.ndarray                    # [N] numbers
+    series: np.ndarray                      # [N] numbers of the encounters
+    names: np.ndarray                       # [N] patients' names, to recognise them in several runs
+    dataset: Any = None                     # to read their PPG
+    tpp: Optional[np.ndarray] = None        # [N] predictions
+    spread: Optional[np.ndarray] = None     # [N] the network's own SD
+    baselines: Dict[str, np.ndarray] = field(default_factory=dict)      # {name: [N]}
+    compared: Dict[str, np.ndarray] = field(default_factory=dict)       # of --ablate, {name: [N]}
+    best: Optional[str] = None              # the baseline that was best on the tune patients
+    intervals: Dict[float, Any] = field(default_factory=dict)   # by level: (low, high), or why not
+    distance: Optional[np.ndarray] = None   # [N] from the training inputs
+    unusual: Optional[np.ndarray] = None    # [N] bool
+    swapped: Optional[np.ndarray] = None    # [N] predictions from the PPG of another patient
+    good: Optional["Segments"] = None       # of the same patients, all of good signal (gate 'any')
+    runs: Tuple["Segments", ...] = ()       # of several runs together: theirs
+
+    def __len__(self):
+        return len(self.patients)
+
+    @property
+    def truth(self) -> np.ndarray:
+        return self.fields["tpp"]
+
+    def waveform(self, rows) -> np.ndarray:
+        """PPG [rows, samples]."""
+        if not self.runs:
+            return self.dataset.waveform("ppg", rows).reshape(len(rows), -1)
+        ends = np.cumsum([len(run) for run in self.runs])
+        which = np.searchsorted(ends, rows, side="right")
+        return np.concatenate([self.runs[k].waveform(np.array([row - ends[k] + len(self.runs[k])]))
+                               for k, row in zip(which, rows)])
+
+
+@dataclass
 class Fitted:
     """What several evaluations share, so that nothing is done twice: pass the same object to each.
 
-    Indexes by files and gate, PPG features by segment, baselines by train patients, results by
-    checkpoint.
+    Indexes by files and gate, PPG features by a segment's PPG, baselines by train patients, results
+    by checkpoint.
     """
     indexes: dict = field(default_factory=dict)
     features: dict = field(default_factory=dict)
@@ -163,32 +197,30 @@ def choose_segments(path, checkpoint, data, split, condition, fitted) -> Chosen:
     if data is None and "data" not in run:
         raise DataError(f"{path}: no record here of the data it was trained on; name them with "
                         "--data")
-    files = find_files(data or run["data"])
+    files = datasets.find_files(data or run["data"])
     trained_with = checkpoint["config"].get("condition", "default")
     own_data = data is None or list(map(os.path.realpath, files)) == run.get("data")
     salt_path = run.get("salt_file") or default_salt_path(files[0])
     index = fitted.index(files, condition or trained_with)
     parts = patient_parts(index, checkpoint, salt_path)
-    calibrated = 0
     if parts is None:
         if own_data or split not in (None, "all"):
             raise DataError(f"{salt_path}: cannot identify the {split or 'test'} patients without "
                             "this run's salt")
-        split, chosen = "all", np.ones(index.n_patients, bool)
-        warning = "overlap with the training data NOT CHECKED"
+        chosen = np.ones(index.n_patients, bool)
+        found = Chosen(index, "all", warning="overlap with the training data NOT CHECKED")
     else:
         split = split or ("test" if own_data else "all")
         chosen, warning = choose_patients(parts, split, own_data)
-        calibrated = int((parts[chosen] == "calibration").sum())
+        found = Chosen(index, split, held_out=split == "test" or not own_data, warning=warning,
+                       calibrated=int((parts[chosen] == "calibration").sum()))
     if not chosen.any():
         raise DataError(f"no {split} patient of the checkpoint has a segment in these data")
-    scored = index.select(chosen[index.encounter_patient])
-    TPP_PPG_dataset(scored, "segment", SCORED)              # raises where one of them is absent
+    found.scored = index.select(chosen[index.encounter_patient])
+    TPP_PPG_dataset(found.scored, "segment", SCORED)        # raises where one of them is absent
     if not own_data and run.get("data") and all(map(os.path.exists, run["data"])):
         index = fitted.index(run["data"], trained_with)
         parts = patient_parts(index, checkpoint, run["salt_file"])
-    found = Chosen(scored, split, held_out=split == "test" or not own_data, calibrated=calibrated,
-                   warning=warning)
     if parts is not None and np.isin(["train", "tune"], parts.tolist()).all():
         found.train, found.tune = (index.select((parts == name)[index.encounter_patient])
                                    for name in ("train", "tune"))
@@ -217,15 +249,10 @@ def run_of(path) -> tk_utils.RunFiles:
 
 def read_run(path) -> dict:
     """What is private to this machine about a checkpoint's run (where its data are), or {}."""
-    record = run_of(path).run
-    if not os.path.exists(record):
+    if not os.path.exists(run_of(path).run):
         return {}
-    try:
-        with open(record, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (ValueError, TypeError):
-        raise DataError(f"{record}: not the record of a run; remove it and name the data with "
-                        "--data") from None
+    with open(run_of(path).run, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def subsample(most: float, index: DatasetIndex, keys) -> TPP_PPG_dataset:
@@ -237,58 +264,36 @@ def read_segments(index: DatasetIndex, keys, fitted: Fitted, most=np.inf) -> Seg
     """The fields of an index that baselines, strata and scores need, PPG features included."""
     dataset = subsample(most, index, keys)
     index, fields = dataset.index, {}
-    for key in dict.fromkeys((*VITALS, *LABELS, *FIELDS_OF_STRATA, *vitals_of(keys))):
+    of_strata = ("r2", "beat_irregularity", "ppg_quality", "start_s", "p_crit_true")
+    for key in dict.fromkeys((*datasets.VITALS, *datasets.LABELS, *of_strata,
+                              *datasets.vitals_of(keys))):
         try:
             index.sources(key)
         except DataError:           # an encounter lacks it
             continue
         fields[key] = dataset.column(key).numpy().astype(np.float64)
-    if len(index):
-        fields.update(read_ppg_features(dataset, fitted.features))
+    fields.update(read_ppg_features(dataset, fitted.features))
     patients = index.segment_patients()
     return Segments(fields, patients, index.per_segment(np.arange(len(index.encounters))),
                     index.patients[patients], dataset)
 
 
+def blocks_of(count: int) -> List[np.ndarray]:
+    return [np.arange(start, min(start + 512, count)) for start in range(0, count, 512)]
+
+
 def read_ppg_features(dataset: TPP_PPG_dataset, known: dict) -> Dict[str, np.ndarray]:
-    """{name: [N]} of `signals.ppg_features`. known: features by segment, for later calls."""
-    index = dataset.index
-    encounters = [(index.paths[file], str(index.patients[patient]), str(encounter))
-                  for file, patient, encounter in zip(index.encounter_file,
-                                                      index.encounter_patient, index.encounters)]
-    segments = [(encounters[number], row) for number, row in zip(
-        index.per_segment(np.arange(len(encounters))).tolist(), index.rows.tolist())]
-    new = np.array([n for n, segment in enumerate(segments) if segment not in known], int)
-    for a in tk_utils.progress(range(0, len(new), 512), desc="PPG features", leave=False):
-        found = ppg_features(dataset.waveform("ppg", new[a:a + 512]), FS)
-        for n, *values in zip(new[a:a + 512], *found.values()):
-            known[segments[n]] = dict(zip(found, values))
-    return {name: np.array([known[segment][name] for segment in segments])
-            for name in known[segments[0]]}
-
-
-def second_hashes(index: DatasetIndex) -> np.ndarray:
-    """[S, seconds] uint64: a hash of each second of PPG, bit for bit, 0 where the second is flat.
-
-    Windows that overlap by whole seconds share hashes.
-    """
-    dataset = subsample(MAX_HASHED_SEGMENTS, index, ["ppg"])
-    rate = SEGMENT_SAMPLES // SEGMENT_SECONDS
-    factors = np.random.default_rng(1).integers(1, 2 ** 63, rate).astype(np.uint64) * 2 + 1
-    hashes = np.empty((len(dataset), SEGMENT_SECONDS), np.uint64)
-    for a in range(0, len(hashes), 512):
-        ppg = dataset.waveform("ppg", np.arange(a, min(a + 512, len(hashes))))
-        bits = np.ascontiguousarray(ppg).view(np.uint32).reshape(len(ppg), SEGMENT_SECONDS, -1)
-        flat = (bits == bits[..., :1]).all(axis=2)
-        hashes[a:a + 512] = np.where(flat, 0, (bits * factors).sum(axis=2))
-    return hashes
-
-
-def shared_seconds(index: DatasetIndex, others: Dict[str, DatasetIndex]) -> Dict[str, int]:
-    """{name: segments of an index that share a second of PPG with those of another}."""
-    ours = second_hashes(index)
-    return {name: int((np.isin(ours, second_hashes(other)) & (ours != 0)).any(1).sum())
-            for name, other in others.items()}
+    """{name: [N]} of PPG_FEATURES. known: {hash of a segment's PPG: its features}, for later."""
+    hashes = []
+    for rows in tk_utils.progress(blocks_of(len(dataset)), desc="PPG features", leave=False):
+        ppg = dataset.waveform("ppg", rows)
+        of_rows = [hash(wave.tobytes()) for wave in ppg]
+        new = [n for n, one in enumerate(of_rows) if one not in known]
+        if new:
+            found = ppg_features(ppg[new], datasets.FS)
+            known.update(zip([of_rows[n] for n in new], zip(*found.values())))
+        hashes += of_rows
+    return dict(zip(PPG_FEATURES, np.array([known[one] for one in hashes]).T))
 
 
 # ---------------------------------------------------------------- what the network predicts
@@ -313,18 +318,13 @@ def predict_segments(model, segments: Segments, calibration, device) -> Segments
     novelty = calibration.get("novelty")
     segments.tpp, segments.spread, features = predict_tpp(
         model, segments.dataset, device, features=bool(novelty))
-    if calibration:
-        domain = domain_of(segments.dataset.index)
-        refusal = report.domain_refusal(calibration, **domain)
-        for level in calibration["levels"]:
-            try:
-                segments.intervals[level] = refusal or metrics.interval(
-                    segments.tpp, calibration, level, segments.spread)
-            except ValueError as reason:
-                segments.intervals[level] = str(reason)
-        if not refusal:
-            segments.low_probability = metrics.low_probability(segments.tpp, calibration,
-                                                               spread=segments.spread)
+    for level in calibration.get("levels", ()):
+        refusal = report.domain_refusal(calibration, **domain_of(segments.dataset.index))
+        try:
+            segments.intervals[level] = refusal or metrics.interval(
+                segments.tpp, calibration, level, segments.spread)
+        except ValueError as reason:
+            segments.intervals[level] = str(reason)
     if novelty and features is not None:
         segments.distance = metrics.novelty(features, novelty)
         if novelty["threshold"] is not None:
@@ -349,31 +349,38 @@ def predict_with_swapped_ppg(model, segments: Segments, device=None) -> Optional
         def waveform(self, key, segments):
             return super().waveform(key, donor[segments])
 
-    swapped = SwappedPPG(segments.dataset.index, "segment", model.keys)
-    return predict_tpp(model, swapped, device)[0]
+    return predict_tpp(model, SwappedPPG(segments.dataset.index, "segment", model.keys), device)[0]
 
 
 def predict_ablations(path, checkpoint, index, device) -> Dict[str, np.ndarray]:
     """{name in tables: TPP [N]} of the runs that --ablate trained in addition to this one."""
     found = {}
     for ending, name in ABLATIONS.items():
-        other_path = run_of(path).base + ending + ".pth"
-        if not os.path.exists(other_path):
-            continue
-        other = load_checkpoint(other_path)
-        if other["split"] == checkpoint["split"]:
+        other = run_of(path).base + ending + ".pth"
+        if os.path.exists(other) and load_checkpoint(other)["split"] == checkpoint["split"]:
             model = load_model(other, device)
-            found[name] = predict_tpp(model, TPP_PPG_dataset(index, "segment", model.keys),
-                                      device)[0]
+            dataset = TPP_PPG_dataset(index, "segment", model.keys)
+            found[name] = predict_tpp(model, dataset, device)[0]
     return found
+
+
+def predict_good_signal(model, index, fit, best, fitted, device) -> Segments:
+    """Predictions of the same patients' segments of good signal, whatever their label's quality."""
+    good = fitted.index(index.paths, "any")
+    good = good.select(np.isin(good.patients, index.patients)[good.encounter_patient])
+    segments = predict_segments(model, read_segments(good, model.keys, fitted), {}, device)
+    if best:
+        segments.best = best
+        segments.baselines = {best: fit[best].predict(segments.fields)}
+    return segments
 
 
 # ---------------------------------------------------------------- calibration
 
 def domain_of(index: DatasetIndex) -> Dict[str, str]:
     """Where the data of an index come from: prediction intervals hold only for such data."""
-    return {"origin": origin_of(index.paths),
-            "label_method": origin_of(index.paths, "label_method")}
+    return {"origin": datasets.origin_of(index.paths),
+            "label_method": datasets.origin_of(index.paths, "label_method")}
 
 
 def make_calibration(model, train, tune, batch_size=256, device=None, workers=0) -> dict:
@@ -383,8 +390,9 @@ def make_calibration(model, train, tune, batch_size=256, device=None, workers=0)
     on the tune patients, the origin and label method of their data and, if the network has
     features(), under 'novelty' `metrics.fit_novelty` of the inputs of the train patients.
     """
-    options = {"batch_size": batch_size, "device": device, "workers": workers}
-    estimate, spread, features = predict_with_spread(model, tune, collect_features=True, **options)
+    options = {"batch_size": batch_size, "device": device, "workers": workers,
+               "collect_features": True}
+    estimate, spread, features = predict_with_spread(model, tune, **options)
     error = estimate - tune.column(model.keys[-1]).numpy()
     patients = tune.index.segment_patients()
     found = metrics.fit_calibration(-error if model.keys[-1] == "p_crit" else error, patients,
@@ -392,8 +400,8 @@ def make_calibration(model, train, tune, batch_size=256, device=None, workers=0)
     found.update(domain_of(tune.index))
     if features is not None:
         usual = subsample(MAX_NOVELTY_SEGMENTS, train.index, model.keys)
-        usual = predict_with_spread(model, usual, collect_features=True, **options)[2]
-        found["novelty"] = metrics.fit_novelty(usual, features, patients)
+        usual = metrics.fit_novelty(predict_with_spread(model, usual, **options)[2])
+        found["novelty"] = metrics.novelty_threshold(usual, features, patients)
     return found
 
 
@@ -402,7 +410,7 @@ def calibrate(path, data, condition=None, network=None, device=None) -> dict:
 
     Patients that it was trained or tested on are left out. Returns the new calibration.
     """
-    saved, files = load_checkpoint(path), find_files(data)
+    saved, files = load_checkpoint(path), datasets.find_files(data)
     model = load_model(saved, device, network)
     index = create_dataset_index(condition=condition or saved["config"].get("condition", "default"),
                                  path=files)
@@ -413,7 +421,7 @@ def calibrate(path, data, condition=None, network=None, device=None) -> dict:
         if not free.any():
             raise DataError(f"{files[0]}: all of these patients are train or test patients of the "
                             "checkpoint; intervals need others")
-        split["calibration"] = hash_patients(
+        split["calibration"] = datasets.hash_patients(
             index.patients[free & (parts != "tune")].tolist(), read_salt(salt_path))
         index = index.select(free[index.encounter_patient])
     dataset = TPP_PPG_dataset(index, "segment", model.keys)
@@ -425,13 +433,11 @@ def calibrate(path, data, condition=None, network=None, device=None) -> dict:
     if novelty and features is not None:
         found["novelty"] = metrics.novelty_threshold(novelty, features, patients)
     save_tensors(path, dict(saved, calibration=found, split=split))
-    half_widths = [f"{level:.0%} " + ("too few patients" if half is None else
-                                      f"± {half:.2f} x its SD" if found["spread"] else
-                                      f"± {half:.1f} mmHg")
-                   for level, half in zip(found["levels"], found["half_widths"])]
+    unit = " x the network's own SD" if found["spread"] else " mmHg"
     print(f"{path}: intervals calibrated on {counted(found['n_segments'], 'segment')} of "
-          f"{counted(found['n_patients'], 'patient')} ({found['origin']}): "
-          + ", ".join(half_widths))
+          f"{counted(found['n_patients'], 'patient')} ({found['origin']}): " + ", ".join(
+              f"{percent(level)} " + ("too few patients" if half is None else f"± {half:.2f}{unit}")
+              for level, half in zip(found["levels"], found["half_widths"])))
     return found
 
 
@@ -488,17 +494,17 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
                                             device)
 
     origin, split = domain_of(chosen.scored)["origin"], checkpoint.get("split")
-    trained_on = checkpoint.get("provenance", {}).get("origin", "")
     loss = checkpoint.get("config", {}).get("loss", "mse")
     results = {
         "checkpoint": os.path.basename(path) if path else "model in memory",
         "date": time.strftime("%Y-%m-%d"), "split": chosen.split, "keys": list(model.keys),
         "condition": chosen.scored.condition, "origin": origin, "simulated": "simulated" in origin,
-        "note": simulated_note(origin, trained_on), "warning": chosen.warning,
+        "note": tk_utils.simulated_note(origin, checkpoint.get("provenance", {}).get("origin", "")),
+        "warning": chosen.warning,
         "loss_label": getattr(LOSSES.get(loss), "label", f"Loss, {loss}"),
         "n_train_patients": len(split["train"]) if split and "train" in split else
         chosen.train.n_patients if chosen.train is not None else None,
-        **scoring.score_all(segments, full)}
+        **score_all(segments, full)}
     if split:
         results["checks"]["patients_in_two_parts"] = patients_in_two_parts(split)
     if chosen.train is not None and chosen.held_out:
@@ -508,18 +514,12 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
         results["uncertainty"].update(
             n_calibration_patients=calibration["n_patients"],
             has_features="novelty" in calibration, n_patients_of_calibration=chosen.calibrated)
-    results["problems"] = scoring.problems(results)
+    results["problems"] = problems(results)
     for line in report.warning_lines(results):
         print(f"WARNING: {line}", file=sys.stderr)
     if path:
         fitted.results[path, full] = results, segments
     return results, segments
-
-
-def patients_in_two_parts(split: Dict[str, list]) -> int:
-    train, tune, test, older = (set(split.get(name, ()))
-                                for name in ("train", "tune", "test", "ancestors"))
-    return len((train & tune) | (test & (train | tune | older)))
 
 
 def fit_or_reuse_baselines(chosen: Chosen, fields, keys, fitted: Fitted):
@@ -528,7 +528,7 @@ def fit_or_reuse_baselines(chosen: Chosen, fields, keys, fitted: Fitted):
     if chosen.train is None or chosen.tune is None:
         print("no baselines: the data of the train patients are not here")
         return {}, None
-    vitals = vitals_of(keys)
+    vitals = datasets.vitals_of(keys)
     key = (tuple(vitals), tuple(sorted(fields)), *(
         (tuple(index.paths), index.encounters.tobytes(), index.rows.tobytes())
         for index in (chosen.train, chosen.tune)))
@@ -543,16 +543,201 @@ def fit_or_reuse_baselines(chosen: Chosen, fields, keys, fitted: Fitted):
     return fitted.baselines[key]
 
 
-def predict_good_signal(model, index, fit, best, fitted, device) -> Segments:
-    """Predictions of the same patients' segments of good signal, whatever their label's quality."""
-    good = fitted.index(index.paths, "any")
-    good = good.select(np.isin(good.patients, index.patients)[good.encounter_patient])
-    segments = predict_segments(model, read_segments(good, model.keys, fitted), {}, device)
-    if best:
-        segments.best = best
-        segments.baselines = {best: fit[best].predict(segments.fields)}
-    return segments
+# ---------------------------------------------------------------- scores
 
+def score_all(scored: Segments, full: bool = False) -> dict:
+    """Everything that follows from the predictions. full: also what only the page shows."""
+    patients = metrics.PatientBootstrap(scored.patients)
+    fields, truth, tpp = scored.fields, scored.truth, scored.tpp
+    both = {"tpp": (truth, tpp), "p_crit": (fields["p_crit"], fields["map"] - tpp)}
+    by_patient = {key: metrics.confidence_intervals(patients, *pair, by_patient=True)
+                  for key, pair in both.items()}
+    found = {
+        "n_patients": patients.n_patients, "n_segments": len(scored),
+        **{key: scores_with_intervals(patients, *pair) for key, pair in both.items()},
+        "per_patient": {"tpp": by_patient["tpp"], "p_crit_r2": by_patient["p_crit"]["r2"]},
+        "within_patient": {key: metrics.within_patient_correlation(patients, *pair)
+                           for key, pair in both.items()},
+        "trend": {key: metrics.trend_concordance(scored.patients, *pair, scored.series)
+                  for key, pair in both.items()},
+        "detection": metrics.detection(patients, truth, tpp),
+        "standards": metrics.standards(patients, truth, tpp),
+        "bland_altman": metrics.bland_altman(patients, truth, tpp)}
+    if "p_crit_true" in fields:
+        true_tpp = fields["map"] - fields["p_crit_true"]
+        found["true"] = dict(scores_with_intervals(patients, true_tpp, tpp),
+                             label=metrics.scores(true_tpp, truth))
+    for key in ("baselines", "compared"):
+        found[key] = {name: score_other(scored, prediction, patients)
+                      for name, prediction in getattr(scored, key).items()}
+    found["uncertainty"] = uncertainty_summary(scored, patients)
+    found["checks"] = check_predictions(scored, patients)
+    found["skill"] = None
+    if scored.best is not None:
+        best, others = found["baselines"][scored.best], found["baselines"]
+        here = min(others, key=lambda name: others[name]["rmse"])
+        found.update(skill=dict(best["skill"], over=scored.best),
+                     skill_per_patient=dict(best["skill_per_patient"], over=scored.best),
+                     skill_in_hindsight=dict(others[here]["skill"], over=here))
+    if full:
+        found["strata"] = strata(scored)
+        squares = patients.per_patient((tpp - truth) ** 2)
+        found["patients"] = {"rmse_quantiles": {
+            percent(share): float(np.quantile(np.sqrt(squares / patients.counts), share))
+            for share in (0.05, 0.25, 0.5, 0.75, 0.95)}}
+        if scored.swapped is not None:
+            found["swapped_ppg"] = score_other(scored, scored.swapped, patients)
+        if scored.good is not None:
+            found["good_signal"] = score_good_signal(scored)
+    return found
+
+
+def scores_with_intervals(patients, truth, prediction) -> dict:
+    """`metrics.scores` without the count, and their 95 % intervals over patients as `ci95`."""
+    found = metrics.scores(truth, prediction)
+    found.pop("n")
+    intervals = metrics.confidence_intervals(patients, truth, prediction)
+    return dict(found, ci95={name: (one["low"], one["high"]) for name, one in intervals.items()})
+
+
+def score_other(scored: Segments, prediction, patients) -> dict:
+    """Scores of another prediction of the same segments, and the network's skill over it."""
+    fields, truth, tpp = scored.fields, scored.truth, scored.tpp
+    return dict(
+        scores_with_intervals(patients, truth, prediction),
+        p_crit_r2=metrics.scores(fields["p_crit"], fields["map"] - prediction)["r2"],
+        skill=metrics.skill(truth, tpp, prediction, patients),
+        skill_per_patient=metrics.skill(truth, tpp, prediction, patients, by_patient=True))
+
+
+def uncertainty_summary(scored: Segments, patients) -> Optional[dict]:
+    """Coverage and width of the intervals, unusual inputs."""
+    if not scored.intervals:
+        return None
+    levels = {}
+    for level, bounds in scored.intervals.items():
+        if isinstance(bounds, str):
+            levels[percent(level)] = {"refused": bounds}
+        else:
+            held = metrics.coverage(patients, scored.truth, *bounds)
+            levels[percent(level)] = dict(held, half_width=held["mean_width"] / 2)
+    found = {"levels": levels}
+    if scored.unusual is not None:
+        error = scored.tpp - scored.truth
+        found["novelty"] = {
+            "expected": 1 - metrics.NOVELTY_LEVEL, "rate": float(scored.unusual.mean()),
+            **{name: metrics.rmse(scored.patients[mask], error[mask]) if mask.any() else None
+               for name, mask in (("rmse_new", scored.unusual), ("rmse_usual", ~scored.unusual))}}
+    return found
+
+
+def strata(scored: Segments) -> List[dict]:
+    """RMSE, bias and coverage of the 90 % interval by ranges of the fields."""
+    fields = dict(scored.fields, distance=scored.distance, spread=scored.spread)
+    error, interval, found = scored.tpp - scored.truth, scored.intervals.get(0.9), []
+    held = None
+    if isinstance(interval, tuple):
+        held = (interval[0] <= scored.truth) & (scored.truth <= interval[1])
+    for keys, name, unit, edges in STRATA:
+        values = next((fields[key] for key in keys if fields.get(key) is not None), None)
+        if values is None or not np.isfinite(values).any():
+            continue
+        if edges is None:
+            edges = np.unique(np.nanquantile(values, (0.25, 0.5, 0.75)))
+        bounds = [-np.inf, *edges, np.inf]
+        for low, high in zip(bounds[:-1], bounds[1:]):
+            inside = (values >= low) & (values < high)
+            if not inside.any():
+                continue
+            text = (f"< {high:.4g}" if low == -np.inf else f"≥ {low:.4g}" if high == np.inf
+                    else f"{low:.4g} to {high:.4g}")
+            found.append({
+                "of": name, "range": f"{text} {unit}".strip(), "n_segments": int(inside.sum()),
+                "n_patients": len(np.unique(scored.patients[inside])),
+                "rmse": metrics.rmse(scored.patients[inside], error[inside]),
+                "bias": float(error[inside].mean()),
+                "coverage_90": None if held is None else float(np.mean(held[inside]))})
+    return found
+
+
+def score_good_signal(scored: Segments) -> dict:
+    """Scores of the same patients' segments of good signal, whatever the quality of the label.
+
+    The default gate's conditions on r² and Pcrit need the arterial line, and they narrow the range
+    of what is predicted.
+    """
+    good, patients = scored.good, metrics.PatientBootstrap(scored.good.patients)
+    network = score_other(good, good.tpp, patients)
+    found = {"n_segments": len(good), "n_patients": patients.n_patients,
+             "share_kept_by_gate": len(scored) / len(good), "tpp": network,
+             "p_crit_r2": network["p_crit_r2"]}
+    if good.best is not None:
+        found["baseline"] = dict(score_other(good, good.baselines[good.best], patients),
+                                 name=good.best)
+    return found
+
+
+# ---------------------------------------------------------------- checks
+
+def check_predictions(scored: Segments, patients) -> dict:
+    """Checks of the predictions alone; `problems` puts what is wrong into words."""
+    found = {"constant_output": len(scored) > 1 and bool(np.ptp(scored.tpp) < MIN_CHANGE_MMHG)}
+    if "start_s" in scored.fields:
+        _, gap = metrics.changes(scored.series, scored.fields["start_s"])
+        found["overlapping_windows"] = int(np.sum(np.abs(gap) < datasets.SEGMENT_SECONDS - 0.01))
+    if scored.best is not None:
+        mixed = np.random.default_rng(0).permutation(len(scored))
+        found["skill_with_shuffled_labels"] = metrics.skill(
+            scored.truth[mixed], scored.tpp, scored.baselines[scored.best][mixed], patients)
+    if scored.swapped is not None:
+        found["ignores_ppg"] = bool(np.abs(scored.tpp - scored.swapped).max() < MIN_CHANGE_MMHG)
+    return found
+
+
+def patients_in_two_parts(split: Dict[str, list]) -> int:
+    train, tune, test, older = (set(split.get(name, ()))
+                                for name in ("train", "tune", "test", "ancestors"))
+    return len((train & tune) | (test & (train | tune | older)))
+
+
+def second_hashes(index: DatasetIndex) -> np.ndarray:
+    """[S, seconds] uint64: a hash of each second of PPG, bit for bit, 0 where the second is flat.
+
+    Windows that overlap by whole seconds share hashes.
+    """
+    dataset, hashes = subsample(MAX_HASHED_SEGMENTS, index, ["ppg"]), []
+    factors = np.random.default_rng(1).integers(1, 2 ** 63, datasets.FS).astype(np.uint64) * 2 + 1
+    for rows in blocks_of(len(dataset)):
+        bits = np.ascontiguousarray(dataset.waveform("ppg", rows)).view(np.uint32)
+        bits = bits.reshape(len(rows), datasets.SEGMENT_SECONDS, -1)
+        flat = (bits == bits[..., :1]).all(axis=2)
+        hashes.append(np.where(flat, 0, (bits * factors).sum(axis=2)))
+    return np.concatenate(hashes)
+
+
+def shared_seconds(index: DatasetIndex, others: Dict[str, DatasetIndex]) -> Dict[str, int]:
+    """{name: segments of an index that share a second of PPG with those of another}."""
+    ours = second_hashes(index)
+    return {name: int((np.isin(ours, second_hashes(other)) & (ours != 0)).any(1).sum())
+            for name, other in others.items()}
+
+
+def problems(results: dict) -> List[str]:
+    """Lines on what the checks found wrong with the scores."""
+    checks, found = results["checks"], []
+    if checks.get("patients_in_two_parts"):
+        found.append(f"{counted(checks['patients_in_two_parts'], 'patient')} in two parts of the "
+                     "split: these scores are leaked")
+    if checks["constant_output"]:
+        found.append("CONSTANT OUTPUT: the network predicts the same TPP for every segment")
+    if checks.get("ignores_ppg"):
+        found.append("IGNORES THE PPG: it predicts the same with another patient's PPG")
+    return found + [f"{number:,} of {counted(results['n_segments'], 'segment')} share seconds of "
+                    f"PPG with {name} segments: these scores are leaked"
+                    for name, number in checks.get("shared_seconds", {}).items() if number]
+
+
+# ---------------------------------------------------------------- several runs
 
 def compare_runs(paths, **options) -> Tuple[dict, Segments]:
     """Several runs, such as seeds or folds: ({'runs', 'summary', 'together'}, all segments).
@@ -567,7 +752,7 @@ def compare_runs(paths, **options) -> Tuple[dict, Segments]:
              for path in paths]
     runs = [results for results, _ in found]
     report.print_runs(runs)
-    segments = scoring.pool([one for _, one in found])
+    segments = pool([one for _, one in found])
     pooled = {
         **{key: runs[0][key] for key in ("date", "split", "keys", "condition", "loss_label")},
         "checkpoint": f"{len(runs)} runs", "n_train_patients": None, "warning": None,
@@ -575,11 +760,53 @@ def compare_runs(paths, **options) -> Tuple[dict, Segments]:
         "simulated": any(run["simulated"] for run in runs),
         "note": "; ".join(sorted({run["note"] for run in runs if run["note"]})) or None,
         "problems": sorted({line for run in runs for line in report.warning_lines(run)}),
-        **scoring.score_all(segments, full)}
+        **score_all(segments, full)}
     print(f"\nall predictions of the {len(runs)} runs together:")
     report.print_results(pooled)
-    return {"runs": runs, "summary": metrics.summarise(runs), "together": pooled}, segments
+    return {"runs": runs, "summary": summarise(runs), "together": pooled}, segments
+
+
+def summarise(runs) -> Dict[str, dict]:
+    """Mean and SD of each number that all runs' results have: {'tpp.rmse': {'mean', 'sd', 'runs'}}.
+
+    Inner names are joined by dots.
+    """
+    table = pd.json_normalize(runs).select_dtypes("number").dropna(axis=1).astype(float)
+    return {name: {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
+                   "runs": values.tolist()} for name, values in table.items()}
+
+
+def pool(runs: List[Segments]) -> Segments:
+    """The predictions of several runs as one set, in which a patient is one patient in whichever
+    run: folds become all patients, seeds repeats of the same ones."""
+    def joined(parts):
+        return None if any(part is None for part in parts) else np.concatenate(parts)
+
+    def of_all(name):
+        """The dictionary `name` of what every run has."""
+        found = {key: joined([getattr(run, name).get(key) for run in runs])
+                 for key in getattr(runs[0], name)}
+        return {key: values for key, values in found.items() if values is not None}
+
+    names = joined([run.names for run in runs])
+    begins = np.cumsum([0] + [run.series.max() + 1 for run in runs])
+    pooled = Segments(
+        of_all("fields"), np.unique(names, return_inverse=True)[1],
+        joined([run.series + begin for run, begin in zip(runs, begins)]), names,
+        baselines=of_all("baselines"), compared=of_all("compared"), runs=tuple(runs),
+        **{name: joined([getattr(run, name) for run in runs])
+           for name in ("tpp", "spread", "distance", "unusual", "swapped")})
+    for level in runs[0].intervals:
+        bounds = [run.intervals.get(level, "not calibrated") for run in runs]
+        refused = [one for one in bounds if isinstance(one, str)]
+        pooled.intervals[level] = refused[0] if refused else tuple(map(joined, zip(*bounds)))
+    if all(run.best is not None for run in runs):
+        pooled.best = EACH_BEST
+        pooled.baselines[EACH_BEST] = joined([run.baselines[run.best] for run in runs])
+    if all(run.good is not None for run in runs):
+        pooled.good = pool([run.good for run in runs])
+    return pooled
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, CheckpointError, DataError, TrainingError))
+    sys.exit(tk_utils.run_script(main, CheckpointError, DataError, TrainingError))

@@ -222,7 +222,7 @@ def score_table(results):
 
 def error_rows(results):
     tpp, own, agreement = results["tpp"], results["per_patient"], results["bland_altman"]
-    rows = [[f"{score.title} of TPP", shown(of_ci95(tpp, key)), shown(own["tpp"][key])]
+    rows = [[f"{score.title} of TPP", shown(of_ci95(tpp, key)), shown(own["tpp"].get(key))]
             for key, score in metrics.SCORES.items()]
     p_crit = shown(of_ci95(results["p_crit"], "r2"))
     return [*rows, ["R² of Pcrit", p_crit, shown(own["p_crit_r2"])],
@@ -342,23 +342,6 @@ def detection(results, arrays):
         f"prediction below {found['threshold']:g} mmHg counts as low.")
 
 
-def reliability(results, arrays):
-    found = (results["uncertainty"] or {}).get("reliability")
-    if not found:
-        return None
-    low = f"TPP < {results['detection']['threshold']:g} mmHg"
-    axes = new_figure(4.8, 4.4).subplots()
-    for bin_ in found["bins"]:
-        axes.plot([bin_["predicted"]] * 2, [bin_["low"], bin_["high"]], color=TRAIN_COLOUR)
-        axes.plot(bin_["predicted"], bin_["value"], "o", ms=6, color=TRAIN_COLOUR,
-                  gid=f"hover:predicted {percent(bin_['predicted'])}, observed {percent(bin_)}")
-    axes.plot([0, 1], [0, 1], color="0.5", lw=0.9, ls="--", zorder=0)
-    axes.set(aspect="equal", xlabel=f"Predicted probability of {low}", ylabel="Observed share")
-    return axes.figure, (
-        f"Predicted probability of {low} and the share observed, by tenths of the segments. On the "
-        "dashed line, probabilities are right.")
-
-
 def loss(results, arrays):
     """The loss curve of a run whose log is here."""
     log = results.get("log")
@@ -400,7 +383,7 @@ def traces(waves, titles, seconds):
 
 # Name of the file in figures_resnet/ -> function (results, arrays) -> (figure, caption) or None.
 FIGURES = {"compared": compared, "histogram_plot": histogram, "bland_altman": bland_altman,
-           "trend": trend, "detection": detection, "reliability": reliability, "loss": loss,
+           "trend": trend, "detection": detection, "loss": loss,
            "worst": worst}
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import evaluate
 import metrics
 import report
-import scoring
 from tk_utils import print_table
 
 SHOWN = ("rmse", "mae", "mead", "r2", "bias", "sd", "skill", "limit", "within", "auc", "found")
@@ -33,18 +33,14 @@ def virtual_patients(rng, n_patients):
 
 
 def every_score(patients, truth, prediction, baseline, n_boot):
-    """{score: (value, low, high)} of the scores whose coverage is tabulated."""
+    """{score: estimate} of the scores whose coverage is tabulated."""
     bootstrap = metrics.PatientBootstrap(patients, n_boot)
-    found, intervals = metrics.scores(truth, prediction), metrics.confidence_intervals(
-        bootstrap, truth, prediction)
-    found = {name: (found[name], *interval) for name, interval in intervals.items()}
     detection = metrics.detection(bootstrap, truth, prediction)
-    for name, one in (("skill", metrics.skill(truth, prediction, baseline, bootstrap)),
-                      ("limit", metrics.bland_altman(bootstrap, truth, prediction)["upper"]),
-                      ("within", metrics.within_patient_correlation(bootstrap, truth, prediction)),
-                      ("auc", detection["auc"]), ("found", detection["sensitivity"])):
-        found[name] = (one["value"], one["low"], one["high"])
-    return found
+    return dict(metrics.confidence_intervals(bootstrap, truth, prediction),
+                skill=metrics.skill(truth, prediction, baseline, bootstrap),
+                limit=metrics.bland_altman(bootstrap, truth, prediction)["upper"],
+                within=metrics.within_patient_correlation(bootstrap, truth, prediction),
+                auc=detection["auc"], found=detection["sensitivity"])
 
 
 def coverage(options):
@@ -56,9 +52,8 @@ def coverage(options):
             rng = np.random.default_rng([n_patients, repeat])
             found = every_score(*virtual_patients(rng, n_patients), n_boot=options.draws)
             for name in SHOWN:
-                _, low, high = found[name]
-                seen[name] += np.isfinite(low)
-                held[name] += low <= truth[name][0] <= high
+                seen[name] += np.isfinite(found[name]["low"])
+                held[name] += found[name]["low"] <= truth[name]["value"] <= found[name]["high"]
         rows.append([n_patients, *(f"{100 * held[name] / max(seen[name], 1):.1f}"
                                    for name in SHOWN)])
     print(f"% of {options.repeats} synthetic data sets in which the 95 % interval holds the truth")
@@ -103,7 +98,7 @@ def scale(options):
               "pulse_quality": rng.random(n), "pulse_irregularity": rng.random(n) / 3}
     fields["p_crit"] = fields["map"] - fields["tpp"]
     tpp = fields["tpp"] + rng.normal(0, 3, n // 500)[patients] + rng.normal(0, 5, n)
-    scored = scoring.Segments(
+    scored = evaluate.Segments(
         fields, patients, patients, patients.astype(str), Waves(), tpp, best="baseline 0",
         baselines={f"baseline {i}": fields["tpp"] + rng.normal(0, 7 + i, n) for i in range(7)})
     wall, processor = time.perf_counter(), time.process_time()
@@ -111,8 +106,7 @@ def scale(options):
     calibration = metrics.fit_calibration((tpp - fields["tpp"])[few], patients[few])
     scored.intervals = {level: metrics.interval(tpp, calibration, level)
                         for level in metrics.LEVELS}
-    scored.low_probability = metrics.low_probability(tpp, calibration)
-    results = {**scoring.score_all(scored, full=True), "note": None, "simulated": False}
+    results = {**evaluate.score_all(scored, full=True), "note": None, "simulated": False}
     in_scores = time.process_time() - processor
     for draw in report.FIGURES.values():
         drawn = draw(results, scored)
