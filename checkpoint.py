@@ -8,7 +8,7 @@ A checkpoint holds tensors and plain values, never code. A network of your own i
 'my_net.py:MyNet' with its arguments; loading it asks for the same --model (from Python: network=).
 Patients are stored as salted hashes; the salt stays with the data.
 
-Needs models.py, datasets.py, layout.py and tk_utils.py.
+Needs models.py, datasets.py and tk_utils.py.
 """
 import hashlib
 import importlib.util

@@ -1,6 +1,5 @@
-"""The data: index, patient split, `TPP_PPG_dataset` and its loaders, on files of `layout`.
+"""The data: HDF5 layout, quality gate, index, patient split, `TPP_PPG_dataset` and its loader.
 
-    from datasets import create_dataset_index, split_index, TPP_PPG_dataset, make_loader
     index = create_dataset_index(path="data/icu.h5")            # the default quality gate
     parts = split_index(index, split_seed=0)                    # train, tune, test by patient
     train = TPP_PPG_dataset(parts["train"], "segment", ["ppg", "map", "dbp", "hr", "tpp"])
@@ -8,67 +7,374 @@
 
     python datasets.py FILE --who 17/2 3f2a…    # look up the patient behind a message (private)
 
-To copy it out, take layout.py along; both need only NumPy, h5py and PyTorch. Where PPG rows lie in
-a file as plain float32, a batch is one gather from a memory map; all else is read by h5py.
+Can be copied out alone; needs NumPy, h5py and PyTorch.
 """
-import difflib
+import argparse
 import glob
 import hashlib
 import os
+import re
 import signal
 import sys
-import zipfile
-import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Dict, List
+from typing import Dict, List, NamedTuple, Optional
 
+import h5py
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from layout import (  # noqa: F401 - all of the layout is part of this module's interface
-    ABSENT,
-    DEFAULT_CONDITION,
-    DIFFERENCES,
-    ENCODED,
-    FIELDS,
-    FS,
-    LABELS,
-    PUBLISHED_CONDITION,
-    SEGMENT_SAMPLES,
-    SEGMENT_SECONDS,
-    VITALS,
-    WAVEFORMS,
-    WINDOW,
-    DataError,
-    Gate,
-    LayoutWriter,
-    as_paths,
-    as_text,
-    attribute,
-    find_files,
-    gate_report,
-    gate_rules,
-    get_gate,
-    hash_patients,
-    look_up,
-    narrow,
-    open_file,
-    origin_of,
-    passes_gate,
-    place,
-    reading,
-    scan,
-    vitals_of,
-)
+FS, SEGMENT_SECONDS = 60, 60            # Hz, s
+SEGMENT_SAMPLES = FS * SEGMENT_SECONDS
+LARGE_BYTES = 10 ** 9                   # the index of data above this size is kept next to them
+ABSENT, ENCODED = -1, -2                # instead of a byte offset: no such field; for h5py
+PARTS = ("train", "tune", "test")
 
-ROW_BYTES = 4 * SEGMENT_SAMPLES
-INDEX_MARK = "tpp_ppg_index_3"      # first array of a saved index; the number is its version
-LARGE_BYTES = 10 ** 9               # the index of data above this size is kept next to them
-MAX_OPEN = 200                      # files open at once in a process, as maps and by h5py each
-BLOCK_ROWS = 8192                   # compressed rows decoded and shuffled at a time: 118 MB
+
+class Field(NamedTuple):
+    dtype: str
+    unit: str
+    role: str                       # 'waveform' (N, 3600); 'vital', 'label', 'quality', 'time' (N,)
+    low: Optional[float] = None     # plausible range of a vital, limits included
+    high: Optional[float] = None
+
+
+# A vital becomes a possible input of the network by its line here. The ranges are wider than those
+# beyond which Sun et al. 2006 (signal abnormality index) call an arterial line abnormal (MAP 30 to
+# 200, DBP 20, SBP 300, PP 20, HR 20 to 200): they admit shock and tachycardia, not sensor faults.
+FIELDS: Dict[str, Field] = {
+    "ppg": Field("f4", "monitor scale", "waveform"),
+    "abp": Field("f4", "mmHg", "waveform"),
+    "map": Field("f4", "mmHg", "vital", 20, 200),
+    "sbp": Field("f4", "mmHg", "vital", 30, 300),
+    "dbp": Field("f4", "mmHg", "vital", 10, 200),
+    "pp": Field("f4", "mmHg", "vital", 5, 200),
+    "hr": Field("f4", "beats/min", "vital", 20, 250),
+    "tpp": Field("f4", "mmHg", "label"),
+    "p_crit": Field("f4", "mmHg", "label"),
+    "r2": Field("f4", "", "quality"),
+    "fit_rmse": Field("f4", "mmHg", "quality"),
+    "p_crit_se": Field("f4", "mmHg", "quality"),
+    "n_beats": Field("i4", "beats", "quality"),
+    "reason": Field("u4", "bit mask", "quality"),
+    "start_s": Field("f8", "s", "time"),
+    "ppg_delay_s": Field("f4", "s", "quality"),
+    "p_crit_true": Field("f4", "mmHg", "quality"),
+    "beat_irregularity": Field("f4", "", "quality"),
+    "upstroke_s": Field("f4", "s", "quality"),
+    "ppg_hr": Field("f4", "beats/min", "quality"),
+    "ppg_quality": Field("f4", "", "quality"),
+    "ppg_skewness": Field("f4", "", "quality"),
+}
+WAVEFORMS, VITALS, LABELS = (tuple(key for key, field in FIELDS.items() if field.role == role)
+                             for role in ("waveform", "vital", "label"))
+WINDOW = {"fs": FS, "seconds": SEGMENT_SECONDS,         # for recordings.read_windows
+          "limits": {key: (FIELDS[key].low, FIELDS[key].high) for key in VITALS}}
+DIFFERENCES = {"tpp": ("map", "p_crit"), "p_crit": ("map", "tpp"), "pp": ("sbp", "dbp")}
+SCALING = {"gain": 1, "scale_factor": 1, "add_offset": 0}   # attributes, and their neutral values
+
+
+class DataError(ValueError):
+    """A data file, an index or a request for data that cannot be used; the message is one line."""
+
+
+def vitals_of(keys: List[str]) -> List[str]:
+    """The vitals among a network's keys (inputs, then the label). Raises DataError."""
+    vitals = [key for key in keys[:-1] if key != "ppg"]
+    for key in set(vitals) - set(VITALS):
+        raise DataError(f"{key!r} cannot be an input: expected ppg, {', '.join(VITALS)}")
+    return vitals
+
+
+class LayoutWriter:
+    """Writes one file of the layout, an encounter at a time. Raises OSError when the disk is full.
+
+        with LayoutWriter(path, "recordings", "published", "foot", signals.REASONS) as out:
+            out.write("patient 1", "encounter 1", {"ppg": ppg, "reason": reason, "map": map_, ...})
+    """
+
+    def __init__(self, path, origin, label_method, beats, reasons, **attributes):
+        self.path = os.fspath(path)
+        self.file = h5py.File(path, "w")
+        self.file.attrs.update(
+            layout_version=1, fs=FS, segment_seconds=SEGMENT_SECONDS, origin=origin,
+            label_method=label_method, beats=beats, reasons=",".join(reasons),
+            created_with=f"tpp-ppg, h5py {h5py.__version__}, numpy {np.__version__}", **attributes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.flush()
+        os.ftruncate(self.file.id.get_vfd_handle(), self.file.id.get_filesize())
+        self.file.close()
+
+    def write(self, patient: str, encounter: str, fields: Dict[str, np.ndarray]) -> None:
+        """Writes the N rows of one encounter, {field: [N] or [N, 3600]}, 'ppg' and 'reason' among
+        them. Raises DataError before anything of the encounter is written."""
+        if "/" in f"{patient}{encounter}" or not {"ppg", "reason"} <= set(fields):
+            raise DataError("expected names without '/', and the fields 'ppg' and 'reason'")
+        arrays, rows = {}, len(fields["ppg"])
+        for key, values in fields.items():
+            expected = (rows, SEGMENT_SAMPLES) if key in WAVEFORMS else (rows,)
+            if key not in FIELDS or np.shape(values) != expected:
+                raise DataError(f"field {key!r} of shape {np.shape(values)}: expected one of "
+                                f"{', '.join(FIELDS)}, of shape {expected}")
+            arrays[key] = np.asarray(values, FIELDS[key].dtype)
+        if not np.isfinite(arrays["ppg"][arrays["reason"] == 0]).all():
+            raise DataError("field 'ppg' has non-finite samples in a segment without a reason")
+        if hasattr(os, "posix_fallocate"):      # HDF5 crashes when it cannot write while closing
+            size = 2 ** 16 + sum(values.nbytes for values in arrays.values())
+            try:
+                os.posix_fallocate(self.file.id.get_vfd_handle(), self.file.id.get_filesize(), size)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno), self.path) from None
+        for key, values in arrays.items():      # contiguous: a row is read at memory speed
+            self.file[f"{patient}/{encounter}/{key}"] = values
+
+
+# --------------------------------------------------------------------------------------------- gate
+
+SIGNS = {">": np.greater, ">=": np.greater_equal, "<": np.less, "<=": np.less_equal}
+COMPARISON = re.compile(r"(\w+)\s*(>=|<=|>|<)\s*([\w.+-]+)")
+DEFAULT_CONDITION = "default"       # the published condition without its rule of 100 minutes
+DEFAULT = "r2 > 0.5, p_crit > 0, p_crit < map, pp > 10, map < 120, p_crit < 100"
+PUBLISHED_CONDITION = "r2_gt_5_and_pcrit_gt_0_pcrit_lt_map_pp_gt_10_map_lt_120_pcrit_lt_100"
+ALIASES = {
+    "default": DEFAULT, PUBLISHED_CONDITION: f"{DEFAULT}, minutes >= 100",
+    "rmse_lt_3_and_pcrit_gt_0_pcrit_lt_map_pp_gt_10":
+        "fit_rmse < 3, p_crit > 0, p_crit < map, pp > 10, minutes >= 100",
+    "r2_gt_5": "r2 > 0.5", "pcrit_gt_0": "p_crit > 0", "pp_gt_10": "pp > 10",
+    "rmse_lt_1": "fit_rmse < 1", "rmse_lt_2": "fit_rmse < 2", "rmse_lt_3": "fit_rmse < 3",
+    "map_lt_120": "map < 120", "pcrit_lt_map": "p_crit < map", "pcrit_lt_100": "p_crit < 100",
+    # Ours, on `signals.signal_quality`; 0.15 s separates most simulated damped lines from others.
+    "regular_rhythm": "beat_irregularity < 0.1", "not_damped": "upstroke_s < 0.15",
+}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Which segments are used: comparisons (field, sign, number or field), and the minimum length
+    of an encounter. Every gate also refuses segments with a quality flag (`reason`), with
+    non-finite PPG, vitals or label, and with vitals that are not plausible for a person."""
+    comparisons: tuple = ()
+    min_minutes: int = 0
+
+    def __str__(self):
+        """The canonical text, which `get_gate` reads."""
+        texts = [f"{key} {sign} {bound if isinstance(bound, str) else format(bound, '.12g')}"
+                 for key, sign, bound in self.comparisons]
+        texts += [f"minutes >= {self.min_minutes}"] * (self.min_minutes > 0)
+        text = ", ".join(texts) or "any"
+        return "default" + text[len(DEFAULT):] if (text + ",").startswith(DEFAULT + ",") else text
+
+
+def get_gate(condition) -> Gate:
+    """The `Gate` of a condition: 'any', a name of `ALIASES`, or comparisons such as "r2 > 0.5" or
+    "p_crit < map" of a field with a number or a field; several as a list or with commas. 'minutes
+    >= 100' is the length of the encounter. Raises DataError."""
+    parts = ", ".join([condition] if isinstance(condition, str) else condition).split(",")
+    parts = [one for part in parts for one in ALIASES.get(part.strip(), part.strip()).split(", ")]
+    scalars, comparisons, min_minutes = [key for key in FIELDS if key not in WAVEFORMS], [], 0
+    for part in parts:
+        match = COMPARISON.fullmatch(part)
+        key, sign, bound = match.groups() if match else (None, None, "")
+        with suppress(ValueError):
+            bound = float(bound)
+        number = isinstance(bound, float) and np.isfinite(bound)
+        if key == "minutes" and sign == ">=" and number:
+            min_minutes = max(min_minutes, int(bound))
+        elif key in scalars and (number or bound in scalars):
+            comparisons.append((key, sign, bound))
+        elif part != "any":
+            raise DataError(f"condition {part!r}: expected 'default', 'any', or comparisons such "
+                            f"as 'r2 > 0.5' or 'p_crit < map' of the fields {', '.join(scalars)}")
+    return Gate(tuple(dict.fromkeys(comparisons)), min_minutes)
+
+
+def gate_rules(gate, values, ppg_finite):
+    """Yields (rule as text, mask [N] of the rows that keep it), in the order of application.
+    values: function of a field's name, its [N] values or None where it is absent; ppg_finite: [N].
+    Raises DataError where the gate compares an absent field."""
+    every, reason = np.ones(len(ppg_finite), bool), values("reason")
+    if reason is not None:
+        yield "no quality flag set", np.nan_to_num(reason, nan=1) == 0
+    yield "finite PPG", ppg_finite
+    there = {key: values(key) for key in VITALS + LABELS if values(key) is not None}
+    yield "finite vitals and label", np.all([every, *map(np.isfinite, there.values())], axis=0)
+    wrong = [(there[key] < low) | (there[key] > high)
+             for key, (low, high) in WINDOW["limits"].items() if key in there]
+    wrong += [there[low] > there[high] for low, high in (("dbp", "map"), ("map", "sbp"))
+              if low in there and high in there]
+    yield "plausible vitals", ~np.any([~every, *wrong], axis=0)
+    for key, sign, bound in gate.comparisons:
+        left, right = values(key), values(bound) if isinstance(bound, str) else bound
+        if left is None or right is None:
+            raise DataError(f"no field {key if left is None else bound!r}, which the gate needs; "
+                            "use another condition")
+        yield str(Gate(((key, sign, bound),))), SIGNS[sign](left, right)
+    if gate.min_minutes:
+        yield (f"at least {gate.min_minutes} minutes in the encounter",
+               every & (len(every) >= gate.min_minutes))
+
+
+def passes_gate(gate, values, ppg_finite) -> np.ndarray:
+    """[N] mask of the rows that keep all `gate_rules`."""
+    return np.logical_and.reduce([kept for _, kept in gate_rules(gate, values, ppg_finite)])
+
+
+def gate_report(path, condition=DEFAULT_CONDITION):
+    """[(rule, segments that break it, segments left after it)] of one file or several."""
+    counts, gate = {}, get_gate(condition)
+    for one in as_paths(path):
+        for *_, fields, where in scan(one):
+            rules = apply_gate(gate, fields, where)
+            left = np.ones(len(rules[0][1]), bool)
+            for text, kept in [("all segments", left), *rules]:
+                left = left & kept
+                count = counts.setdefault(text, np.zeros(2, int))
+                count += (~kept).sum(), left.sum()
+    return [(text, *count.tolist()) for text, count in counts.items()]
+
+
+# -------------------------------------------------------------------------------------------- files
+
+def as_paths(path) -> List[str]:
+    return [os.fspath(one) for one in (path if isinstance(path, (list, tuple)) else [path])]
+
+
+def find_files(names) -> List[str]:
+    """The files of names and globs; '~' is expanded."""
+    names = [os.path.expanduser(name) for name in names]
+    return [path for name in names for path in sorted(glob.glob(name)) or [name]]
+
+
+@contextmanager
+def reading(where):
+    """Makes errors one line that says where; without h5py's own words, which may name patients."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - h5py raises nearly every kind for damaged files
+        raise DataError(f"{where}: cannot be read ({type(error).__name__})") from None
+
+
+def open_file(path):
+    """An h5py.File for reading. Raises DataError."""
+    if not os.path.isfile(path):        # a pipe would wait for ever
+        raise DataError(f"{path}: no such file (prepare.py makes one from recordings, simulate.py "
+                        "from virtual patients)")
+    with reading(f"{path}: not a readable HDF5 file"):
+        return h5py.File(path, "r")
+
+
+def origin_of(paths, name: str = "origin") -> str:
+    """The files' origins, joined: 'simulated', 'recordings', … ('unknown' in published files); or
+    another of their attributes."""
+    found = set()
+    for path in paths:
+        with open_file(path) as file, reading(path):
+            found.add(str(file.attrs.get(name, "unknown")))
+    return ", ".join(sorted(found))
+
+
+def place(path, patient, encounter):
+    """For messages: where in a file, by numbers, and how to get the names."""
+    return (f"{path}: patient {patient}, encounter {encounter} "
+            f"(names: python datasets.py {path} --who {patient}/{encounter})")
+
+
+def groups_of(parent):
+    """[(number, name, group)] of an h5py group, without links: they would double a patient."""
+    return [(number, name, parent[name]) for number, name in enumerate(parent)
+            if parent.get(name, getclass=True, getlink=True) is h5py.HardLink
+            and isinstance(parent[name], h5py.Group)]
+
+
+def scan(path, wanted=None):
+    """Yields (patient, encounter, their numbers, {field: h5py dataset}, `place`) of each encounter
+    of a file, or of {patient: encounters}. What is no encounter with fields is ignored."""
+    with open_file(path) as file:
+        with reading(path):
+            if any(file.attrs.get(name, 60) != 60 for name in ("fs", "segment_seconds")):
+                raise DataError(f"expected segments of {SEGMENT_SECONDS} s at {FS} Hz")
+            encounters = [(patient, name, (i, j), group) for i, patient, groups in groups_of(file)
+                          for j, name, group in groups_of(groups)]
+        for patient, name, numbers, group in encounters:
+            if wanted is None or name in wanted.get(patient, ()):
+                where = place(path, *numbers)
+                with reading(where):
+                    fields = find_fields(group)
+                if fields:
+                    yield patient, name, numbers, fields, where
+
+
+def find_fields(group):
+    """{field: h5py dataset} of an encounter, checked; {} where a group holds no fields."""
+    found = {key: group[key] for key in FIELDS if key in group}
+    if found and "ppg" not in found:
+        raise DataError("no field 'ppg'")
+    for key, item in found.items():
+        rows = len(found["ppg"])
+        shapes = [(rows,)]
+        if key in WAVEFORMS:
+            shapes = [(rows, SEGMENT_SAMPLES), (rows, 1, SEGMENT_SAMPLES)]
+        if item.shape not in shapes or item.dtype.kind not in "iuf":
+            raise DataError(f"field {key!r}: {item.dtype} of shape {item.shape}, expected numbers "
+                            f"of shape {shapes[0]}")
+        if rows and not item.id.get_storage_size():
+            raise DataError(f"field {key!r}: never written, it would read as zeros")
+        for name in set(SCALING).intersection(item.attrs):
+            if np.any(item.attrs[name] != SCALING[name]):
+                raise DataError(f"field {key!r}: scaled by its attribute {name!r}; store the "
+                                "numbers that are meant, as float32 without that attribute")
+    return found
+
+
+def apply_gate(gate, fields, where):
+    """The list of `gate_rules` of {field: h5py dataset}."""
+    @lru_cache(maxsize=None)
+    def values(key):
+        if key in fields:
+            return fields[key][:].astype(np.float32)
+        parts = [values(part) for part in DIFFERENCES.get(key, ()) if part in fields]
+        return parts[0] - parts[1] if len(parts) == 2 else None
+
+    with reading(where):
+        finite = np.ones(len(fields["ppg"]), bool)
+        if "reason" not in fields:          # ours were checked when they were written
+            for a in range(0, len(finite), 256):
+                block = fields["ppg"][a:a + 256].astype(np.float32)
+                finite[a:a + 256] = np.isfinite(block).reshape(len(block), -1).all(1)
+        return list(gate_rules(gate, values, finite))
+
+
+def hash_patients(patients, salt) -> List[str]:
+    """Patients' names as salted hashes, which may leave the hospital."""
+    return [hashlib.sha256(f"{salt}/{patient}".encode()).hexdigest()[:16] for patient in patients]
+
+
+def look_up() -> None:
+    """`python datasets.py FILE --who …`: prints the names of patients."""
+    parser = argparse.ArgumentParser(description="Private: for those who may see the data.")
+    parser.add_argument("file", help="an HDF5 file of the layout")
+    parser.add_argument("--who", nargs="+", required=True, help="17 (patient), 17/2 (patient and "
+                        "encounter), or a patient's hash, by tpp_ppg.salt next to the file")
+    options = parser.parse_args()
+    salt = os.path.join(os.path.dirname(options.file), "tpp_ppg.salt")
+    with open_file(options.file) as file:
+        patients = list(file)
+        names = {str(i): patient for i, patient in enumerate(patients)}
+        names.update((f"{i}/{j}", f"{patient}/{name}") for i, patient, group in groups_of(file)
+                     for j, name, _ in groups_of(group))
+    if os.path.exists(salt):
+        with open(salt) as saved:
+            names.update(zip(hash_patients(patients, saved.read().strip()), patients))
+    for who in options.who:
+        print(f"{who}: {names.get(who, 'not in this file')}")
 
 
 # -------------------------------------------------------------------------------------------- index
@@ -76,22 +382,16 @@ BLOCK_ROWS = 8192                   # compressed rows decoded and shuffled at a 
 @dataclass
 class DatasetIndex:
     """The segments that passed the gate, as flat arrays: P patients, E encounters, S segments.
-
-    Encounter e holds the segments starts[e]:starts[e+1]; segment s is row rows[s] of it. Row r of
-    its PPG begins at byte stored[ppg, e] + ROW_BYTES * r. 64 million segments take 256 MB.
-    """
+    Encounter e holds the segments starts[e]:starts[e+1]; segment s is row rows[s] of it."""
     paths: list
-    sizes: np.ndarray               # [files] bytes; when these or the times change, we are stale
-    mtimes: np.ndarray              # [files] ns
+    stamps: np.ndarray              # [files, 2] int64: `stamp` of each
     condition: str                  # the gate's canonical text
     patients: np.ndarray            # [P] str (MRNs)
     encounters: np.ndarray          # [E] str (CSNs)
-    places: np.ndarray              # [E, 2] int32: `Encounter.place`
+    places: np.ndarray              # [E, 2] int32: numbers in the file, for `place`
     encounter_patient: np.ndarray   # [E] int32, ascending
     encounter_file: np.ndarray      # [E] int32
-    fields: list                    # [K] names
-    stored: np.ndarray              # [K, E] int64: byte offset of row 0, ENCODED or ABSENT
-    chunk_rows: np.ndarray          # [E] int32: rows of PPG that are decoded together
+    stored: np.ndarray              # [FIELDS, E] int64: byte of row 0, ABSENT or ENCODED
     starts: np.ndarray              # [E + 1] int64
     rows: np.ndarray                # [S] int32
 
@@ -124,147 +424,130 @@ class DatasetIndex:
             self, patients=self.patients[patients], encounters=self.encounters[some],
             places=self.places[some], encounter_patient=numbers.astype(np.int32),
             encounter_file=self.encounter_file[some], stored=self.stored[:, some],
-            chunk_rows=self.chunk_rows[some], rows=self.rows[keep],
-            starts=np.append(0, np.cumsum(counts[some])))
+            starts=np.append(0, np.cumsum(counts[some])), rows=self.rows[keep])
+
+    def offsets(self, key):
+        """[E] int64: where a field's rows begin in its file, or ABSENT or ENCODED."""
+        return self.stored[list(FIELDS).index(key)]
 
     def sources(self, key):
-        """The fields that `key` is read from: itself or, if it is absent, two to subtract."""
-        absent = {one: offsets == ABSENT for one, offsets in zip(self.fields, self.stored)}
+        """The fields that `key` is read from: itself or, where it is absent, two to subtract."""
         for fields in ((key,), DIFFERENCES.get(key, (key,))):
-            if not any(absent.get(one, np.True_).any() for one in fields):
+            if all(one in FIELDS and (self.offsets(one) != ABSENT).all() for one in fields):
                 return fields
-        missing = absent.get(key, np.ones(len(self.encounters), bool))
-        alike = difflib.get_close_matches(key, self.fields, 1)
-        raise DataError(f"{self.paths[self.encounter_file[missing.argmax()]]}: no field {key!r} "
-                        f"in {missing.sum()} of {len(missing)} encounters"
-                        + (f" (did you mean {alike[0]!r}?)" if alike and missing.all() else ""))
-
-    def place(self, encounter):
-        """For messages: where in its file encounter e is, without names."""
-        return place(self.paths[self.encounter_file[encounter]], *self.places[encounter])
-
-    def check_file(self, number):
-        """Raises DataError if a file is gone, or its size or time is not what it was."""
-        try:
-            stat = os.stat(self.paths[number])
-            same = (stat.st_size, stat.st_mtime_ns) == (self.sizes[number], self.mtimes[number])
-        except OSError:
-            same = False
-        if not same:
-            raise DataError(f"{self.paths[number]}: gone or changed since the index was made; make "
-                            "the index again")
+        raise DataError(f"{self.paths[0]}: no field {key!r} in some or all encounters")
 
     def save(self, savename):
         """Writes the index as one `.npz` of plain arrays, atomically and readable by its owner
         alone, as it holds names. Raises DataError where a file of another kind is in its place."""
         savename = os.fspath(savename)
-        if os.path.lexists(savename):
-            with reading(savename), open(savename, "rb") as file:
-                if INDEX_MARK[:-1].encode() not in file.read(64):
+        if os.path.exists(savename):
+            with open(savename, "rb") as file:
+                if b"tpp_ppg_index" not in file.read(64):
                     raise DataError(f"{savename}: not a saved index; not overwritten")
         for leftover in glob.glob(glob.escape(savename) + ".*.partial"):    # of killed processes
             os.remove(leftover)
         temporary = f"{savename}.{os.getpid()}.partial"
-        arrays = dict(vars(self), paths=[os.path.abspath(path) for path in self.paths])
-        try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-                np.savez(out, **{INDEX_MARK: repr(FIELDS), **arrays})
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, savename)
-        finally:
-            with suppress(FileNotFoundError):
-                os.remove(temporary)
-
-
-def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename=None,
-                         path=None) -> DatasetIndex:
-    """Indexes the segments of one or several HDF5 files (`path`) that pass a quality gate.
-
-    mrn_to_csns: {MRN: [CSN, …]} to take only these. condition: see `get_gate`. savename: also write
-    the index to this `.npz`. Without both, the index of data above 1 GB is kept next to the first
-    file (`<file>.index.npz`, if that can be written) until the files or the condition change.
-    """
-    if path is None:
-        raise DataError("create_dataset_index needs path=, one HDF5 file or several")
-    gate, paths = get_gate(condition), as_paths(path)
-    plain = mrn_to_csns is None and savename is None
-    if plain and sum(os.path.getsize(one) for one in paths if os.path.isfile(one)) > LARGE_BYTES:
-        savename = paths[0] + ".index.npz"
-        with suppress(DataError):       # none yet, or stale: it is made again
-            index = load_dataset_index(savename)
-            if index.condition == str(gate) and index.paths == list(map(os.path.abspath, paths)):
-                return replace(index, paths=paths)
-    index = scan_files(paths, gate, mrn_to_csns)
-    if savename is not None:
-        with suppress(*(DataError, OSError) * plain):
-            index.save(savename)
-    return index
-
-
-def scan_files(paths, gate, mrn_to_csns=None):
-    """The `DatasetIndex` of files."""
-    wanted = None if mrn_to_csns is None else {
-        as_text(patient): set(map(as_text, csns)) for patient, csns in mrn_to_csns.items()}
-    stats, found = [], []
-    for number, one in enumerate(paths):
-        open_file(one).close()
-        stats.append(os.stat(one))          # before the scan: a change during it shows as well
-        found += [(number, encounter) for encounter, _ in scan(one, gate, wanted)]
-    found.sort(key=lambda item: item[1].patient)    # stable: files and encounters keep their order
-    where = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    if len({(e.patient, e.name) for _, e in found}) < len(found):
-        raise DataError(f"{where}: the same patient and encounter are in two of the files")
-    asked = len(found) if wanted is None else sum(map(len, wanted.values()))
-    if len(found) < asked:
-        raise DataError(f"{where}: {len(found)} of the {asked} encounters asked for are there")
-    found = [(number, e) for number, e in found if len(e.passed)]
-    if not found:
-        raise DataError(f"{where}: no segment passes the quality gate {str(gate)!r}")
-    files, encounters = zip(*found)
-    patients, patient_numbers = np.unique([e.patient for e in encounters], return_inverse=True)
-    fields = sorted({key for e in encounters for key in e.stored})
-    return DatasetIndex(
-        paths=paths, sizes=np.array([s.st_size for s in stats]),
-        mtimes=np.array([s.st_mtime_ns for s in stats]), condition=str(gate), patients=patients,
-        encounters=np.array([e.name for e in encounters]),
-        places=np.array([e.place for e in encounters], np.int32),
-        encounter_patient=patient_numbers.astype(np.int32),
-        encounter_file=np.array(files, np.int32), fields=fields,
-        stored=np.array([[e.stored.get(key, ABSENT) for e in encounters] for key in fields]),
-        chunk_rows=np.array([e.chunk_rows for e in encounters], np.int32),
-        starts=np.cumsum([0] + [len(e.passed) for e in encounters], dtype=np.int64),
-        rows=np.concatenate([e.passed for e in encounters]))
+        paths = [os.path.abspath(path) for path in self.paths]
+        with open(temporary, "wb", opener=lambda *name: os.open(*name, 0o600)) as file:
+            np.savez(file, **{"tpp_ppg_index": repr(FIELDS), **vars(self), "paths": paths})
+        os.replace(temporary, savename)
 
 
 def load_dataset_index(savename) -> DatasetIndex:
     """Reads a saved index. Raises DataError if it is none, or its files are gone or changed."""
-    try:
+    with reading(f"{savename}: not a saved index of this version"):
         with np.load(savename, allow_pickle=False) as saved:
             values = {key: saved[key] for key in saved.files}
-        if str(values.pop(INDEX_MARK)) != repr(FIELDS):     # names and limits decide what passes
-            raise ValueError("of another version")
-        values.update(paths=values["paths"].tolist(), fields=values["fields"].tolist(),
-                      condition=str(values["condition"]))
+        if str(values.pop("tpp_ppg_index")) != repr(FIELDS):    # these decide what passes
+            raise DataError("made with other fields")
+        values.update(paths=values["paths"].tolist(), condition=str(values["condition"]))
         index = DatasetIndex(**values)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zlib.error,
-            zipfile.BadZipFile) as error:               # of foreign and of damaged files
-        raise DataError(
-            f"{savename}: not a saved index of this version ({type(error).__name__})") from None
     check_unchanged(index)
     return index
 
 
-def check_unchanged(index: DatasetIndex) -> None:
-    """Raises DataError if a file is gone, or its size or time is not what it was when indexed."""
-    for number in range(len(index.paths)):
-        index.check_file(number)
+def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename=None,
+                         path=None) -> DatasetIndex:
+    """Indexes the segments of HDF5 files (`path`, one or several) that pass a gate (`get_gate`).
+
+    mrn_to_csns: {MRN: [CSN, …]} to take only these. savename: also write the index to this `.npz`.
+    Without both, the index of data above 1 GB is kept in `<first file>.index.npz`, if that can be
+    written, until the files or the condition change.
+    """
+    gate, paths = get_gate(condition), as_paths(path)
+    size = sum(os.path.getsize(one) for one in paths if os.path.isfile(one))
+    keep = mrn_to_csns is None and savename is None and size > LARGE_BYTES
+    if keep:
+        savename = paths[0] + ".index.npz"
+        with suppress(DataError):       # none yet, or stale: it is made again
+            index = load_dataset_index(savename)
+            if (index.condition, index.paths) == (str(gate), list(map(os.path.abspath, paths))):
+                return replace(index, paths=paths)
+    index = index_files(paths, gate, mrn_to_csns)
+    if savename is not None:
+        with suppress(*(DataError, OSError) * keep):
+            index.save(savename)
+    return index
+
+
+def index_files(paths, gate, mrn_to_csns):
+    """The `DatasetIndex` of files."""
+    wanted = mrn_to_csns and {str(mrn): set(map(str, csns)) for mrn, csns in mrn_to_csns.items()}
+    stamps, found = [], []
+    for number, path in enumerate(paths):
+        open_file(path).close()
+        stamps.append(stamp(path))          # before the scan: a change during it shows as well
+        for patient, name, numbers, fields, where in scan(path, wanted):
+            passed = np.logical_and.reduce([kept for _, kept in apply_gate(gate, fields, where)])
+            stored = [first_byte(fields.get(key)) for key in FIELDS]
+            found.append((patient, name, numbers, number, stored, np.flatnonzero(passed)))
+        if wanted is None and (not found or found[-1][3] != number):
+            raise DataError(f"{path}: expected /<patient>/<encounter>/<field>, found no encounter")
+    found.sort(key=lambda one: one[0])      # stable: files and encounters keep their order
+    where = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    if len({one[:2] for one in found}) < len(found):
+        raise DataError(f"{where}: the same patient and encounter are in two of the files")
+    if wanted and len(found) < sum(map(len, wanted.values())):
+        raise DataError(f"{where}: only {len(found)} of the encounters asked for are there")
+    found = [one for one in found if len(one[-1])]
+    if not found:
+        raise DataError(f"{where}: no segment passes the quality gate {str(gate)!r}")
+    patients, encounters, places, files, stored, passed = zip(*found)
+    names, numbers = np.unique(patients, return_inverse=True)
+    return DatasetIndex(
+        paths, np.array(stamps), str(gate), names, np.array(encounters),
+        np.array(places, np.int32), numbers.astype(np.int32), np.array(files, np.int32),
+        np.array(stored).T, np.cumsum([0, *map(len, passed)], dtype=np.int64),
+        np.concatenate(passed).astype(np.int32))
+
+
+def first_byte(item):
+    """Where the float32 rows of an h5py dataset begin in its file, or ENCODED; ABSENT of None."""
+    if item is None:
+        return ABSENT
+    offset = item.id.get_offset() if item.dtype == "<f4" else None
+    return ENCODED if offset is None else offset
+
+
+def stamp(path):
+    """(bytes, time of the last change in ns) of a file."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(index: DatasetIndex, files=None) -> None:
+    """Raises DataError if a file (of these numbers) is gone or not what it was when indexed."""
+    for number in range(len(index.paths)) if files is None else files:
+        path = index.paths[number]
+        if not os.path.exists(path) or stamp(path) != tuple(index.stamps[number]):
+            raise DataError(f"{path}: gone or changed since the index was made; make it again")
 
 
 def fingerprint(index: DatasetIndex, keys: List[str]) -> str:
     """A checksum of what a run reads, also of copies of the files: their sizes, the index, every
     column among the keys, and 4,096 rows (59 MB) of each waveform, spread over the data."""
-    found = hashlib.sha256(repr((index.sizes.tolist(), list(keys))).encode())
+    found = hashlib.sha256(repr((index.stamps[:, 0].tolist(), list(keys))).encode())
     for name in ("patients", "encounters", "encounter_patient", "encounter_file", "starts", "rows"):
         found.update(np.ascontiguousarray(getattr(index, name)))
     dataset = TPP_PPG_dataset(index, "segment", keys)
@@ -277,9 +560,6 @@ def fingerprint(index: DatasetIndex, keys: List[str]) -> str:
 
 # -------------------------------------------------------------------------------------------- split
 
-PARTS = ("train", "tune", "test")
-
-
 def split_hash(patients, split_seed):
     """[P] in [0, 1): each patient's place in a random order, a function of it and the seed."""
     digests = [hashlib.blake2b(f"{split_seed}/{patient}".encode(), digest_size=8).digest()
@@ -288,28 +568,25 @@ def split_hash(patients, split_seed):
 
 
 def split_patients(patients, split_seed=0):
-    """The part (0 train, 1 tune, 2 test) of each patient, [P] int8.
-
-    From 100 patients on by threshold of a hash, 80/10/10 in expectation, so that a patient's part
-    never changes when the file grows. Below, by the hash's rank, so that no part is empty.
-    """
-    if len(patients) < len(PARTS):
-        raise DataError(f"{len(patients)} patients with usable segments: expected at least "
-                        f"{len(PARTS)}, one for each of train, tune and test")
-    position, tune, test = split_hash(patients, split_seed), 0.8, 0.9
-    if len(patients) < 100:
-        tenth = max(1, round(len(patients) / 10))
-        position = np.argsort(np.argsort(position))
-        tune, test = len(patients) - 2 * tenth, len(patients) - tenth
+    """The part (0 train, 1 tune, 2 test) of each patient, [P] int8. From 100 patients on by
+    threshold of a hash, 80/10/10 in expectation, so that a patient's part never changes when the
+    file grows. Below, by the hash's rank, so that no part is empty."""
+    position, count, tune, test = split_hash(patients, split_seed), len(patients), 0.8, 0.9
+    if count < len(PARTS):
+        raise DataError(f"{count} patients with usable segments: expected at least {len(PARTS)}, "
+                        "one for each of train, tune and test")
+    if count < 100:
+        tenth = max(1, round(count / 10))
+        position, tune, test = np.argsort(np.argsort(position)), count - 2 * tenth, count - tenth
     return (position >= tune).astype(np.int8) + (position >= test)
 
 
 def fold_patients(index, split_seed, folds):
     """The fold, 0 to folds - 1, in which each patient of an index is tested, [P].
 
-    The patients of each source (the file of a patient's first encounter by name) are dealt out in
-    the order of `split_hash`, continuing where the source before ended, so that folds differ by one
-    patient at most, also within a source, whatever the order of files and rows.
+    The patients of each file (that of a patient's first encounter by name) are dealt out in the
+    order of `split_hash`, continuing where the file before ended, so that folds differ by one
+    patient at most, also within a file, whatever the order of files and rows.
     """
     by_name = np.lexsort((index.encounters, index.encounter_patient))
     first = by_name[np.searchsorted(index.encounter_patient, np.arange(index.n_patients))]
@@ -322,78 +599,59 @@ def fold_patients(index, split_seed, folds):
 
 
 def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, DatasetIndex]:
-    """{'train': index, 'tune': index, 'test': index}, no patient in two of them.
-
-    By `split_patients`; or number `fold` (from 0 on) of `folds` splits by `fold_patients`, in which
-    each patient is tested once: the tune part is the next fold's test part. Raises DataError where
-    there are too few patients, and for a fold that does not exist.
-    """
+    """{'train': index, 'tune': index, 'test': index}, no patient in two of them: `split_patients`,
+    or number `fold` (from 0 on) of `folds` splits, in which each patient is tested once: the tune
+    part is the next fold's test part. Raises DataError for too few patients or a wrong fold."""
     if fold is None and folds is None:
         of_patients = split_patients(index.patients.tolist(), split_seed)
     else:
-        if folds is None or not len(PARTS) <= folds <= index.n_patients:
-            raise DataError(f"{folds} folds of {index.n_patients} patients with usable segments: "
-                            f"expected at least {len(PARTS)}, and a patient for each")
-        if fold is None or not 0 <= fold < folds:
-            raise DataError(f"fold {fold} of {folds}: expected 0 to {folds - 1}")
+        if not len(PARTS) <= (folds or 0) <= index.n_patients or fold not in range(folds):
+            raise DataError(f"fold {fold} of {folds}, {index.n_patients} patients with usable "
+                            f"segments: expected {len(PARTS)} folds or more, a patient for each")
         # How many folds ahead of this one it is tested: 0 is test, 1 tune, all further ones train.
         ahead = (fold_patients(index, split_seed, folds) - fold) % folds
         of_patients = np.maximum(len(PARTS) - 1 - ahead, 0)
     part = of_patients[index.encounter_patient]
     parts = {name: index.select(part == number) for number, name in enumerate(PARTS)}
-    if not all(map(len, parts.values())):
-        raise DataError(f"a part of {index.n_patients} patients is empty; use another split seed")
-    names = np.concatenate([other.patients for other in parts.values()]).tolist()
-    assert len(set(names)) == len(names), "a patient in two parts"
+    names = np.concatenate([one.patients for one in parts.values()])
+    assert len(np.unique(names)) == len(names), "a patient in two parts"
     return parts
 
 
-# ------------------------------------------------------------------------------------------ dataset
+# ------------------------------------------------------------------------------- dataset and loader
 
 class TPP_PPG_dataset(Dataset):
-    """Segments (or one random segment of each patient) as tuples of float32 tensors.
+    """Segments as tuples of float32 tensors: `dataset[i]` is ppg [1, 3600] and scalars in the order
+    of keys_to_load, the label last; `dataset[array]` a batch, in one read.
 
     level: 'segment', or 'patient' for one random segment of each patient, drawn anew each epoch as
-    a function of (seed, epoch, patient). keys_to_load: fields in the order of the tuple, the label
-    last. percentage: a random share of the segments or patients. csns_to_skip: encounters to leave
-    out. path: where the files are now, if they were moved.
-
-    `dataset[i]` is one item: ppg [1, 3600] and scalars; `dataset[array]` is a batch in one read.
-    Raises DataError for a missing field and when a file has changed since it was indexed.
+    a function of (seed, epoch, patient). percentage: a random share of the segments or patients.
+    csns_to_skip: encounters to leave out. Raises DataError, also when a file has changed.
     """
 
     def __init__(self, dataset_index, level, keys_to_load=None, percentage=100, csns_to_skip=None,
-                 *, path=None, seed=0):
+                 *, seed=0):
         index, self.level, self.seed = dataset_index, level, seed
         self.keys_to_load = list(keys_to_load or ["ppg", "p_crit"])
         if level not in ("segment", "patient") or not 0 < percentage <= 100:
             raise DataError(f"level {level!r}, percentage {percentage}: expected 'segment' or "
                             "'patient', and a percentage above 0 and up to 100")
-        if path is not None:
-            paths = find_files(as_paths(path))
-            if len(paths) != len(index.paths):
-                raise DataError(f"{len(paths)} files for an index of {len(index.paths)}")
-            times = np.array([os.stat(one).st_mtime_ns for one in paths])
-            index = replace(index, paths=paths, mtimes=times)
         if csns_to_skip:
-            index = index.select(~np.isin(index.encounters, list(map(as_text, csns_to_skip))))
-            if not len(index):
-                raise DataError("csns_to_skip leaves no segment")
+            index = index.select(~np.isin(index.encounters, list(map(str, csns_to_skip))))
         for key in self.keys_to_load:
             index.sources(key)
-        self.count = len(index) if level == "segment" else index.n_patients
         if percentage < 100:
-            chosen = np.zeros(self.count, bool)
-            self.count = max(1, round(percentage / 100 * self.count))
-            chosen[np.random.default_rng(seed).choice(len(chosen), self.count, replace=False,
+            item = np.arange(len(index)) if level == "segment" else index.segment_patients()
+            chosen = np.zeros(item[-1] + 1, bool)
+            share = max(1, round(percentage / 100 * len(chosen)))
+            chosen[np.random.default_rng(seed).choice(len(chosen), share, replace=False,
                                                       shuffle=False)] = True
-            index = index.select_segments(chosen if level == "segment" else
-                                          chosen[index.segment_patients()])
-        self.index, self._columns, self._process = index, {}, None
-        self.epoch = torch.full((1,), -1, dtype=torch.int64)    # `make_loader` shares it
+            index = index.select_segments(chosen[item])
+        self.index, self._columns = index, {}
+        self.epoch = torch.full((1,), -1, dtype=torch.int64)    # `Loader` shares it
 
     def __len__(self):
-        return self.count
+        return len(self.index) if self.level == "segment" else self.index.n_patients
 
     def set_epoch(self, epoch):     # never called, level 'patient' draws anew at each read
         self.epoch.fill_(epoch)
@@ -401,25 +659,24 @@ class TPP_PPG_dataset(Dataset):
     def segments(self, items):
         """Item numbers [B] -> segment numbers [B] of the index: the same, or a draw of each."""
         items = np.asarray(items, np.int64)
-        if items.size and (items.min() < -self.count or items.max() >= self.count):
-            raise IndexError(f"items {items.min()} to {items.max()} of {self.count}")
-        items = np.where(items < 0, items + self.count, items)
+        if np.any((items < 0) | (items >= len(self))):
+            raise IndexError(f"expected items from 0 to {len(self) - 1}")
         if self.level == "segment":
             return items
-        epoch, index = self.epoch.item(), self.index
-        edges = np.searchsorted(index.encounter_patient, [items, items + 1])
-        first, end = index.starts[edges]        # of each patient's segments
-        if epoch < 0:
+        edges = np.searchsorted(self.index.encounter_patient, [items, items + 1])
+        first, end = self.index.starts[edges]       # of each patient's segments
+        if self.epoch.item() < 0:
             draw = torch.rand(len(items), dtype=torch.float64).numpy()
         else:       # one number for each patient, whatever the batches are
-            draw = np.random.default_rng([self.seed, epoch]).random(self.count)[items]
+            draw = np.random.default_rng([self.seed, self.epoch.item()]).random(len(self))[items]
         return first + (draw * (end - first)).astype(np.int64)
 
     def place(self, item):
         """For messages: where in its file an item is, without names."""
-        segment = self.segments([item])[0]
-        encounter = np.searchsorted(self.index.starts, segment, "right") - 1
-        return f"{self.index.place(encounter)}, row {self.index.rows[segment]}"
+        segment, index = self.segments([item])[0], self.index
+        encounter = np.searchsorted(index.starts, segment, "right") - 1
+        path = index.paths[index.encounter_file[encounter]]
+        return f"{place(path, *index.places[encounter])}, row {index.rows[segment]}"
 
     def __getitem__(self, item):
         if np.ndim(item):
@@ -439,104 +696,62 @@ class TPP_PPG_dataset(Dataset):
     def column(self, key):
         """[S] float32 tensor: a field of every segment of the index, read once and kept."""
         if key not in self._columns:
-            sources = [self.column(one) for one in self.index.sources(key) if one != key]
-            self._columns[key] = sources[0] - sources[1] if sources else self._read_column(key)
+            first, *second = self.index.sources(key)
+            if second:
+                self._columns[key] = self.column(first) - self.column(*second)
+            else:
+                blocks = np.array_split(np.arange(len(self.index)), 1 + len(self.index) // 2 ** 20)
+                self._columns[key] = torch.from_numpy(np.concatenate(
+                    [self._rows(key, block, 1)[:, 0] for block in blocks]))
         return self._columns[key]
-
-    def _read_column(self, key):
-        self._open()
-        index, values = self.index, np.empty(len(self.index), np.float32)
-        offsets, starts = index.stored[index.fields.index(key)].tolist(), index.starts.tolist()
-        n_rows = (index.rows[index.starts[1:] - 1] + 1).tolist()        # up to the last one used
-        for number in np.unique(index.encounter_file):
-            index.check_file(number)
-            # Plain reads: a map would read 128 kB around each of these short stretches.
-            with reading(f"{index.paths[number]}: field {key!r}"), \
-                    open(index.paths[number], "rb", buffering=0) as file:
-                for e in np.flatnonzero(index.encounter_file == number).tolist():
-                    if offsets[e] == ENCODED:
-                        column = self._read_encoded(e, key)
-                    else:
-                        file.seek(offsets[e])
-                        column = np.frombuffer(file.read(4 * n_rows[e]), "<f4")
-                    mine = slice(starts[e], starts[e + 1])
-                    values[mine] = column[index.rows[mine]]
-        return torch.from_numpy(values)
 
     def waveform(self, key, segments):
         """[B, 3600] float32 of segments [B]."""
-        self._open()
-        index = self.index
+        return self._rows(key, segments, SEGMENT_SAMPLES)
+
+    def _rows(self, key, segments, samples):
+        """[B, samples] float32: a field's rows of segments [B]. Where they lie in a file as plain
+        float32, they are one gather from a memory map; all else is read by h5py."""
+        index, row_bytes = self.index, 4 * samples
         encounters = np.searchsorted(index.starts, segments, "right") - 1
-        rows, files = index.rows[segments], index.encounter_file[encounters]
-        offsets = index.stored[index.fields.index(key), encounters]
-        mapped, used = offsets != ENCODED, np.unique(files)
-        offsets += ROW_BYTES * rows.astype(np.int64)
-        for number in used:         # reading a file cut short under its map would kill the process
-            index.check_file(number)
-        if len(used) == 1 and mapped.all():
-            return self._gather(used[0], offsets)       # the fast path: no copy after the gather
-        out = np.empty((len(segments), SEGMENT_SAMPLES), np.float32)
-        for number in used:
-            mine = np.flatnonzero((files == number) & mapped)
-            out[mine] = self._gather(number, offsets[mine])
-        for i in np.flatnonzero(~mapped):       # the chunk is decoded, or was for a row before it
-            chunk, row = divmod(int(rows[i]), int(index.chunk_rows[encounters[i]]))
-            out[i] = self._chunk(int(encounters[i]), key, chunk)[row].ravel()
+        files, rows = index.encounter_file[encounters], index.rows[segments].astype(np.int64)
+        offsets, out = index.offsets(key)[encounters], np.empty((len(segments), samples), "f4")
+        for number in np.unique(files):
+            check_unchanged(index, [number])    # a file cut short under its map ends the process
+            path, mine = index.paths[number], np.flatnonzero(files == number)
+            plain, encoded = mine[offsets[mine] >= 0], mine[offsets[mine] < 0]
+            if len(plain):
+                with reading(path):
+                    data = map_rows(path, *index.stamps[number], row_bytes)
+                    found = data[offsets[plain] + row_bytes * rows[plain]]
+                if len(plain) == len(segments):
+                    return found.view("<f4").reshape(-1, samples)
+                out[plain] = found.view("<f4").reshape(-1, samples)
+            if len(encoded):
+                with open_file(path) as file:
+                    for e in np.unique(encounters[encoded]):
+                        patient = index.patients[index.encounter_patient[e]]
+                        with reading(f"{place(path, *index.places[e])}, field {key!r}"):
+                            item = file[patient][index.encounters[e]][key]
+                            values = item if key in WAVEFORMS else item[:]
+                            for i in encoded[encounters[encoded] == e]:
+                                out[i] = values[rows[i]]
         return out
 
-    def chunk_numbers(self):
-        """[S] the number of the chunk that is decoded for each item's PPG, or None without any."""
-        index = self.index
-        if self.level == "patient" or index.chunk_rows.max() == 1:
-            return None
-        encounter = index.per_segment(np.arange(len(index.encounters)))
-        chunk = index.rows // index.per_segment(index.chunk_rows)
-        return np.cumsum((np.diff(encounter, prepend=0) != 0) | (np.diff(chunk, prepend=0) != 0))
 
-    # Below, state of one process: files and maps are opened lazily and never cross a fork.
+@lru_cache(200)
+def map_rows(path, size, time_ns, row_bytes):
+    """A file as rows: item i is the one that begins at byte i, aligned or not. size, time_ns: so
+    that a file that was changed is mapped anew."""
+    data = np.memmap(path, np.uint8, "r")
+    return np.ndarray(max(0, len(data) - row_bytes + 1), f"V{row_bytes}", data, strides=1)
 
-    def _open(self):
-        if self._process != os.getpid():
-            paths, most = self.index.paths, BLOCK_ROWS // int(self.index.chunk_rows.max())
-            self._map = lru_cache(MAX_OPEN)(lambda number: np.memmap(paths[number], np.uint8, "r"))
-            self._file = lru_cache(MAX_OPEN)(lambda number: open_file(paths[number]))
-            self._chunk = lru_cache(max(2, most))(self._read_encoded)
-            self._process = os.getpid()
-
-    def _gather(self, number, offsets):
-        """[B, 3600] float32: the rows that begin at these bytes of a file."""
-        with reading(self.index.paths[number]):
-            data = self._map(number)
-            # Item i of this view is the row that begins at byte i, aligned or not; without a copy.
-            rows = np.ndarray(max(0, len(data) - ROW_BYTES + 1), f"V{ROW_BYTES}", data, strides=1)
-            return rows[offsets].view("<f4").reshape(-1, SEGMENT_SAMPLES)
-
-    def _read_encoded(self, encounter, key, chunk=None):
-        """A field of an encounter, or a chunk of it, through h5py."""
-        index, size = self.index, int(self.index.chunk_rows[encounter])
-        rows = slice(None) if chunk is None else slice(chunk * size, (chunk + 1) * size)
-        patient = index.patients[index.encounter_patient[encounter]]
-        with reading(f"{index.place(encounter)}, field {key!r}"):
-            file = self._file(index.encounter_file[encounter])
-            return narrow(file[patient][index.encounters[encounter]][key][rows])
-
-    def __getstate__(self):
-        """For spawned workers: without handles."""
-        return dict(self.__dict__, _process=None, _map=None, _file=None, _chunk=None)
-
-
-# ------------------------------------------------------------------------------------------ loaders
 
 class BatchOrder(Sampler):
     """The order of an epoch as batches of item numbers: a function of (seed, epoch), whatever the
-    number of workers.
-
-    shuffle: a full permutation; of compressed data, chunks in random order, and the rows of blocks
-    of them shuffled, so that each is decoded once an epoch. drop_last drops an incomplete batch
-    only after a full one. With several processes (rank of world) each takes its slice of every
-    batch: a step sees what one process would. Without `set_epoch`, each pass is the next epoch.
-    """
+    number of workers. drop_last drops an incomplete batch only after a full one. Of several
+    processes, each (rank of world) takes its slice of every batch, so that a step sees what one
+    process would. Without `set_epoch`, each pass is the next epoch."""
 
     def __init__(self, dataset, batch_size, shuffle, seed=0, drop_last=False, rank=0, world=1):
         self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
@@ -551,100 +766,68 @@ class BatchOrder(Sampler):
         full, rest = divmod(len(self.dataset), self.batch_size)
         return full + (rest > 0 and not (self.drop_last and full > 0))
 
-    def order(self):
-        """[items] item numbers."""
+    def __iter__(self):
         count = len(self.dataset)
-        kind = "int32" if count < 2 ** 31 else "int64"
-        rng = np.random.default_rng([self.seed, self.epoch])
-        if not self.shuffle:
-            return np.arange(count, dtype=kind)
-        chunks = self.dataset.chunk_numbers()
-        if chunks is None:                      # in half of NumPy's time
-            source = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
-            return torch.randperm(count, dtype=getattr(torch, kind), generator=source).numpy()
-        place = rng.permutation(chunks[-1] + 1)[chunks]
-        items = np.argsort(place, kind="stable").astype(kind)           # chunk by chunk
-        per_block = max(1, BLOCK_ROWS // self.dataset.index.chunk_rows.max())
-        ends = np.searchsorted(place[items], np.arange(per_block, chunks[-1] + 1, per_block))
-        for block in np.split(items, ends):
-            rng.shuffle(block)
-        return items
-
-    def slices(self):
-        """Yields this rank's slice of `order()` for each batch that is left of the epoch; then
-        turns to the next epoch."""
+        kind = torch.int32 if count < 2 ** 31 else torch.int64
+        order = torch.arange(count, dtype=kind)
+        if self.shuffle:
+            seed = int(np.random.default_rng([self.seed, self.epoch]).integers(2 ** 62))
+            source = torch.Generator().manual_seed(seed)
+            order = torch.randperm(count, dtype=kind, generator=source)
         for batch in range(self.first_batch, len(self)):
-            start = batch * self.batch_size
-            share, rest = divmod(min(self.batch_size, len(self.dataset) - start), self.world)
-            start += self.rank * share + min(self.rank, rest)
-            yield slice(start, start + share + (self.rank < rest))
+            items = order[batch * self.batch_size:(batch + 1) * self.batch_size]
+            yield np.array_split(items.numpy(), self.world)[self.rank]
         self.epoch, self.first_batch = self.epoch + 1, 0
 
-    def __iter__(self):
-        order = self.order()
-        for batch in self.slices():
-            yield order[batch]
 
+class Loader:
+    """The batches of a `BatchOrder` as tuples of tensors: read by workers, or gathered on `device`,
+    which then holds all the data."""
 
-class WorkerLoader(DataLoader):
-    """A DataLoader that raises errors of its workers as a DataError of one line."""
-    device = None
-
-    def __iter__(self):
-        try:
-            batches = super().__iter__()
-            if self.num_workers:
-                with suppress(ValueError, AttributeError):          # in a thread; on Windows
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # PyTorch's raises anywhere
-            yield from batches
-        except DataError as error:          # a worker's carries its traceback
-            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
-        except (RuntimeError, OSError) as error:
-            if not self.num_workers:
-                raise
-            raise worker_error(error) from None
-
-
-class DeviceLoader:
-    """The batches of a WorkerLoader, gathered from a dataset that is all in a device's memory."""
-
-    def __init__(self, sampler, device):
-        self.sampler, self.dataset, self.device = sampler, sampler.dataset, device
+    def __init__(self, order, device, workers, **options):
+        self.sampler, self.dataset, self.device = order, order.dataset, device
+        self.workers = workers
+        if device is None:
+            self.batches = DataLoader(
+                order.dataset, batch_size=None, sampler=order, num_workers=workers,
+                persistent_workers=workers > 0, collate_fn=tuple, worker_init_fn=quiet_worker,
+                **options)
+            return
         count = len(self.dataset.index)
         self.held = [torch.empty((count, *one.shape[1:]), device=device)
                      for one in self.dataset.read(np.arange(1))]
-        for a in range(0, count, 1024):
-            batch = self.dataset.read(np.arange(a, min(a + 1024, count)))
-            for values, part in zip(self.held, batch):
-                values[a:a + 1024] = part
+        for segments in np.array_split(np.arange(count), 1 + count // 1024):
+            for values, part in zip(self.held, self.dataset.read(segments)):
+                values[segments[0]:segments[-1] + 1] = part
 
     def __len__(self):
         return len(self.sampler)
 
     def __iter__(self):
-        segments = torch.from_numpy(self.dataset.segments(self.sampler.order())).to(self.device)
-        for batch in self.sampler.slices():
-            yield tuple(values.index_select(0, segments[batch]) for values in self.held)
-
-
-def worker_error(error):
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-    return DataError(f"a loader worker failed ({reason}); often memory or /dev/shm is full: use "
-                     "fewer --workers (0 needs no shared memory), or enlarge /dev/shm")
-
-
-def fits_on(device, dataset):
-    """Whether a dataset takes at most half of a device's free memory."""
-    size, free = sum(one.numel() * 4 for one in dataset.read(np.arange(1))), 0
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2 * size * len(dataset.index) <= free
+        if self.device is not None:
+            for items in self.sampler:
+                segments = torch.from_numpy(self.dataset.segments(items)).to(self.device)
+                yield tuple(values.index_select(0, segments) for values in self.held)
+        elif not self.workers:
+            yield from self.batches
+        else:
+            try:
+                self.dataset.epoch.share_memory_()      # so that workers see `set_epoch`
+                batches = iter(self.batches)
+                with suppress(ValueError, AttributeError):          # in a thread; on Windows
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # PyTorch's raises anywhere
+                yield from batches
+            except (RuntimeError, OSError, DataError) as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                if isinstance(error, DataError):        # a worker's carries its traceback
+                    raise DataError(lines[-1].split("DataError: ")[-1]) from None
+                raise DataError(f"a loader worker failed ({lines[0][:150]}); where memory or "
+                                "/dev/shm is full: use fewer --workers, or enlarge /dev/shm"
+                                ) from None
 
 
 def make_loader(dataset, batch_size, shuffle=False, seed=0, workers=0, drop_last=None,
-                pin_memory=False, rank=0, world=1, device_cache=None):
+                pin_memory=False, rank=0, world=1, device_cache=None) -> Loader:
     """A loader whose batches are tuples of tensors, each read from the file in one go.
 
     drop_last: default as shuffle. device_cache: a device; if the data fit in half of its free
@@ -655,29 +838,26 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, workers=0, drop_last
                        shuffle if drop_last is None else drop_last, rank, world)
     if device_cache is not None:
         device = torch.device(device_cache)
-        if fits_on(device, dataset):
-            return DeviceLoader(order, device)
-        pin_memory = pin_memory or device.type == "cuda"
-    if workers:
-        for key in dataset.keys_to_load:
-            if key not in WAVEFORMS:
-                dataset.column(key)         # before the workers start: they share it with us
-        try:
-            dataset.epoch.share_memory_()   # so that workers see `set_epoch`
-        except (RuntimeError, OSError) as error:
-            raise worker_error(error) from None
+        size = 4 * len(dataset.index) * sum(one.numel() for one in dataset.read(np.arange(1)))
+        if device.type != "cuda" or 2 * size <= torch.cuda.mem_get_info(device)[0]:
+            return Loader(order, device, 0)
+        pin_memory = True
+    slow = dataset.index.offsets("ppg") == ENCODED
+    if shuffle and rank == 0 and "ppg" in dataset.keys_to_load and slow.any():
+        path = dataset.index.paths[dataset.index.encounter_file[slow.argmax()]]
+        print(f"WARNING: {path}: PPG that is compressed, in chunks or not float32 is slow to read "
+              f"shuffled; rewrite it once: h5repack -l CONTI -f NONE {path} NEW", file=sys.stderr)
+    for key in set(dataset.keys_to_load) - set(WAVEFORMS):
+        dataset.column(key)                         # before workers start: they share it with us
     own = torch.Generator().manual_seed(seed)       # else dropout would depend on the workers
-    return WorkerLoader(dataset, batch_size=None, sampler=order, num_workers=workers, generator=own,
-                        collate_fn=tuple, pin_memory=pin_memory, persistent_workers=workers > 0,
-                        worker_init_fn=quiet_worker if workers else None)
+    return Loader(order, None, workers, generator=own, pin_memory=pin_memory)
 
 
 def quiet_worker(_):
-    """In a worker: the parent acts on Ctrl-C and says why it ends; the worker adds no traceback."""
+    """The parent acts on Ctrl-C and says why it ends; a worker adds no traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.excepthook = lambda kind, *error: (issubclass(kind, (ConnectionError, EOFError))
-                                           or sys.__excepthook__(kind, *error))
+    sys.excepthook = lambda *error: None
 
 
 def fit_normaliser(dataset, keys) -> Dict[str, dict]:
@@ -685,10 +865,8 @@ def fit_normaliser(dataset, keys) -> Dict[str, dict]:
     normaliser = {}
     for key in keys:
         values = dataset.column(key).numpy()
-        wrong = (~np.isfinite(values)).sum()
-        if wrong or values.min() == values.max():
-            what = f"is not finite in {wrong} of" if wrong else f"has one value, {values[0]:g}, in"
-            raise DataError(f"field {key!r} {what} {len(values)} train segments")
+        if not values.min() < values.max():
+            raise DataError(f"field {key!r} is constant or not finite in the train segments")
         mean = float(values.mean(dtype=np.float64))
         blocks = (values[a:a + 2 ** 20].astype(np.float64) for a in range(0, len(values), 2 ** 20))
         variance = sum(float(((block - mean) ** 2).sum()) for block in blocks) / len(values)
@@ -697,4 +875,7 @@ def fit_normaliser(dataset, keys) -> Dict[str, dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(look_up())
+    try:
+        look_up()
+    except DataError as error:
+        sys.exit(f"error: {error}")

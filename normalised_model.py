@@ -4,7 +4,7 @@
     model = load_model("runs/M1.5.pth")                 # any saved one
     tpp = predict_dataset(model, dataset)               # [N] mmHg
 
-Needs checkpoint.py, models.py, kernels.py, cuda_graph.py, datasets.py, layout.py and tk_utils.py.
+Needs checkpoint.py, models.py, kernels.py, cuda_graph.py, datasets.py and tk_utils.py.
 """
 import os
 from typing import Dict, List, Optional

@@ -11,7 +11,7 @@ are there, they are joined. After an interruption, the same command continues.
 Exit codes: 0 all records are prepared; 1 the output was written, but some records could not be used
 (each has a line on stderr and a row in the private <out>_problems.csv); 2 no output written.
 
-Needs recordings, signals, labels, layout, report, tk_utils and templates/ in the same folder.
+Needs recordings, signals, labels, datasets, report, tk_utils and templates/ in the same folder.
 """
 
 import argparse
@@ -32,13 +32,13 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
+import datasets
 import labels
-import layout
 import recordings
 import report
 import signals
 import tk_utils
-from layout import DataError
+from datasets import DataError
 from recordings import PRIVATE_LINE, RecordingError, shown
 from tk_utils import counted
 
@@ -203,10 +203,9 @@ def find_prepared(out, parts):
     prepared = {name[:-len(".h5")]: os.path.join(parts, name) for name in os.listdir(parts)
                 if name.endswith(".h5")}
     if os.path.lexists(out):
-        with layout.open_file(out) as file, layout.reading(out):
+        with datasets.open_file(out) as file, datasets.reading(out):
             if "prepared_with" not in file.attrs:
-                raise DataError(f"{out}: was not written by prepare.py; give another --out, or "
-                                "remove it")
+                raise DataError("was not written by prepare.py; give another --out, or remove it")
             prepared.update((group.attrs["key"], out) for groups in file.values()
                             for group in groups.values())
     return prepared
@@ -266,7 +265,7 @@ def prepare_record(record, options, parts) -> list:
 
 
 def writing(path, options, **attributes):
-    return layout.LayoutWriter(
+    return datasets.LayoutWriter(
         path, origin="recordings", label_method=options.label_method,
         beats=labels.BEATS, reasons=signals.REASONS, **attributes)
 
@@ -283,17 +282,17 @@ def read_segments(path, options, rows):
     rows += [("note", note, "") for note in recorded.notes]
     if not blocks:
         raise RecordingError(path, f"lasts {recorded.left_over_s:.1f} s, with no uninterrupted "
-                                   f"{layout.SEGMENT_SECONDS} s of PPG")
+                                   f"{datasets.SEGMENT_SECONDS} s of PPG")
     start_s, abp, ppg = map(np.concatenate, zip(*blocks))
-    delay_s, strength, delays_s = signals.ppg_delay(abp, ppg, layout.FS)
+    delay_s, strength, delays_s = signals.ppg_delay(abp, ppg, datasets.FS)
     shift_s = delay_s if options.align and strength >= signals.SURE_DELAY else 0.0
     if shift_s:
         ppg = shifted(ppg, start_s, shift_s)
     elif options.align:
         rows.append(("note", "the PPG's delay is uncertain: not aligned", ""))
     fields = {"abp": abp, "ppg": ppg, "start_s": start_s, "ppg_delay_s": delays_s - shift_s,
-              **labels.label_segments(abp, layout.FS, method=options.label_method)}
-    quality = signals.signal_quality(abp, ppg, layout.FS)
+              **labels.label_segments(abp, datasets.FS, method=options.label_method)}
+    quality = signals.signal_quality(abp, ppg, datasets.FS)
     quality["reason"] |= fields["reason"]
     return {**fields, **quality}, {
         "ppg_delay_s": delay_s, "ppg_delay_strength": strength, "ppg_shift_s": shift_s,
@@ -301,7 +300,7 @@ def read_segments(path, options, rows):
 
 
 def open_recording(path, options):
-    return recordings.read_windows(path, **layout.WINDOW, **recordings.channel_options(options),
+    return recordings.read_windows(path, **datasets.WINDOW, **recordings.channel_options(options),
                                    polarity=signals.ppg_polarity)
 
 
@@ -309,10 +308,10 @@ def shifted(ppg, start_s, shift_s):
     """ppg [N, samples] moved `shift_s` earlier; across minutes that follow one another. NaN where
     the samples are missing."""
     out = np.full_like(ppg, np.nan)
-    new = np.flatnonzero(np.diff(start_s) != layout.SEGMENT_SECONDS) + 1
+    new = np.flatnonzero(np.diff(start_s) != datasets.SEGMENT_SECONDS) + 1
     for rows in np.split(np.arange(len(ppg)), new):
         wave, gap = (one[0] for one in signals.fill_missing(ppg[rows].reshape(1, -1)))
-        at = np.arange(wave.size) + shift_s * layout.FS
+        at = np.arange(wave.size) + shift_s * datasets.FS
         moved = ndimage.map_coordinates(wave, [at], order=5, mode="nearest")
         neighbours = np.clip([np.floor(at), np.ceil(at)], 0, wave.size - 1).astype(int)
         moved[gap[neighbours].any(0) | (at < 0) | (at > wave.size - 1)] = np.nan
@@ -325,7 +324,7 @@ def write_output(records, prepared, options):
     with tk_utils.atomic_path(options.out) as temporary:
         with writing(temporary, options, prepared_with="prepare.py") as writer:
             for record in records:
-                with layout.open_file(prepared[record.key]) as source:
+                with datasets.open_file(prepared[record.key]) as source:
                     group = source["/".join(record.place)]
                     writer.write(*record.place, {key: item[:] for key, item in group.items()})
                     writer.file[group.name].attrs.update(group.attrs)
@@ -336,7 +335,7 @@ def write_output(records, prepared, options):
 def read_contents(path) -> dict:
     """A prepared file without its waveforms, as report.print_quality and write_quality take it."""
     records, tables = [], []
-    with layout.open_file(path) as file:
+    with datasets.open_file(path) as file:
         for patient, groups in file.items():
             for name, group in groups.items():
                 records.append(dict(group.attrs))
@@ -344,20 +343,20 @@ def read_contents(path) -> dict:
                 tables.append(pd.DataFrame({**scalars, "patient": patient, "name": name}))
     records = pd.DataFrame(records)
     segments = pd.concat(tables).rename_axis("row").reset_index()
-    segments["passed"] = layout.passes_gate(layout.get_gate(layout.DEFAULT_CONDITION),
+    segments["passed"] = datasets.passes_gate(datasets.get_gate(datasets.DEFAULT_CONDITION),
                                             segments.get, np.ones(len(segments), bool))
     segments["reasons"] = segments["reason"].map({
         mask: [name.replace("_", " ").replace("abp", "ABP").replace("ppg", "PPG")
                for name in signals.reason_names(mask)] for mask in segments["reason"].unique()})
     waves, titles = [], []              # of 3 random segments that pass and 3 that do not
     examples = segments.sample(frac=1, random_state=0).groupby("passed").head(3)
-    with layout.open_file(path) as file:
+    with datasets.open_file(path) as file:
         for row in examples.sort_values("passed", ascending=False, kind="stable").itertuples():
             group = file[row.patient][row.name]
             waves += [group["abp"][row.row], group["ppg"][row.row]]
             titles += [f"ABP: MAP {row.map:.0f}, Pcrit {row.p_crit:.0f} mmHg, r² {row.r2:.2f}, "
                        + ("passes" if row.passed else "refused"), f"PPG {', '.join(row.reasons)}"]
-    return {"segments": segments, "gate": layout.gate_report(path), "n_records": len(records),
+    return {"segments": segments, "gate": datasets.gate_report(path), "n_records": len(records),
             "delays_s": records["ppg_delay_s"][records["ppg_delay_strength"] >= signals.SURE_DELAY],
             "minutes_dropped": records["left_over_s"].sum() / 60, "waves": waves, "titles": titles}
 

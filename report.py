@@ -5,7 +5,7 @@
     report.write_page('page.html', 'quality.html', title='Quality', …)     # any page of templates/
 
 A figure is a function in `FIGURES`; a score is an entry of `metrics.SCORES`. Needs metrics.py,
-layout.py, tk_utils.py and the folder templates/.
+datasets.py, tk_utils.py and the folder templates/.
 """
 import html
 import io
@@ -22,7 +22,7 @@ from sklearn.metrics import roc_curve
 
 import metrics
 import tk_utils
-from layout import FIELDS
+from datasets import FIELDS
 from tk_utils import FONT_POINTS, TRAIN_COLOUR, TUNE_COLOUR, counted, new_figure, print_table
 
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")

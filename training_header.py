@@ -12,8 +12,8 @@
 A network is any `nn.Module` with `forward(ppg [B, 1, 3600], *vitals [B]) -> [B, 1]`, a loss any
 callable `(prediction [B], label [B]) -> [B]` or a scalar.
 
-Needs normalised_model.py, checkpoint.py, models.py, kernels.py, cuda_graph.py, datasets.py,
-layout.py and tk_utils.py.
+Needs normalised_model.py, checkpoint.py, models.py, kernels.py, cuda_graph.py, datasets.py
+and tk_utils.py.
 """
 import math
 import os

@@ -391,9 +391,8 @@ def end_to_end(bench):
         path = os.path.join(folder, "random.h5")
         write_random_file(path, bench.segments)
         index = create_dataset_index(path=path, condition="any")
-        data = TPP_PPG_dataset(index, "segment", ["ppg", "map", "dbp", "hr", "tpp"], path=path)
-        few = TPP_PPG_dataset(index, "segment", ["ppg", "map", "dbp", "hr", "tpp"], percentage=1,
-                              path=path)
+        data = TPP_PPG_dataset(index, "segment", ["ppg", "map", "dbp", "hr", "tpp"])
+        few = TPP_PPG_dataset(index, "segment", ["ppg", "map", "dbp", "hr", "tpp"], percentage=1)
         for name, options in (("file", {"pin_memory": bench.cuda}),
                               ("device cache", {"device_cache": bench.device})):
             loader = make_loader(data, bench.batch, shuffle=True, **options)

@@ -94,7 +94,7 @@ def measure_memory(folder, repeats):
     anonymous = []
     for rows in (2_000, 20_000):
         path = os.path.join(folder, f"{rows}.h5")
-        write_file(path, rows, None)
+        write_file(path, rows)
         anonymous.append(statistics.median(int(python(FEED, path=path)[0])
                                            for _ in range(min(repeats, 3))) / 1024)
     print_table([["2,000 segments, MB", f"{anonymous[0]:.0f}"],
@@ -104,7 +104,7 @@ def measure_memory(folder, repeats):
 
 def measure_ranks(folder, repeats):
     path = os.path.join(folder, "ranks.h5")
-    write_file(path, 1_000, None)
+    write_file(path, 1_000)
 
     def rate(name, launcher, threads, batch):
         command = [*launcher, os.path.join(ROOT, "train_resnet.py"), "--data", path, "--name", name,
@@ -135,7 +135,7 @@ def measure_wait(folder, repeats):
     from training_header import NormalisedModel
     keep_freed_memory()
     path = os.path.join(folder, "wait.h5")
-    write_file(path, 400, None)
+    write_file(path, 400)
     dataset = TPP_PPG_dataset(create_dataset_index(path=path), "segment", KEYS)
     model = NormalisedModel(get_model_v3(3), KEYS, fit_normaliser(dataset, KEYS[1:]))
     optimizer = torch.optim.Adam(model.parameters())

@@ -20,7 +20,7 @@ def folder(tmp_path_factory, run):
     ("evaluation.py", ["coverage", "--repeats", 2, "--draws", 20], "patients"),
     ("evaluation.py", ["conformal", "--repeats", 3], "tune patients"),
     ("evaluation.py", ["scale", "--predictions", 20_000], "20,000 predictions of 40 patients"),
-    ("read.py", ["--rows", 600, "--repeats", 1], "gzip"),
+    ("read.py", ["--rows", 600, "--repeats", 1], "ours"),
     ("label.py", ["--segments", 10, "--repeats", 1], "segments/s"),
     ("label_error.py", ["--patients", 1, "--out", "study"], "wrote"),
     ("training.py", ["--data", "s.h5", "--seeds", 1, "--epochs", 1, "--only",

@@ -102,7 +102,7 @@ def needed(module, found=None):
 
 
 @pytest.mark.parametrize("module, others", [
-    ("models", ()), ("layout", ()), ("datasets", ("layout",)), ("signals", ()),
+    ("models", ()), ("datasets", ()), ("signals", ()),
     ("labels", ("signals",)), ("recordings", ("formats", "tables")), ("metrics", ()),
     ("tk_utils", ())])
 def test_a_module_is_imported_in_an_empty_folder_with_what_its_docstring_names(module, others,

@@ -14,12 +14,12 @@ import h5py
 import numpy as np
 import pytest
 
+import datasets
 import labels
-import layout
 import prepare
 import simulate
 import tk_utils
-from layout import DataError
+from datasets import DataError
 from recordings import RecordingError
 
 ROOT = os.path.dirname(os.path.abspath(prepare.__file__))
@@ -95,7 +95,7 @@ def test_labels_are_those_of_the_stored_pressure(tmp_path):
         again = labels.label_segments(fields["abp"], 60, method=method)
         for key in ("map", "sbp", "dbp", "pp", "hr", "p_crit", "tpp", "r2", "n_beats"):
             np.testing.assert_array_equal(fields[key], again[key])
-        assert layout.origin_of([tmp_path / "o.h5"], "label_method") == method
+        assert datasets.origin_of([tmp_path / "o.h5"], "label_method") == method
 
 
 def test_groups_keep_a_patients_records_together_and_equal_names_apart(tmp_path, minute):

@@ -823,7 +823,7 @@ def python(code, cwd, **environment):
     return done.stdout.splitlines()
 
 
-COPIED = {"checkpoint": ["models", "datasets", "layout", "tk_utils"]}
+COPIED = {"checkpoint": ["models", "datasets", "tk_utils"]}
 COPIED["normalised_model"] = [*COPIED["checkpoint"], "checkpoint", "kernels", "cuda_graph"]
 COPIED["training_header"] = [*COPIED["normalised_model"], "normalised_model"]
 
