@@ -69,7 +69,6 @@ NEUTRAL = {
     "clip": None,               # largest norm of the gradient, for a label of SD 1
     "average_last": 0.0,        # share of all steps, the last ones, whose weights are averaged
     "early_stopping": -1,       # epochs without improvement; -1: never
-    "weight_labels": False,     # weight each segment by the standard error of its Pcrit
     "anchor": False,            # learn what the PPG adds to the ridge regression on the vitals
     "dropout": 0.0,             # of the pooled features
 }
@@ -186,7 +185,8 @@ def check_options(options, refuse):
 def main() -> int:
     options = parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
-    header.limit_threads(options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     rank = join_processes(options.device)
     data = find_data(options, rank)
     data_set = DataSet(options, data, rank)
@@ -416,16 +416,11 @@ def make_loaders(options, recipe, datasets):
     device = header.choose_device(options.device)
     on_cuda = device.type == "cuda"
     workers = (4 if on_cuda else 0) if options.workers is None else options.workers
-    train = datasets["train"]
-    if recipe["weight_labels"]:
-        *inputs, label = options.keys
-        train = header.TPP_PPG_dataset(train.index, "segment", [*inputs, "p_crit_se", label],
-                                       seed=options.seed)
     loaders = [header.make_loader(
-        dataset, recipe["batch_size"] * world, shuffle=dataset is train, seed=options.seed,
+        datasets[name], recipe["batch_size"] * world, shuffle=name == "train", seed=options.seed,
         workers=workers, pin_memory=on_cuda, rank=rank, world=world,
         device_cache=device if on_cuda and options.device_cache == "auto" else None)
-        for dataset in (train, datasets["tune"])]
+        for name in ("train", "tune")]
     if rank == 0 and on_cuda and getattr(loaders[0], "device", None) is not None:
         print("the data are kept in the GPU's memory (--device-cache off reads them each time)")
     return loaders
@@ -454,20 +449,7 @@ def loop_arguments(recipe, loader, model) -> dict:
             "optimizer_type": OPTIMIZERS[recipe["optimizer"]], "scheduler_and_args": scheduler,
             "batch_cosine": kind != "step", "warmup_epochs": recipe["warmup_epochs"],
             "gradient_clipping": clip, "average_weights": recipe["average_last"],
-            "early_stopping": recipe["early_stopping"],
-            "weigh": label_weights(loader.dataset) if recipe["weight_labels"] else None}
-
-
-def label_weights(dataset):
-    """A function: standard errors of Pcrit [B] -> weights [B], about 1 on average."""
-    se = dataset.column("p_crit_se")
-    usual = se.median() ** 2        # added, so that no label gets twice the median label's weight
-    mean = (1 / (usual + se ** 2)).mean()
-
-    def weigh(se):
-        return 1 / (usual.to(se.device) + se ** 2) / mean.to(se.device)
-
-    return weigh
+            "early_stopping": recipe["early_stopping"]}
 
 
 def train(options, recipe, model, loaders, description, rank, place):

@@ -7,14 +7,13 @@
     model, trajectories = training_loop(model, make_loader(train, 64, shuffle=True),
                                         make_loader(tune, 64), total_epochs=10, lr=1e-3)
     save_checkpoint("runs/mine.pth", model)
-    tpp = predict_dataset(load_model("runs/mine.pth", network=MyNet()), tune)
+    tpp = predict_dataset(load_model("runs/mine.pth", network=MyNet()), tune)     # [N] mmHg
 
 A network is any `nn.Module` with `forward(ppg [B, 1, 3600], *vitals [B]) -> [B, 1]`, a loss any
-callable `(prediction [B], label [B]) -> [B]` or a scalar.
-
-Needs normalised_model.py, checkpoint.py, models.py, kernels.py, cuda_graph.py, datasets.py
-and tk_utils.py.
+callable `(prediction [B], label [B]) -> [B]` or a scalar. Needs checkpoint.py, models.py,
+kernels.py, cuda_graph.py, datasets.py and tk_utils.py.
 """
+# ruff: noqa: F401, I001 - imported names are exported, too, for `from training_header import *`
 import math
 import os
 import random
@@ -22,50 +21,34 @@ import signal
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from functools import partial
+from itertools import islice
+from types import SimpleNamespace
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
-
-import kernels
-
-# What follows is re-exported, too, for `from training_header import *`.
-# isort: off
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR, LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR)
+
+import kernels
 from checkpoint import (
-    CheckpointError, load_by_name, load_checkpoint, load_tensors, read_salt, save_checkpoint,
-    save_tensors)
+    CheckpointError, build_network, load_by_name, load_checkpoint, load_tensors, read_salt,
+    save_checkpoint, save_tensors)
 from datasets import (
-    FS, PARTS, SEGMENT_SAMPLES, SEGMENT_SECONDS, DataError, DatasetIndex, TPP_PPG_dataset,
-    create_dataset_index, fit_normaliser, hash_patients, load_dataset_index, make_loader,
-    split_index)
+    FS, PARTS, SEGMENT_SAMPLES, DataError, TPP_PPG_dataset, create_dataset_index, fit_normaliser,
+    hash_patients, load_dataset_index, make_loader, split_index, vitals_of)
 from models import (
     MODELS, ConvBlock, MyFirstResNet, ResBlockV1, ResBlockV2, ResBlockV3, get_model_v3)
-from normalised_model import (
-    PPG_NORMALISATIONS, NormalisedModel, TrainingError, choose_device, fit_anchor, fit_blend,
-    limit_threads, load_model, predict_dataset, predict_with_spread)
-from tk_utils import atomic_file, atomic_path, progress, reset_all_seeds, write_json
-# isort: on
-
-__all__ = [      # noqa: F822 - DEVICE comes from __getattr__
-    "DEVICE", "FS", "LOSSES", "MODELS", "PARTS", "PPG_NORMALISATIONS", "SEGMENT_SAMPLES",
-    "SEGMENT_SECONDS", "CheckpointError", "ConvBlock", "CosineAnnealingLR", "DataError",
-    "DatasetIndex", "Interrupted", "Loss", "MyFirstResNet", "NonFiniteLoss", "NormalisedModel",
-    "OneCycleLR", "ReduceLROnPlateau", "ResBlockV1", "ResBlockV2", "ResBlockV3", "StepLR",
-    "TPP_PPG_dataset", "TrainingError", "atomic_file", "atomic_path", "choose_device",
-    "create_dataset_index", "fit_anchor", "fit_blend", "fit_normaliser", "get_model_v3",
-    "hash_patients", "limit_threads", "load_checkpoint", "load_dataset_index", "load_model",
-    "make_loader", "predict_dataset", "predict_with_spread", "progress", "read_salt",
-    "reset_all_seeds", "save_checkpoint", "save_tensors", "split_index",
-    "training_loop", "write_json"]
+from tk_utils import printable, progress, reset_all_seeds
 
 
-class Interrupted(Exception):
-    """Training was asked to stop and has saved its state; the message is one line."""
+class TrainingError(ValueError):
+    """Training cannot go on; the message is one line."""
 
 
 class NonFiniteLoss(TrainingError):
@@ -76,11 +59,34 @@ class NonFiniteLoss(TrainingError):
         self.epoch, self.batches = epoch, batches
 
 
-def __getattr__(name):
-    if name == "DEVICE":        # computed at its first use: importing touches no GPU
-        globals()["DEVICE"] = choose_device()
-        return globals()["DEVICE"]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+class Interrupted(Exception):
+    """Training was asked to stop and has saved its state; the message is one line."""
+
+
+# ------------------------------------------------------------------------------------------- device
+
+def choose_device(name=None) -> torch.device:
+    """The device of a name such as 'cuda:1' (None: CUDA if present). Raises TrainingError."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:     # torch without CUDA asserts
+        raise TrainingError(f"device {str(name)!r}: {printable(error)[:200]}") from None
+
+
+def distributed() -> Tuple[int, int]:
+    """(rank, number of processes) under torchrun, else (0, 1)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes."""
+    if distributed()[1] > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -88,8 +94,8 @@ def __getattr__(name):
 class Loss(NamedTuple):
     """What training minimises: function(prediction [B], label [B]) -> [B] or a scalar.
 
-    With outputs 2 the prediction is [B, 2]: the estimate and its spread (SD). unit: of the mean
-    loss, for messages; label: for the plot.
+    unit: of the mean loss, for messages; label: for the plot. With outputs 2 the prediction is
+    [B, 2]: the estimate and its spread (SD).
     """
     function: Callable
     unit: str
@@ -110,121 +116,274 @@ def likelihood_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tens
 
 
 LOSSES = {
-    "mse": Loss(lambda prediction, label: F.mse_loss(prediction, label, reduction="none"),
-                "mmHg²", "Loss, MSE (mmHg²)"),
-    "l1": Loss(lambda prediction, label: F.l1_loss(prediction, label, reduction="none"),
-               "mmHg", "Loss, mean absolute error (mmHg)"),
+    "mse": Loss(partial(F.mse_loss, reduction="none"), "mmHg²", "Loss, MSE (mmHg²)"),
+    "l1": Loss(partial(F.l1_loss, reduction="none"), "mmHg", "Loss, mean absolute error (mmHg)"),
     # squared below 5 mmHg, about the network's error; beyond, outliers count linearly
-    "huber": Loss(lambda prediction, label: F.huber_loss(prediction, label, reduction="none",
-                                                         delta=5.0),
-                  "mmHg²", "Loss, Huber, δ = 5 mmHg (mmHg²)"),
+    "huber": Loss(partial(F.huber_loss, reduction="none", delta=5.0), "mmHg²",
+                  "Loss, Huber, δ = 5 mmHg (mmHg²)"),
     "nll": Loss(likelihood_loss, "nats", "Loss, −log likelihood (nats)", outputs=2),
 }
 
 
 def choose_loss(criterion) -> Loss:
-    """A `Loss` of a name in LOSSES, 'my_losses.py:name', or any callable. Raises TrainingError."""
-    if isinstance(criterion, Loss):
-        return criterion
-    if criterion in LOSSES:
-        return LOSSES[criterion]
+    """The `Loss` of a name in LOSSES, of 'my_losses.py:name', or of any callable."""
+    if not isinstance(criterion, Loss):
+        criterion = load_by_name(criterion, LOSSES, "--loss")
+    if not isinstance(criterion, Loss):
+        name = getattr(criterion, "__name__", type(criterion).__name__)
+        criterion = Loss(criterion, "", f"Loss, {name}")
+    return criterion
+
+
+# ------------------------------------------------------------------------------------------- model
+
+MIN_SPREAD = 0.01       # of the label's SD: lower bound on the predicted SD, as divisor
+
+
+def segment_normalised(ppg: torch.Tensor) -> torch.Tensor:
+    """Each segment by its own mean and SD: monitors differ in gain and offset, and the network's
+    zero padding would turn an offset into an edge. A flat segment stays flat. [B, 1, L]."""
+    ppg = ppg - ppg.mean(-1, keepdim=True)
+    return ppg / ppg.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+# Chosen by name, which the checkpoint stores.
+PPG_NORMALISATIONS = {"segment": segment_normalised, "none": lambda ppg: ppg}
+
+
+class NormalisedModel(nn.Module):
+    """Raw units in, mmHg out: `model(ppg [B, 1, L] in any scale, *vitals [B]) -> [B, 1]`.
+
+    network: any nn.Module of normalised inputs. keys: as given to `TPP_PPG_dataset`, the PPG first
+    (or absent) and the label last. normaliser: {key: {'mean', 'sd', …}} of vitals and label over
+    the train split (`fit_normaliser`). anchor: see `fit_anchor`; the network then learns what the
+    PPG adds to it. A network of two outputs gives [B, 2]: estimate and spread (SD), mmHg.
+    Attributes: the arguments, with_ppg, outputs (1 or 2), checkpoint. Raises DataError.
+    """
+
+    def __init__(self, network: nn.Module, keys: List[str], normaliser: Dict[str, dict],
+                 ppg_normalisation: str = "segment", anchor: Optional[dict] = None):
+        super().__init__()
+        if ppg_normalisation not in PPG_NORMALISATIONS:
+            raise DataError(f"PPG normalisation {ppg_normalisation!r}: expected "
+                            f"{' or '.join(PPG_NORMALISATIONS)}")
+        self.network, self.keys, self.normaliser = network, list(keys), normaliser
+        self.ppg_normalisation, self.anchor, self.checkpoint = ppg_normalisation, anchor, None
+        self.with_ppg = keys[0] == "ppg"
+        vitals, label = vitals_of(keys), normaliser[keys[-1]]
+        mean, sd = ([normaliser[key][what] for key in vitals] for what in ("mean", "sd"))
+        # label = output * scale + offset + sum of slope * normalised vital
+        ridge = anchor or {"coefficients": dict.fromkeys(vitals, 0.0), "intercept": label["mean"],
+                           "sd": label["sd"]}
+        weights = [ridge["coefficients"][key] for key in vitals]
+        slopes = [weight * one for weight, one in zip(weights, sd)]
+        offset = ridge["intercept"] + sum(weight * one for weight, one in zip(weights, mean))
+        # Not persistent: the network's own state dict keeps the published names and nothing else.
+        for name, values in (("vital_mean", mean), ("vital_sd", sd), ("slopes", slopes),
+                             ("scale", [ridge["sd"]]), ("offset", [offset])):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
+        self.outputs = self.try_network()
+
+    def try_network(self) -> int:
+        """The number of outputs, found by passing two flat segments through the network."""
+        like, training = next(self.network.parameters(), torch.zeros(1)), self.network.training
+        example = ([like.new_zeros(2, 1, SEGMENT_SAMPLES)] * self.with_ppg
+                   + [like.new_zeros(2)] * len(self.slopes))
+        try:
+            with torch.no_grad():
+                shape = tuple(self.network.eval()(*example).shape)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(f"keys {', '.join(self.keys)}: {type(self.network).__name__} does not "
+                            f"take them ({printable(error)[:200]})") from error
+        self.network.train(training)
+        if shape not in ((2, 1), (2, 2)):
+            raise DataError(f"{type(self.network).__name__}: an output of shape {shape} for two "
+                            "segments; expected [B, 1], or [B, 2] with a spread")
+        return shape[1]
+
+    def normalise(self, inputs) -> List[torch.Tensor]:
+        ppg, vitals = inputs[:self.with_ppg], inputs[self.with_ppg:]
+        return ([PPG_NORMALISATIONS[self.ppg_normalisation](one) for one in ppg]
+                + [(v - self.vital_mean[i]) / self.vital_sd[i] for i, v in enumerate(vitals)])
+
+    def to_mmhg(self, out, normalised):
+        estimate = out[:, :1] * self.scale + self.offset
+        if self.anchor:
+            for slope, vital in zip(self.slopes, normalised[self.with_ppg:]):
+                estimate = estimate + slope * vital.view(-1, 1)
+        if out.shape[1] == 1:
+            return estimate
+        return torch.cat([estimate, (F.softplus(out[:, 1:]) + MIN_SPREAD) * self.scale], 1)
+
+    def forward(self, *inputs):
+        normalised = self.normalise(inputs)
+        return self.to_mmhg(kernels.accelerate(self.network)(*normalised), normalised)
+
+    def with_features(self, *inputs):
+        """(output, the network's features [B, F] or None where it has none) of raw inputs."""
+        normalised, network = self.normalise(inputs), kernels.accelerate(self.network)
+        features = network.features(*normalised) if hasattr(network, "features") else None
+        if isinstance(self.network, MyFirstResNet):     # what is left of its forward pass
+            out = self.network.mlp(self.network.projection(features))
+        else:
+            out = network(*normalised)
+        return self.to_mmhg(out, normalised), features
+
+
+def load_model(path_or_checkpoint, device=None, network=None) -> NormalisedModel:
+    """The model of a checkpoint (a path, or what `load_checkpoint` gave), in evaluation mode.
+
+    network: for one of your own, the module, its class, or 'my_net.py:MyNet'. Raises
+    CheckpointError.
+    """
+    saved, path = path_or_checkpoint, ""
+    if not isinstance(saved, dict):
+        saved, path = load_checkpoint(saved), f"{saved}: "
     try:
-        function = load_by_name(criterion, LOSSES, "--loss")
-    except CheckpointError as error:
-        raise TrainingError(str(error)) from None
-    name = getattr(function, "__name__", type(function).__name__)
-    return function if isinstance(function, Loss) else Loss(function, "", f"Loss, {name}")
+        model = NormalisedModel(build_network(saved, network), saved["keys"], saved["normaliser"],
+                                saved["ppg_normalisation"], saved["anchor"])
+    except (CheckpointError, DataError, KeyError) as error:
+        raise CheckpointError(f"{path}{error}") from None
+    model.checkpoint = saved
+    return model.to(device or "cpu").eval()
 
 
-# ----------------------------------------------------------------------------- training: its pieces
-
-def distributed() -> Tuple[int, int]:
-    """(rank, number of processes) under torchrun, else (0, 1)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+def predict_dataset(model, dataset, batch_size=256, device=None, workers=0) -> np.ndarray:
+    """Estimates in mmHg, [N] float32, for the segments of a dataset in its order."""
+    return predict_with_spread(model, dataset, batch_size, device, workers)[0]
 
 
-def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes."""
-    if distributed()[1] > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
+def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0,
+                        collect_features=False):
+    """(estimates [N], the network's own SD [N] or None, features [N, F] or None), in mmHg, float32.
+
+    Features where asked for, and where the network has features(). Raises DataError where a
+    prediction is not finite.
+    """
+    device = choose_device(device)
+    kernels.prepare_device(device)
+    model.to(device).eval()
+    loader = make_loader(dataset, batch_size, workers=workers, pin_memory=device.type == "cuda")
+    n_inputs = len(model.keys) - 1
+    outputs, features = [], []
+    with torch.no_grad():
+        predict = model.with_features if collect_features else model
+        for batch in kernels.feed(progress(loader, desc="predicting", leave=False), device):
+            if not outputs and len(loader) > 1:
+                predict = kernels.capture_inference(predict, batch[:n_inputs])
+            found = predict(*batch[:n_inputs])
+            out, feature = found if collect_features else (found, None)
+            outputs.append(out.float())
+            if feature is not None:
+                features.append(feature.float().cpu())
+    estimates, *spread = torch.cat(outputs).cpu().numpy().T
+    wrong = np.flatnonzero(~np.isfinite(estimates))
+    if len(wrong):
+        raise DataError(f"{dataset.place(wrong[0])}: the model's prediction is "
+                        f"{estimates[wrong[0]]} ({len(wrong)} of {len(estimates)} segments; "
+                        "damaged PPG or vitals?)")
+    return (estimates, spread[0] if spread else None,
+            torch.cat(features).numpy() if features else None)
+
+
+def fit_anchor(dataset, keys: List[str]) -> dict:
+    """The ridge of the label on the vitals over a (train) dataset: `NormalisedModel(anchor=…)`.
+
+    {'coefficients': {vital: mmHg per unit}, 'intercept': mmHg, 'sd': SD of its residuals, mmHg}.
+    """
+    vitals, label = vitals_of(keys), dataset.column(keys[-1]).numpy().astype(np.float64)
+    inputs = np.stack([dataset.column(key).numpy().astype(np.float64) for key in vitals], 1)
+    scaler = StandardScaler().fit(inputs)
+    ridge = Ridge(alpha=1.0).fit(scaler.transform(inputs), label)
+    weights = ridge.coef_ / scaler.scale_
+    intercept = ridge.intercept_ - weights @ scaler.mean_
+    return {"coefficients": dict(zip(vitals, weights.tolist())), "intercept": float(intercept),
+            "sd": float(np.std(label - inputs @ weights))}
+
+
+def fit_blend(model, dataset) -> float:
+    """The share of what the network adds to its anchor that is kept, 0 to 1; applied to `model`.
+
+    Least squares of label - anchor on network - anchor over a (tune) dataset, each patient with the
+    same weight, then shrunk by its own uncertainty over patients (James & Stein, positive part). So
+    where the PPG is not shown to add anything, the model stays with the ridge it stands on.
+    """
+    added, scale = predict_dataset(model, dataset).astype(float), float(model.scale)
+    model.scale.zero_()
+    anchor = predict_dataset(model, dataset).astype(float)
+    model.scale.fill_(scale)
+    missing, added = dataset.column(model.keys[-1]).numpy() - anchor, added - anchor
+    patients = dataset.index.segment_patients()
+    weight = 1 / np.bincount(patients)[patients]
+    squares = np.sum(weight * added ** 2)
+    share = np.sum(weight * added * missing) / squares
+    of_patients = np.bincount(patients, weight * added * (missing - share * added))
+    error = np.sqrt(np.sum(of_patients ** 2)) / squares
+    share = float(np.clip(share - error ** 2 / share, 0, 1)) if share > 0 else 0.0
+    model.anchor = dict(model.anchor, sd=model.anchor["sd"] * share, blend=share)
+    model.scale.mul_(share)
+    return share
+
+
+# ------------------------------------------------------------------------------ training: its parts
+
+def batch_loss(network, batch, loss: Loss, bf16=False) -> torch.Tensor:
+    """The loss summed over the segments of a batch (ppg, *vitals, label)."""
+    *inputs, label = batch
+    if len(label) == 0:         # this process's share of a short batch is empty
+        return 0 * batch_loss(network, [t.new_zeros(1, *t.shape[1:]) for t in batch], loss, bf16)
+    with torch.autocast(label.device.type, torch.bfloat16) if bf16 else nullcontext():
+        out = network(*inputs).to(label.dtype)
+    if out.shape[:1] != label.shape or out.numel() != len(label) * loss.outputs:
+        raise TrainingError(f"an output of shape {tuple(out.shape)}; expected [B, {loss.outputs}]")
+    each = loss.function(out.flatten() if loss.outputs == 1 else out, label)
+    if each.dim() == 0:
+        return each * len(label)
+    if each.numel() != len(label):
+        raise TrainingError(f"the loss has shape {tuple(each.shape)}; expected [B] or a scalar")
+    return each.sum()
 
 
 def shrink_weights(parameters, amount) -> None:
-    """The proximal step of an L1 penalty: weights move towards zero by `amount` and stop there.
-
-    Biases and norms (one-dimensional) are left alone. amount: a number, or a tensor on CUDA.
-    """
+    """The proximal step of an L1 penalty: weights (not biases or norms, which have one dimension)
+    move towards zero by `amount`, a number or a tensor, and stop there."""
     with torch.no_grad():
         for p in parameters:
-            if p.dim() > 1 and isinstance(amount, torch.Tensor):
-                p.copy_(p.sign() * (p.abs() - amount).clamp_min(0))
-            elif p.dim() > 1:
-                p.copy_(F.softshrink(p, amount))
+            if p.dim() > 1:
+                p.sub_(p.clamp(-amount, amount))
 
 
-@contextmanager
-def stop_signals():
-    """A list that holds the SIGINT or SIGTERM received so far; a second SIGINT ends at once."""
-    received = []
-
-    def take(number, _):
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    if threading.current_thread() is not threading.main_thread():   # Python would refuse
-        yield received
-        return
-    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def mean_loss(losses: torch.Tensor) -> float:
+    """Over the segments of all processes. losses [2, batches]: sums, and numbers of segments."""
+    total, count = reduce_sum(losses.sum(1))
+    return float(total / count)
 
 
-@contextmanager
-def errors_in_one_line(*loaders):
-    """TrainingError where memory is full, or a loader worker or another rank has ended."""
-    try:
-        yield
-    except (MemoryError, torch.cuda.OutOfMemoryError):
-        raise TrainingError("out of memory: a smaller --batch-size needs less") from None
-    except (RuntimeError, DataError) as error:
-        iterators = [getattr(loader, "_iterator", None) for loader in loaders]
-        workers = [worker for one in iterators for worker in getattr(one, "_workers", ())]
-        if not all(worker.is_alive() for worker in workers):
-            # PyTorch would raise again for each of the others that ends with us
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            raise TrainingError("a loader worker was ended from outside (out of memory?): use "
-                                "fewer --workers") from None
-        if distributed()[1] == 1 or isinstance(error, DataError):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise TrainingError("this process cannot go on; if another one of the run has ended, its "
-                            f"message says why ({type(error).__name__}: {reason})") from error
+def check_finite(losses: torch.Tensor, epoch: int, group_size: int) -> None:
+    """Raises NonFiniteLoss, in all processes, where the loss of a batch is not finite."""
+    bad = torch.nonzero(~torch.isfinite(losses[0])).flatten().tolist()
+    first = torch.tensor(min(bad, default=losses.shape[1]), device=losses.device)
+    if distributed()[1] > 1:
+        torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+    if first < losses.shape[1]:
+        start = int(first) // group_size * group_size
+        batches = list(range(start, min(start + group_size, losses.shape[1])))
+        raise NonFiniteLoss(f"the training loss is not finite at epoch {epoch + 1}, batch "
+                            f"{batches[-1] + 1}; a lower --lr or clipping may help", epoch, batches)
 
 
-def rng_state() -> dict:
-    """The states of all random generators that a training step may draw from, as plain values."""
-    numpy_state = np.random.get_state()
-    return {"python": random.getstate(), "torch": torch.get_rng_state(),
-            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_rng_state(state: dict) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def losses_of(network, loader, loss: Loss, device, bf16) -> torch.Tensor:
+    """The losses of one pass without training."""
+    losses = torch.zeros(2, len(loader), dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for number, batch in enumerate(kernels.feed(loader, device)):
+            losses[0, number] = batch_loss(network, batch, loss, bf16)
+            losses[1, number] = len(batch[-1])
+    return losses
 
 
 def begin_epoch(loader, epoch: int, first_batch: int = 0) -> None:
-    """Tell a loader which epoch comes, if it wants to know; ours can begin at any batch."""
+    """Tells a loader which epoch comes, if it wants to know; ours can begin at any batch."""
     sampler = getattr(loader, "sampler", None)
     if hasattr(sampler, "first_batch"):
         sampler.set_epoch(epoch, first_batch)
@@ -232,466 +391,269 @@ def begin_epoch(loader, epoch: int, first_batch: int = 0) -> None:
         sampler.set_epoch(epoch)
 
 
-class BatchLosses:
-    """The summed loss and the number of segments of each batch of an epoch.
-
-    The losses stay on the device: reading one makes the host wait for it.
-    """
-
-    def __init__(self, batches: int, device):
-        self.sums = torch.zeros(batches, dtype=torch.float64, device=device)
-        self.rows = torch.zeros(batches, dtype=torch.int64)
-        self.count = self.checked = 0
-
-    def add(self, total: torch.Tensor, rows: int) -> None:
-        self.sums[self.count], self.rows[self.count] = total, rows
-        self.count += 1
-
-    def last(self) -> float:
-        return float(self.sums[self.count - 1]) / max(1, int(self.rows[self.count - 1]))
-
-    def first_bad(self) -> int:
-        """The number of the first batch since the last call with a loss that is not finite;
-        the number of all batches where there is none."""
-        new = self.sums[self.checked:self.count]
-        bad = torch.nonzero(~torch.isfinite(new))
-        first = self.checked + int(bad[0]) if len(bad) else len(self.sums)
-        self.checked = self.count
-        return first
-
-    def mean(self) -> float:
-        """Over the segments of all processes."""
-        totals = reduce_sum(torch.stack([self.sums[:self.count].sum(),
-                                         self.rows[:self.count].sum().to(self.sums)]))
-        return float(totals[0] / totals[1])
-
-    def each(self) -> torch.Tensor:
-        """[batches] float64: the mean loss of each batch of this process."""
-        return self.sums[:self.count].cpu() / self.rows[:self.count]
-
-    def state_dict(self) -> dict:
-        return {"sums": self.sums[:self.count].cpu(), "rows": self.rows[:self.count].clone()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.count = self.checked = len(state["sums"])
-        self.sums[:self.count], self.rows[:self.count] = state["sums"], state["rows"]
+@contextmanager
+def errors_in_one_line():
+    """TrainingError where memory is full, or another process of the run has ended."""
+    try:
+        yield
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise TrainingError("out of memory: a smaller --batch-size needs less") from None
+    except RuntimeError as error:
+        if distributed()[1] == 1:
+            raise
+        raise TrainingError("this process cannot go on; if another one of the run has ended, its "
+                            f"message says why ({printable(error)[:200]})") from error
 
 
-def faster(model: nn.Module):
-    """A callable like `model`; a `NormalisedModel` already is its own fastest."""
-    return model if isinstance(model, NormalisedModel) else kernels.accelerate(model)
+@contextmanager
+def stop_signals():
+    """A list that holds the SIGINT or SIGTERM received so far; a second SIGINT ends at once."""
+    received, before = [], {}
+
+    def take(number, _):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():       # elsewhere Python refuses
+        before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def any_rank(flag, device) -> bool:
+    """Whether it is set in any process, so that all do the same."""
+    return bool(reduce_sum(torch.tensor(float(flag), device=device)))
+
+
+def save_state(path, run, losses, parts, experiment) -> None:
+    """Writes all that a run needs to go on to the last bit; each process adds what is its own."""
+    rank, world = distributed()
+    name, keys, *rest = np.random.get_state()
+    own = {"losses": losses.cpu(), "python": random.getstate(),
+           "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(),
+           "cuda": torch.cuda.get_rng_state_all()}
+    ranks = [own] * world
+    if world > 1:
+        torch.distributed.all_gather_object(ranks, own)
+    if rank == 0:
+        save_tensors(path, {"run": vars(run), "ranks": ranks, "experiment": experiment,
+                            "parts": {name: part.state_dict() for name, part in parts.items()}})
+
+
+def load_state(path, run, losses, parts) -> None:
+    """Goes back to the saved state, if there is one. Raises TrainingError where it does not fit."""
+    rank, world = distributed()
+    found = [load_tensors(path) if rank == 0 and os.path.exists(path) else None]
+    if world > 1:
+        torch.distributed.broadcast_object_list(found)
+    saved = found[0]
+    if saved is None:
+        return
+    try:
+        vars(run).update(saved["run"])
+        for name, part in parts.items():
+            part.load_state_dict(saved["parts"][name])
+        own = saved["ranks"][rank]
+        losses.copy_(own["losses"])
+        random.setstate(own["python"])
+        np.random.set_state(tuple(own["numpy"]))
+        torch.set_rng_state(own["torch"])
+        if len(own["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(own["cuda"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise TrainingError(f"{path}: not the state of this run ({printable(error)[:200]})") \
+            from None
 
 
 # ------------------------------------------------------------------------------- training: the loop
-
-CURVES = ("batch_train_loss", "epoch_train_loss", "batch_val_loss", "epoch_val_loss", "lr")
-
-
-@dataclass
-class Settings:
-    """The arguments of `training_loop`, which explains them."""
-    total_epochs: int
-    lr: float
-    weight_decay: float
-    l1_reg: float
-    early_stopping: int
-    scheduler_and_args: Optional[list]
-    warmup_epochs: int
-    gradient_accumulation: int
-    optimizer_type: Any
-    batch_cosine: bool
-    gradient_clipping: Optional[float]
-    pbar_momentum: float
-    repeat_val: int
-    precision: Optional[str]
-    weigh: Optional[Callable]
-    resume_path: Optional[str]
-    experiment: Any
-    average_weights: float
-    checkpoint_minutes: float
-
-    def check(self):
-        if self.precision not in (None, "float32", "tf32", "bf16"):
-            raise TrainingError(f"precision {self.precision!r}: expected tf32, float32 or bf16")
-        scheduler = (self.scheduler_and_args or [None])[0]
-        if self.batch_cosine and scheduler in (None, ReduceLROnPlateau):
-            raise TrainingError("batch_cosine needs scheduler_and_args of a scheduler that can be "
-                                "stepped after each batch, such as [CosineAnnealingLR, {…}]")
-        if self.total_epochs < 1:
-            raise TrainingError(f"total_epochs {self.total_epochs}: expected at least 1")
-
-
-class TrainingRun:
-    """A call of `training_loop`, with everything that says how far it is."""
-
-    SAVED = ("epoch", "batches", "done", "best_loss", "best_epoch", "best_weights", "seconds",
-             "log", "trajectories")
-
-    def __init__(self, model, train_loader, val_loader, loss: Loss, device, settings: Settings):
-        settings.check()
-        if len(train_loader) == 0 or len(val_loader) == 0:
-            raise TrainingError("the train or the tune loader is empty")
-        self.settings, self.loss, self.device = settings, loss, choose_device(device)
-        self.train_loader, self.val_loader = train_loader, val_loader
-        self.rank, self.world = distributed()
-        kernels.prepare_device(self.device, settings.precision or "tf32")
-        self.model, self.no_sync, self.captured = model.to(self.device), nullcontext, None
-        self.forward = faster(self.model)
-        if self.world > 1:
-            self.forward = nn.parallel.DistributedDataParallel(self.model)
-            self.no_sync = self.forward.no_sync
-        # the average of the weights, once it begins
-        self.average = (torch.optim.swa_utils.AveragedModel(self.model, use_buffers=True)
-                        if settings.average_weights else None)
-        self.set_up_optimizer()
-        self.epoch, self.batches = 0, 0     # epochs that are done, batches of the current one
-        self.losses = BatchLosses(len(train_loader), self.device)
-        self.done = False                   # stopped early
-        self.best_loss, self.best_epoch, self.best_weights = math.inf, 0, None
-        self.log = []                       # a dictionary for each epoch
-        self.trajectories = {name: torch.zeros(0, dtype=torch.float64) for name in CURVES}
-        self.resumable = hasattr(getattr(train_loader, "sampler", None), "first_batch")
-        self.started = self.saved_at = time.monotonic()
-        self.load()
-
-    def set_up_optimizer(self):
-        settings, on_cuda = self.settings, self.device.type == "cuda"
-        self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        kind = settings.optimizer_type or torch.optim.Adam
-        # fused: one kernel for all parameters; on CUDA everywhere, on CPU from PyTorch 2.4
-        new_enough = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)
-        options = {}
-        if kind in (torch.optim.Adam, torch.optim.AdamW) and (on_cuda or new_enough):
-            options = {"fused": True, "capturable": on_cuda}
-        self.optimizer = kind(self.weights, lr=settings.lr, weight_decay=settings.weight_decay,
-                              **options)
-        self.scheduler = self.warmup = None
-        if settings.scheduler_and_args:
-            scheduler, arguments = settings.scheduler_and_args
-            self.scheduler = scheduler(self.optimizer, **arguments)
-        if settings.warmup_epochs:
-            self.warmup = LinearLR(self.optimizer, 0.1, 1.0, settings.warmup_epochs)
-
-    def parts(self) -> dict:
-        """{name: what has a state of its own}."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler,
-                 "warmup": self.warmup, "average": self.average}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def seconds_so_far(self):
-        return time.monotonic() - self.started
-
-    def save(self):
-        if self.settings.resume_path is None:
-            return
-        own = {"rng": rng_state(), "losses": self.losses.state_dict()}
-        ranks = [own] * self.world
-        if self.world > 1:
-            torch.distributed.all_gather_object(ranks, own)
-        self.seconds, self.saved_at = self.seconds_so_far(), time.monotonic()
-        if self.rank == 0:
-            save_tensors(self.settings.resume_path, {
-                "run": {name: getattr(self, name) for name in self.SAVED}, "ranks": ranks,
-                "parts": {name: part.state_dict() for name, part in self.parts().items()},
-                "experiment": self.settings.experiment})
-
-    def load(self):
-        """Continue from the saved state, if there is one."""
-        path, saved = self.settings.resume_path, [None]
-        if self.rank == 0 and path is not None and os.path.exists(path):
-            saved = [load_tensors(path)]
-        if self.world > 1:
-            torch.distributed.broadcast_object_list(saved)
-        saved = saved[0]
-        if saved is None:
-            return
-        try:
-            for name in self.SAVED:
-                setattr(self, name, self.on_device(saved["run"][name]))
-            own = saved["ranks"][self.rank]
-            self.losses.load_state_dict(own["losses"])
-            for name, part in self.parts().items():
-                part.load_state_dict(saved["parts"][name])
-            set_rng_state(own["rng"])
-            self.started -= self.seconds
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise TrainingError(f"{path}: not the state of this run "
-                                f"({' '.join(str(error).split())[:200]})") from None
-        self.trajectories = {name: curve.cpu() for name, curve in self.trajectories.items()}
-
-    def on_device(self, value):
-        if isinstance(value, dict):
-            return {name: one.to(self.device) if isinstance(one, torch.Tensor) else one
-                    for name, one in value.items()}
-        return value
-
-    def should_continue(self):
-        return self.epoch < self.settings.total_epochs and not self.done
-
-    def any_rank(self, *flags):
-        """Each flag, or that of any other process: so all of them do the same."""
-        if self.world == 1:
-            return [bool(one) for one in flags]
-        flags = torch.tensor([float(one) for one in flags], device=self.device)
-        return (reduce_sum(flags) > 0).tolist()
-
-    def interrupted(self, where, saved=True):
-        return Interrupted(f"interrupted {where}; " + (
-            "nothing was saved" if self.settings.resume_path is None else
-            "saved: the same command goes on from here" if saved else
-            "the same command goes on from the start of the epoch"))
-
-    def batch_loss(self, network, batch, weigh=None):
-        """(the summed loss of a batch, the same with weights, which is what is minimised)."""
-        if len(batch[-1]) == 0:         # this rank's share of a short batch is empty
-            flat = [t.new_zeros(1, *t.shape[1:]) for t in batch]
-            return tuple(0 * loss for loss in self.batch_loss(network, flat, weigh))
-        *inputs, label = batch
-        weight = weigh(inputs.pop()) if weigh else None
-        on_bf16 = self.settings.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if on_bf16 else nullcontext():
-            out = network(*inputs)
-        out = out.to(label.dtype)
-        prediction = out if self.loss.outputs == 2 or out.dim() == 1 else out.flatten()
-        if self.loss.outputs == 2 and out.shape[1:] != (2,) or prediction.shape[:1] != label.shape:
-            raise TrainingError(f"the network's output has shape {tuple(out.shape)}; expected "
-                                f"[{len(label)}, {self.loss.outputs}]")
-        each = self.loss.function(prediction, label)
-        if each.dim() == 0:
-            if weight is not None:
-                raise TrainingError("weights for segments need a loss of each segment, [B]; this "
-                                    "one returns a scalar")
-            total = each * len(label)
-            return total, total
-        if each.numel() != len(label):
-            raise TrainingError(f"the loss has shape {tuple(each.shape)}; expected [{len(label)}] "
-                                "or a scalar")
-        each = each.flatten()
-        total = each.sum()
-        return total, total if weight is None else (each * weight).sum()
-
-    def backward(self, batch, count):
-        """Adds a batch's share of the gradient of the mean over `count` segments; its loss."""
-        total, weighted = self.batch_loss(self.forward, batch, self.settings.weigh)
-        (weighted * self.world / count).backward()
-        return total.detach()
-
-    def update(self):
-        """A step of the optimiser from the gradients; device code only."""
-        settings = self.settings
-        if settings.gradient_clipping is not None:
-            nn.utils.clip_grad_norm_(self.weights, settings.gradient_clipping)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if settings.l1_reg:
-            shrink_weights(self.weights, self.optimizer.param_groups[0]["lr"] * settings.l1_reg)
-
-    def whole_step(self, *batch):
-        """Forward, backward and update for one batch: what a CUDA graph replays; its loss."""
-        total = self.backward(batch, len(batch[-1]))
-        self.update()
-        return total
-
-    def step(self, group):
-        """One step of the optimiser, for the mean loss over a group of batches as if one."""
-        if len(group) == 1 and self.world == 1:
-            if self.captured is None:
-                self.captured = self.whole_step if self.settings.gradient_accumulation > 1 else (
-                    kernels.capture_step(self.whole_step, group[0], model=self.model,
-                                         optimizer=self.optimizer))
-            self.losses.add(self.captured(*group[0]), len(group[0][-1]))
-        else:
-            count = sum(len(batch[-1]) for batch in group)
-            if self.world > 1:
-                count = reduce_sum(torch.tensor(float(count), device=self.device))
-            for number, batch in enumerate(group, 1):
-                # processes exchange gradients once a step, and average them
-                with self.no_sync() if number < len(group) else nullcontext():
-                    self.losses.add(self.backward(batch, count), len(batch[-1]))
-            self.update()
-        self.batches += len(group)
-        self.average_weights()
-        if self.settings.batch_cosine and self.epoch >= self.settings.warmup_epochs:
-            for _ in group:
-                self.scheduler.step()
-
-    def average_weights(self):
-        """Adds the weights to their average over the last `average_weights` of all steps."""
-        n_batches = len(self.train_loader)
-        last = (1 - self.settings.average_weights) * self.settings.total_epochs * n_batches
-        if self.average is not None and self.epoch * n_batches + self.batches > last:
-            self.average.update_parameters(self.model)
-
-    def tuned_model(self):
-        """The model whose tune loss counts: of the averaged weights, once there are any."""
-        has_average = self.average is not None and int(self.average.n_averaged) > 0
-        return self.average.module if has_average else self.model
-
-    def check_finite(self):
-        """Raises NonFiniteLoss, in all processes, where the loss of a batch was not finite."""
-        first = self.losses.first_bad()
-        if self.world > 1:
-            worst = torch.tensor(first, device=self.device)
-            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MIN)
-            first = int(worst)
-        if first < len(self.train_loader):
-            size = self.settings.gradient_accumulation
-            begin = first - first % size
-            last = min(begin + size, len(self.train_loader)) - 1
-            raise NonFiniteLoss(f"the training loss is not finite at epoch {self.epoch + 1}, "
-                                f"batch {last + 1}; a lower --lr or clipping may help",
-                                self.epoch, list(range(begin, last + 1)))
-
-    def train_epoch(self, signals) -> float:
-        """Trains for what is left of an epoch; its mean loss.
-
-        Saves between steps when due; after a signal, saves and raises Interrupted.
-        """
-        settings, n_batches = self.settings, len(self.train_loader)
-        group, steps, shown, segments, begun = [], 0, None, 0, time.monotonic()
-        read_every = 1 if self.device.type == "cpu" else 50     # reading a loss makes the host wait
-        begin_epoch(self.train_loader, self.epoch, self.batches)
-        self.model.train()
-        bar = progress(total=n_batches, initial=self.batches, disable=self.rank > 0,
-                       desc=f"epoch {self.epoch + 1}/{settings.total_epochs}")
-        with bar:
-            batches = kernels.feed(self.train_loader, self.device)
-            for number, batch in enumerate(batches, self.batches + 1):
-                bar.update()
-                group.append(batch)
-                if len(group) < settings.gradient_accumulation and number < n_batches:
-                    continue
-                segments += sum(len(one[-1]) for one in group) * self.world
-                self.step(group)
-                group, steps = [], steps + 1
-                if steps % read_every and number < n_batches:
-                    continue
-                self.check_finite()
-                loss, momentum = self.losses.last(), settings.pbar_momentum
-                shown = loss if shown is None else momentum * shown + (1 - momentum) * loss
-                rate = segments / (time.monotonic() - begun)
-                bar.set_postfix_str(f"loss {shown:.4g}, lr {self.rate():.2g}, {rate:,.0f} "
-                                    "segments/s", refresh=False)
-                if number == n_batches:         # the end of the epoch saves and stops
-                    continue
-                due = time.monotonic() - self.saved_at > 60 * settings.checkpoint_minutes
-                due, stop = self.any_rank(due, len(signals))
-                if self.resumable and (due or stop):
-                    self.save()
-                if stop:
-                    raise self.interrupted(f"at epoch {self.epoch + 1}, batch {number} of "
-                                           f"{n_batches}", self.resumable)
-        loss = self.losses.mean()
-        self.extend("batch_train_loss", self.losses.each())
-        self.losses, self.batches = BatchLosses(n_batches, self.device), 0
-        return loss
-
-    def rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def extend(self, name, values):
-        new = torch.as_tensor(values, dtype=torch.float64).reshape(-1)
-        self.trajectories[name] = torch.cat([self.trajectories[name], new])
-
-    def tune_epoch(self) -> float:
-        """Mean loss over the tune segments, and over `repeat_val` passes."""
-        means, model = [], self.tuned_model().eval()
-        predict = faster(model)
-        for repeat in range(self.settings.repeat_val):
-            begin_epoch(self.val_loader, self.epoch + self.settings.total_epochs * repeat)
-            losses = BatchLosses(len(self.val_loader), self.device)
-            with torch.no_grad():
-                for batch in kernels.feed(self.val_loader, self.device):
-                    losses.add(self.batch_loss(predict, batch)[0], len(batch[-1]))
-            means.append(losses.mean())
-            self.extend("batch_val_loss", losses.each())
-        loss = float(np.mean(means))
-        if not math.isfinite(loss):
-            raise TrainingError(f"the tune loss is {loss} after epoch {self.epoch + 1}")
-        return loss
-
-    def end_epoch(self, train_loss, tune_loss):
-        """Notes an epoch's losses, and the weights if they are the best; sets the next rate."""
-        settings, rate = self.settings, self.rate()
-        for name, value in (("epoch_train_loss", train_loss), ("epoch_val_loss", tune_loss),
-                            ("lr", rate)):
-            self.extend(name, value)
-        if tune_loss < self.best_loss:
-            self.best_loss, self.best_epoch = tune_loss, self.epoch
-            self.best_weights = {name: values.detach().clone() for name, values
-                                 in self.tuned_model().state_dict().items()}
-        if self.epoch < settings.warmup_epochs:
-            self.warmup.step()
-        elif isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(tune_loss)
-        elif self.scheduler is not None and not settings.batch_cosine:
-            self.scheduler.step()
-        self.done = 0 < settings.early_stopping <= self.epoch - self.best_epoch
-        self.epoch += 1
-        self.log.append({"epoch": self.epoch, "train_loss": train_loss, "tune_loss": tune_loss,
-                         "lr": rate, "best_epoch": self.best_epoch + 1,
-                         "seconds": round(self.seconds_so_far(), 2)})
-
-    def train(self, checkpoints_name, verbose, on_epoch):
-        loaders = self.train_loader, self.val_loader
-        with errors_in_one_line(*loaders), stop_signals() as signals:
-            while self.should_continue():
-                train_loss = self.train_epoch(signals)
-                self.end_epoch(train_loss, self.tune_epoch())
-                self.save()
-                if self.rank == 0:
-                    if checkpoints_name is not None:
-                        save_tensors(f"{checkpoints_name}_{self.epoch}.pth",
-                                     self.model.state_dict())
-                    if on_epoch is not None:
-                        on_epoch(self.log)
-                    if verbose:
-                        print(f"epoch {self.epoch}/{self.settings.total_epochs}: train loss "
-                              f"{train_loss:.4g}, tune loss {self.log[-1]['tune_loss']:.4g}, best "
-                              f"{self.best_loss:.4g} (epoch {self.best_epoch + 1})", flush=True)
-                if self.any_rank(len(signals))[0] and self.should_continue():
-                    raise self.interrupted(f"after epoch {self.epoch}")
-        self.model.load_state_dict(self.best_weights)
-        return self.model.cpu(), {name: curve.numpy() for name, curve in self.trajectories.items()}
-
 
 def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int, lr: float,
                   weight_decay=0, l1_reg=0, early_stopping=-1, scheduler_and_args=None,
                   warmup_epochs=0, gradient_accumulation=1, optimizer_type=None, criterion="mse",
                   batch_cosine=False, checkpoints_name=None, verbose=False, gradient_clipping=None,
                   pbar_momentum=0.95, device=None, repeat_val=1, *, precision=None, on_epoch=None,
-                  weigh=None, resume_path=None, experiment=None, average_weights=0.0,
+                  resume_path=None, experiment=None, average_weights=0.0,
                   checkpoint_minutes=10) -> Tuple[nn.Module, Dict[str, np.ndarray]]:
-    """Trains `model` and returns (the model with its best weights, trajectories).
+    """Trains `model` and returns (the model with the weights of its best epoch, trajectories).
 
     Loaders yield (ppg [B, 1, L], vitals [B]…, label [B]); `model(ppg, *vitals)` gives [B, 1].
-    The best epoch is the one of the lowest tune loss. Options that need a word:
+    The best epoch has the lowest tune loss. Trajectories are arrays: batch_train_loss,
+    epoch_train_loss, batch_val_loss, epoch_val_loss, lr. Options that need a word:
     l1_reg: after each step weights (not biases or norms) shrink by lr * l1_reg and stop at zero.
     early_stopping: stop after so many epochs without improvement; -1 never.
-    scheduler_and_args: [class, {arguments}] of StepLR, CosineAnnealingLR, OneCycleLR (with
-    cycle_momentum False) or ReduceLROnPlateau; one step an epoch, with batch_cosine one a batch.
-    warmup_epochs: first the rate rises linearly from a tenth.
-    gradient_accumulation: one step for so many batches, equal to one batch of their size; clipping
-    acts on the accumulated gradient. optimizer_type: Adam, or any class of torch.optim.
-    criterion: a name in LOSSES, a `Loss`, or any callable (prediction [B], label [B]) -> [B] or a
-    scalar. checkpoints_name: also save each epoch's state dict as `<checkpoints_name>_<epoch>.pth`.
-    repeat_val: passes over the tune loader (level 'patient' draws anew).
-    precision: 'float32', 'tf32' (on CUDA; the default) or 'bf16' (autocast). weigh: the train
-    loader's batches hold one more tensor [B] before the label, and this function makes it the
-    segments' weights, about 1 on average. average_weights: this share of all steps, the last ones,
-    is averaged; the tune loss is then that of the averaged weights. on_epoch: called with a list of
-    dictionaries, one for each epoch so far.
-    resume_path: the whole state is kept in this file after each epoch, every checkpoint_minutes,
-    and when SIGINT or SIGTERM arrive (then raises Interrupted); if the file is there, training goes
-    on from it as if it had never stopped, to the last bit (inside an epoch with our loaders, from
-    its start with others). experiment: kept in the file, for the caller to compare.
-    Trajectories are arrays: batch_train_loss, epoch_train_loss, batch_val_loss, epoch_val_loss, lr.
-    Under torchrun each process passes its own share of the segments; gradients and losses are those
-    of all. Raises NonFiniteLoss, and TrainingError for what cannot be trained.
+    scheduler_and_args: [class, {arguments}] of torch.optim.lr_scheduler, with a step an epoch, or a
+    batch with batch_cosine. warmup_epochs: first the rate rises linearly from a tenth.
+    gradient_accumulation: one step for so many batches, equal to one batch of their size.
+    optimizer_type: Adam, or any class of torch.optim. criterion: a name in LOSSES, a `Loss`, or any
+    callable. checkpoints_name: also save each epoch's state dict as <checkpoints_name>_<epoch>.pth.
+    repeat_val: passes over the tune loader (level 'patient' draws anew). precision: 'float32',
+    'tf32' (on CUDA; the default) or 'bf16'. on_epoch: called with a dictionary for each epoch so
+    far. average_weights: average the weights of this share of all steps, the last, and tune them.
+    resume_path: the state is kept in this file after each epoch, every checkpoint_minutes, and when
+    SIGINT or SIGTERM arrive (then raises Interrupted). If it is there, training goes on from it to
+    the same bits (from the start of the epoch with other loaders than ours). experiment: kept there
+    for the caller to compare. Under torchrun each process passes its own share of the segments;
+    gradients and losses are those of all. Raises NonFiniteLoss and other TrainingErrors.
     """
-    settings = Settings(
-        total_epochs, lr, weight_decay, l1_reg, early_stopping, scheduler_and_args, warmup_epochs,
-        gradient_accumulation, optimizer_type, batch_cosine, gradient_clipping, pbar_momentum,
-        repeat_val, precision, weigh, resume_path, experiment, average_weights, checkpoint_minutes)
-    run = TrainingRun(model, train_loader, val_loader, choose_loss(criterion), device, settings)
-    return run.train(checkpoints_name, verbose, on_epoch)
+    loss, device, (rank, world) = choose_loss(criterion), choose_device(device), distributed()
+    n_batches, bf16, on_cuda = len(train_loader), precision == "bf16", device.type == "cuda"
+    if precision not in (None, "float32", "tf32", "bf16"):
+        raise TrainingError(f"precision {precision!r}: expected tf32, float32 or bf16")
+    if n_batches == 0 or len(val_loader) == 0 or total_epochs < 1:
+        raise TrainingError("nothing to train: no epochs, or the train or tune loader is empty")
+
+    # the model, its optimiser, the rate's schedule, the average of the weights
+    kernels.prepare_device(device, precision or "tf32")
+    model = model.to(device)
+    forward, no_sync = kernels.accelerate(model), nullcontext
+    if world > 1:
+        forward = nn.parallel.DistributedDataParallel(model)
+        no_sync = forward.no_sync
+    weights = [p for p in model.parameters() if p.requires_grad]
+    kind, options = optimizer_type or torch.optim.Adam, {}
+    if kind in (torch.optim.Adam, torch.optim.AdamW) and (on_cuda or torch.__version__ >= "2.4"):
+        options = {"fused": True, "capturable": on_cuda}        # one kernel for all parameters
+    optimizer = kind(weights, lr=lr, weight_decay=weight_decay, **options)
+    parts, scheduler, average = {"model": model, "optimizer": optimizer}, None, None
+    if scheduler_and_args:
+        kind, options = scheduler_and_args
+        parts["scheduler"] = scheduler = kind(optimizer, **options)
+    if warmup_epochs:
+        parts["warmup"] = LinearLR(optimizer, 0.1, 1.0, warmup_epochs)
+    if average_weights:
+        parts["average"] = average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+
+    def train_on(group):
+        """A step of the optimiser for the mean loss over a group of batches; the loss of each."""
+        count, totals = sum(len(batch[-1]) for batch in group), []
+        if world > 1:
+            count = reduce_sum(torch.tensor(float(count), device=device))
+        for number, batch in enumerate(group, 1):
+            # processes exchange gradients once a step, and average them
+            with no_sync() if number < len(group) else nullcontext():
+                total = batch_loss(forward, batch, loss, bf16)
+                (total * world / count).backward()
+            totals.append(total.detach())
+        if gradient_clipping is not None:
+            nn.utils.clip_grad_norm_(weights, gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if l1_reg:
+            shrink_weights(weights, optimizer.param_groups[0]["lr"] * l1_reg)
+        return tuple(totals)
+
+    # how far the run is; epoch and batches count those that are done
+    run = SimpleNamespace(epoch=0, batches=0, best_loss=math.inf, best_epoch=0, best_weights=None,
+                          stopped=False, seconds=0.0, log=[], train_losses=[], tune_losses=[])
+    losses = torch.zeros(2, n_batches, dtype=torch.float64, device=device)
+    resumable = hasattr(getattr(train_loader, "sampler", None), "first_batch")
+    place = "here" if resumable else "its last epoch"
+    goes_on = f"saved: the same command goes on from {place}" if resume_path else "nothing is saved"
+    if resume_path:
+        load_state(resume_path, run, losses, parts)
+    started = time.monotonic() - run.seconds
+
+    captured, read_every = None, 50 if on_cuda else 1       # reading a loss makes the host wait
+    with errors_in_one_line(), stop_signals() as signals:
+        while run.epoch < total_epochs and not run.stopped:
+            # train: an epoch, or what is left of it
+            begin_epoch(train_loader, run.epoch, run.batches)
+            batches, shown = kernels.feed(train_loader, device), None
+            model.train()
+            with progress(total=n_batches, initial=run.batches, disable=rank > 0,
+                          desc=f"epoch {run.epoch + 1}/{total_epochs}") as bar:
+                while group := list(islice(batches, gradient_accumulation)):
+                    if gradient_accumulation == 1 and world == 1:
+                        captured = captured or kernels.capture_step(
+                            lambda *batch: train_on([batch]), group[0], model=model,
+                            optimizer=optimizer)
+                        totals = captured(*group[0])
+                    else:
+                        totals = train_on(group)
+                    for batch, total in zip(group, totals):
+                        losses[0, run.batches], losses[1, run.batches] = total, len(batch[-1])
+                        run.batches += 1
+                    done = run.epoch * n_batches + run.batches
+                    if average and done > (1 - average_weights) * total_epochs * n_batches:
+                        average.update_parameters(model)
+                    if batch_cosine and run.epoch >= warmup_epochs:
+                        for _ in group:
+                            scheduler.step()
+                    bar.update(len(group))
+
+                    at_end = run.batches == n_batches
+                    if run.batches % read_every and not at_end:
+                        continue
+                    check_finite(losses, run.epoch, gradient_accumulation)
+                    new = float(losses[0, run.batches - 1] / losses[1, run.batches - 1])
+                    shown = new if shown is None else (
+                        pbar_momentum * shown + (1 - pbar_momentum) * new)
+                    rate = optimizer.param_groups[0]["lr"]
+                    bar.set_postfix_str(f"loss {shown:.4g}, lr {rate:.2g}", refresh=False)
+                    if at_end:              # saves and stops after tuning
+                        continue
+                    seconds, stop = time.monotonic() - started, any_rank(len(signals), device)
+                    due = any_rank(seconds - run.seconds > 60 * checkpoint_minutes, device)
+                    if resume_path and resumable and (stop or due):
+                        run.seconds = seconds
+                        save_state(resume_path, run, losses, parts, experiment)
+                    if stop:
+                        raise Interrupted(f"interrupted at epoch {run.epoch + 1}, batch "
+                                          f"{run.batches} of {n_batches}; {goes_on}")
+            train_loss = mean_loss(losses)
+            run.train_losses.append((losses[0] / losses[1]).cpu())
+            run.batches = 0
+            losses.zero_()
+
+            # tune: with the averaged weights, once there are any
+            tuned = average.module if average and average.n_averaged > 0 else model
+            network, means = kernels.accelerate(tuned.eval()), []
+            for repeat in range(repeat_val):
+                begin_epoch(val_loader, run.epoch + total_epochs * repeat)
+                found = losses_of(network, val_loader, loss, device, bf16)
+                means.append(mean_loss(found))
+                run.tune_losses.append((found[0] / found[1]).cpu())
+            tune_loss, rate = float(np.mean(means)), float(optimizer.param_groups[0]["lr"])
+            if not math.isfinite(tune_loss):
+                raise TrainingError(f"the tune loss is {tune_loss} after epoch {run.epoch + 1}")
+
+            # what the epoch came to, and the next rate
+            if tune_loss < run.best_loss:
+                run.best_loss, run.best_epoch = tune_loss, run.epoch
+                run.best_weights = {name: values.detach().clone()
+                                    for name, values in tuned.state_dict().items()}
+            if run.epoch < warmup_epochs:
+                parts["warmup"].step()
+            elif isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(tune_loss)
+            elif scheduler and not batch_cosine:
+                scheduler.step()
+            run.stopped = 0 < early_stopping <= run.epoch - run.best_epoch
+            run.epoch, run.seconds = run.epoch + 1, time.monotonic() - started
+            run.log.append({"epoch": run.epoch, "train_loss": train_loss, "tune_loss": tune_loss,
+                            "lr": rate, "best_epoch": run.best_epoch + 1,
+                            "seconds": round(run.seconds, 2)})
+            if resume_path:
+                save_state(resume_path, run, losses, parts, experiment)
+            if rank == 0 and checkpoints_name is not None:
+                save_tensors(f"{checkpoints_name}_{run.epoch}.pth", model.state_dict())
+            if rank == 0 and on_epoch is not None:
+                on_epoch(run.log)
+            if rank == 0 and verbose:
+                print(run.log[-1], flush=True)
+            if any_rank(len(signals), device) and run.epoch < total_epochs and not run.stopped:
+                raise Interrupted(f"interrupted after epoch {run.epoch}; {goes_on}")
+    model.load_state_dict(run.best_weights)
+    log = {name: np.array([row[name] for row in run.log]) for name in run.log[0]}
+    return model.cpu(), {
+        "batch_train_loss": torch.cat(run.train_losses).numpy(),
+        "epoch_train_loss": log["train_loss"],
+        "batch_val_loss": torch.cat(run.tune_losses).numpy(),
+        "epoch_val_loss": log["tune_loss"], "lr": log["lr"]}
+
+
+__all__ = [name for name, value in globals().items()        # not the modules: os, signal, …
+           if not name.startswith("_") and not isinstance(value, type(os))]

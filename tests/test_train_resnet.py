@@ -248,19 +248,13 @@ def test_the_recipe_follows_the_size_of_the_data_and_the_command_line(arguments,
     assert {key: found[key] for key in expected} == expected
 
 
-class Loader(list):
-    """A loader of so many batches, of a dataset with standard errors of the labels."""
-    class dataset:
-        column = staticmethod(lambda key: torch.tensor([1.0, 2.0, 3.0]))
-
-
 class Model:
     scale = torch.tensor([2.0])         # mmHg for each unit of the network's output
 
 
 @pytest.mark.parametrize("changes, expected", [
     ({}, {"optimizer_type": torch.optim.Adam, "batch_cosine": False, "average_weights": 0.0,
-          "gradient_clipping": None, "warmup_epochs": 0, "early_stopping": -1, "weigh": None}),
+          "gradient_clipping": None, "warmup_epochs": 0, "early_stopping": -1}),
     ({"schedule": ["step", 3, 0.2]}, {"scheduler_and_args": [
         torch.optim.lr_scheduler.StepLR, {"step_size": 3, "gamma": 0.2}]}),
     ({"schedule": ["cosine", 0.01], "warmup_epochs": 1, "epochs": 4}, {
@@ -271,24 +265,14 @@ class Model:
         "early_stopping": 5})])
 def test_a_recipe_becomes_arguments_of_the_loop(changes, expected):
     recipe = {**train_resnet.RECIPES["M1.5"], **changes}
-    found = train_resnet.loop_arguments(recipe, Loader(range(10)), Model)
+    found = train_resnet.loop_arguments(recipe, range(10), Model)
     assert {key: found[key] for key in expected} == expected
 
 
-def test_labels_are_weighed_by_their_standard_error():
-    weights = train_resnet.label_weights(Loader.dataset)(torch.tensor([1.0, 2.0, 3.0]))
-    assert weights.mean() == pytest.approx(1) and weights[0] > weights[1] > weights[2]
-    assert weights[0] < 2 * weights[1]
-
-
 def test_every_entry_of_a_recipe_at_once(call, folder, monkeypatch):
-    with h5py.File(folder / "d.h5", "a") as file:
-        for number, patient in enumerate(file):
-            for encounter in file[patient].values():
-                encounter["p_crit_se"] = np.full(6, 1.0 + number, "f4")
     recipe = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "optimizer": "adamw", "l1": 1e-2,
               "weight_decay": 0.1, "schedule": ["onecycle", 0.3, 0.04], "warmup_epochs": 0,
-              "clip": 0.01, "average_last": 0.5, "early_stopping": 3, "weight_labels": True,
+              "clip": 0.01, "average_last": 0.5, "early_stopping": 3,
               "model": "resnet_v3", "anchor": True, "dropout": 0.5}
     assert set(recipe) == set(train_resnet.RECIPES["M1.5"])
     monkeypatch.setitem(train_resnet.RECIPES, "small", recipe)
