@@ -5,7 +5,7 @@
     quality = signal_quality(abp, ppg, fs=60)   # 'reason' of the PPG and the pair, QUALITY_FIELDS
 
 One beat detector serves both signals. The beats of all segments are flat arrays in time order, with
-the row of each; the `segment_` functions summarise those of a row. Needs only NumPy and SciPy.
+the row of each; the `segment_` functions summarise those of a row. It needs only NumPy and SciPy.
 """
 from typing import Callable, Dict, List, NamedTuple, Tuple
 

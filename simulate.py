@@ -1,22 +1,19 @@
 """Virtual patients with a known closing pressure: waveforms, labels and truth in the HDF5 layout.
 
     python simulate.py --out data/simulated.h5 --patients 400 --segments 12 --seed 1 --workers 2
-    python simulate.py --out FILE --patients N --segments N --label-method waveform_balance
 
 The left ventricle ejects into a three-element Windkessel that empties towards Pcrit. The radial
 line shows the arterial pressure, which labels.py labels exactly as that of a recording. The blood
 volume of the finger follows the pressure through a sigmoid curve and becomes the PPG. The true
-Pcrit is stored as `p_crit_true`. Every patient is a function of the seed and of its number, so the
-file does not depend on the number of workers. Needs labels.py, signals.py, datasets.py and
-tk_utils.py.
-
-These are not real patients: a network that does well on them has learnt the physics of this model.
+Pcrit is stored as `p_crit_true`. These are not real patients: a network that does well on them has
+learnt the physics of this model. Needs labels.py, signals.py, datasets.py, layout.py, tk_utils.py.
 """
-import math
 import os
 import sys
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Dict, NamedTuple, Tuple
+from functools import partial
+from typing import Callable, Dict, Optional, Tuple
 
 import numpy as np
 from scipy.signal import butter, lfilter, lfiltic, resample_poly, sosfilt
@@ -31,25 +28,9 @@ FS_SIM = 240            # Hz: resolves ejection and line resonance; 4 times the 
 LEAD_SECONDS = 10       # before each segment: the Windkessel (tau < 2 s) forgets how it began
 TAIL_SECONDS = 1        # after it, cut off with the edge of the resampling filter
 
-
-class Normal(NamedTuple):
-    """Normally distributed between patients, cut off at low and high."""
-    mean: float
-    sd: float
-    low: float = -np.inf
-    high: float = np.inf
-
-    def draw(self, rng: np.random.Generator) -> float:
-        return float(np.clip(rng.normal(self.mean, self.sd), self.low, self.high))
-
-
-class Uniform(NamedTuple):
-    """Uniform between patients."""
-    low: float
-    high: float
-
-    def draw(self, rng: np.random.Generator) -> float:
-        return float(rng.uniform(self.low, self.high))
+# Distributions between patients; a normal one is cut off at low and high.
+Normal = namedtuple("Normal", "mean sd low high", defaults=(-np.inf, np.inf))
+Uniform = namedtuple("Uniform", "low high")
 
 
 @dataclass(frozen=True)
@@ -57,12 +38,10 @@ class Settings:
     """The parameters of the patients and their distributions.
 
     R and Pcrit: Maas et al. 2012. C, Zc and the ejection time: textbook ranges. Pulse-pressure
-    variation: PMC4240833. MAP, SBP, DBP, PP, HR and Pcrit of the segments that pass the gate match
-    the cohort of Chandrasekhar et al. 2023 roughly (means 76.7, 118, 56, 62.5, 77 and 40.5; SD 11,
-    20, 10, 19, 17 and 16). Values without a source were chosen so that they do, and so that the
-    published label's error in Pcrit is about that seen in other simulators (bias 3 to 5, SD 5 mmHg;
-    here 2 to 3 and 5).
-    """
+    variation: PMC4240833. Values without a source were chosen so that the segments that pass the
+    gate roughly match the cohort of Chandrasekhar et al. 2023 (means of MAP, SBP, DBP, PP, HR and
+    Pcrit 76.7, 118, 56, 62.5, 77 and 40.5; SD 11, 20, 10, 19, 17 and 16), and the published label's
+    error in Pcrit that of other simulators (bias 3 to 5, SD 5 mmHg; here 2 to 3 and 5)."""
     # Circulation. MAP is regulated: R (mmHg s/mL) follows from (MAP - Pcrit) / flow, in its limits.
     map: Normal = Normal(77.5, 9.0)                         # mmHg
     p_crit: Normal = Normal(37.5, 13.5)                     # mmHg
@@ -79,9 +58,8 @@ class Settings:
     backflow: Uniform = Uniform(0.0, 0.04)                  # of the stroke volume, at valve closure
     reflection: Uniform = Uniform(0.3, 0.8)                 # of the forward wave Zc Q
     reflection_delay_s: Uniform = Uniform(0.08, 0.2)
-    # Drift from segment to segment: SD within a patient, of a first-order process that keeps
-    # `drift_memory` of its value.
-    drift_memory: float = 0.9
+    # Drift from segment to segment: SD within a patient, of a first-order process.
+    drift_memory: float = 0.9                               # what it keeps of its value
     map_drift: float = 4.5                                  # mmHg
     p_crit_drift: float = 5.0                               # mmHg
     heart_rate_drift: float = 0.06                          # this and the next two: shares
@@ -100,9 +78,7 @@ class Settings:
     filling_tau_s: float = 0.22                             # a longer wait fills a larger stroke
     thoracic_mmhg: Uniform = Uniform(0.0, 0.4)              # the breath's own pressure swing
     vasomotion_mmhg: Uniform = Uniform(0.1, 0.7)            # SD of Pcrit's course within a minute
-    # Vessels that stiffen and open with pressure: C and R fall as exp(-(P - MAP) / this).
-    compliance_bend_mmhg: float = np.inf
-    resistance_bend_mmhg: float = np.inf
+    windkessel: Optional[Callable] = None                   # a function instead of `windkessel`
     fibrillation_share: float = 0.04                        # of the patients
     fibrillation_interval_sd: float = 0.18
     ectopic_share: float = 0.1                              # of the patients
@@ -119,7 +95,6 @@ class Settings:
     vessel_width_mmhg: Normal = Normal(55.0, 8.0, 30.0, 80.0)
     finger_hz: Uniform = Uniform(5.0, 8.0)
     # Monitor. Shares are of the height of the pulse, except where they count segments or patients.
-    # Real baselines wander more, which hides much of what the waveform adds to the vitals.
     ppg_delay_s: Uniform = Uniform(0.06, 0.34)              # behind the ABP, in real monitors
     late_monitor_share: float = 0.15                        # of the patients: one vendor's are late
     late_monitor_delay_s: Uniform = Uniform(0.95, 1.1)      # by about a second
@@ -127,7 +102,7 @@ class Settings:
     ppg_gain: Uniform = Uniform(0.15, 0.6)                  # height of the pulse, of the scale
     ppg_level: Uniform = Uniform(0.4, 0.6)                  # DC level, of the scale
     venous_share: Uniform = Uniform(0.0, 0.015)             # respiratory wave
-    wander_share: Uniform = Uniform(0.0, 0.015)             # slow baseline
+    wander_share: Uniform = Uniform(0.0, 0.015)             # slow baseline; real ones wander more
     ppg_noise_share: Uniform = Uniform(0.001, 0.006)
     motion_share: float = 0.05                              # of the segments
 
@@ -136,46 +111,40 @@ DEFAULT = Settings()
 
 
 def simulate_patient(seed: int, patient_number: int, n_segments: int, keep_abp: bool = False,
-                     settings: Settings = DEFAULT, label_method: str = "published"
-                     ) -> Dict[str, np.ndarray]:
-    """One patient's encounter as the layout's fields: dict of arrays with `n_segments` rows.
-
-    A pure function of its arguments. `ppg` (and `abp` if kept) is [n_segments, 3600] float32.
-    """
+                     settings=DEFAULT, label_method="published") -> Dict[str, np.ndarray]:
+    """One patient's encounter as the layout's fields: dict of arrays with `n_segments` rows; `ppg`
+    (and `abp` if kept) is [n_segments, 3600] float32. A pure function of its arguments."""
     rng = np.random.default_rng([seed, patient_number])
     patient = draw_patient(rng, settings)
     states = drift(rng, patient, n_segments, settings)
-    abp = np.empty((n_segments, datasets.SEGMENT_SAMPLES), dtype=np.float32)
-    ppg = np.empty_like(abp)
-    for i in range(n_segments):
-        segment = {**patient, **{name: values[i] for name, values in states.items()}}
-        abp[i], ppg[i] = simulate_segment(rng, segment, settings)
+    present = [{**patient, **dict(zip(states, values))} for values in zip(*states.values())]
+    waves = np.array([simulate_segment(rng, p, settings) for p in present], dtype=np.float32)
+    abp, ppg = waves.transpose(1, 0, 2)                     # each [n_segments, 3600]
     gap_s = np.where(rng.random(n_segments) < 0.03, 60.0 * rng.integers(1, 60, n_segments), 0.0)
-    fields = labels.label_segments(abp, datasets.FS, label_method)
+    label = labels.label_segments(abp, datasets.FS, label_method)
     quality = signals.signal_quality(abp, ppg, datasets.FS)
-    fields["reason"] |= quality.pop("reason")
-    fields.update(
-        quality,
-        ppg=ppg,
-        p_crit_true=states["p_crit"].astype(np.float32),
-        start_s=datasets.SEGMENT_SECONDS * np.arange(n_segments) + np.cumsum(gap_s),
-        ppg_delay_s=np.full(n_segments, patient["ppg_delay_s"], dtype=np.float32))
-    if keep_abp:
-        fields["abp"] = abp
-    return fields
+    return {**label, **quality, "reason": label["reason"] | quality["reason"], "ppg": ppg,
+            "p_crit_true": states["p_crit"].astype(np.float32),
+            "start_s": datasets.SEGMENT_SECONDS * np.arange(n_segments) + np.cumsum(gap_s),
+            "ppg_delay_s": np.full(n_segments, patient["ppg_delay_s"], dtype=np.float32),
+            **({"abp": abp} if keep_abp else {})}
 
 
-# --------------------------------------------------------------------------------- the patient
+def draw(rng: np.random.Generator, distribution) -> float:
+    if isinstance(distribution, Uniform):
+        return float(rng.uniform(*distribution))
+    mean, sd, low, high = distribution
+    return float(np.clip(rng.normal(mean, sd), low, high))
+
 
 def draw_patient(rng: np.random.Generator, s: Settings) -> Dict[str, float]:
     """The constants of an encounter, and the means of what varies: dict of floats."""
-    patient = {name: value.draw(rng) for name, value in vars(s).items()
+    patient = {name: draw(rng, value) for name, value in vars(s).items()
                if isinstance(value, (Normal, Uniform))}
     map_z = (patient["map"] - s.map.mean) / s.map.sd
     own_z = (patient["p_crit"] - s.p_crit.mean) / s.p_crit.sd
     r = s.p_crit_map_correlation
     patient["p_crit"] = s.p_crit.mean + s.p_crit.sd * (r * map_z + np.sqrt(1 - r ** 2) * own_z)
-
     rhythm = rng.random()
     patient["fibrillation"] = rhythm < s.fibrillation_share
     if not s.fibrillation_share <= rhythm < s.fibrillation_share + s.ectopic_share:
@@ -188,17 +157,15 @@ def draw_patient(rng: np.random.Generator, s: Settings) -> Dict[str, float]:
     return patient
 
 
-def drift(rng: np.random.Generator, patient: Dict[str, float], n: int, s: Settings
-          ) -> Dict[str, np.ndarray]:
+def drift(rng: np.random.Generator, patient: dict, n: int, s: Settings) -> Dict[str, np.ndarray]:
     """The segment-to-segment course of what varies: dict of (n,) arrays."""
-
     def course(sd):                              # first-order autoregression of stationary SD
         steps = rng.normal(size=n) * np.sqrt(1 - s.drift_memory ** 2)
         steps[:1] = rng.normal(size=1)
         return sd * lfilter([1.0], [1.0, -s.drift_memory], steps)
 
-    heart_rate = np.clip(patient["heart_rate"] * np.exp(course(s.heart_rate_drift)),
-                         *s.heart_rate_limits)
+    heart_rate = patient["heart_rate"] * np.exp(course(s.heart_rate_drift))
+    heart_rate = np.clip(heart_rate, *s.heart_rate_limits)
     stroke_volume = patient["stroke_volume"] * np.exp(course(s.stroke_volume_drift))
     p_crit = np.clip(patient["p_crit"] + course(s.p_crit_drift), *s.p_crit_limits)
     mean_pressure = patient["map"] + course(s.map_drift)
@@ -206,30 +173,27 @@ def drift(rng: np.random.Generator, patient: Dict[str, float], n: int, s: Settin
     # the mean flow passes Zc too: MAP = Pcrit + (R + Zc (1 + reflection)) flow
     series = patient["impedance"] * (1 + patient["reflection"])
     resistance = np.clip((mean_pressure - p_crit) / flow - series, *s.resistance_limits)
+    compliance = patient["compliance"] * np.exp(course(s.compliance_drift))
     return {"heart_rate": heart_rate, "stroke_volume": stroke_volume, "p_crit": p_crit,
-            "resistance": resistance,
-            "compliance": patient["compliance"] * np.exp(course(s.compliance_drift))}
+            "resistance": resistance, "compliance": compliance}
 
 
-# --------------------------------------------------------------------------------- one minute
-
-def simulate_segment(rng: np.random.Generator, p: Dict[str, float], s: Settings,
-                     segment_seconds: int = datasets.SEGMENT_SECONDS
-                     ) -> Tuple[np.ndarray, np.ndarray]:
+def simulate_segment(rng: np.random.Generator, p: dict, s: Settings,
+                     segment_seconds=datasets.SEGMENT_SECONDS) -> Tuple[np.ndarray, np.ndarray]:
     """(abp in mmHg, ppg in the monitor's unit), [3600] each, for the patient's present state `p`
     (the floats of `draw_patient` and `drift`)."""
-    seconds = LEAD_SECONDS + segment_seconds + TAIL_SECONDS
-    t = np.arange(seconds * FS_SIM) / FS_SIM
+    t = np.arange((LEAD_SECONDS + segment_seconds + TAIL_SECONDS) * FS_SIM) / FS_SIM
     breath = 2 * np.pi * (p["respiration_hz"] * t + rng.random())
     flow = ventricle(rng, t, breath, p, s)
     closing = p["p_crit"] + p["vasomotion_mmhg"] * slow_wander(rng, t)
-    pressure = arterial_pressure(flow, closing, p, s.compliance_bend_mmhg, s.resistance_bend_mmhg)
+    delayed = np.roll(flow, int(round(p["reflection_delay_s"] * FS_SIM)))   # wraps into the lead
+    reflected = sosfilt(butter(1, 5.0, fs=FS_SIM, output="sos"), delayed)
+    pressure = ((s.windkessel or windkessel)(flow, closing, p)
+                + p["impedance"] * (flow + p["reflection"] * reflected))
     pressure += p["thoracic_mmhg"] * np.sin(breath + p["thoracic_phase"])
-
     abp = to_layout(radial_line(rng, pressure, p, s), 0.0)
     abp += rng.normal(size=abp.shape) * p["abp_noise_mmhg"]
-    ppg = monitor(rng, finger_volume(pressure, p), breath, p, s)
-    return abp, to_layout(ppg, p["ppg_delay_s"])
+    return abp, to_layout(monitor(rng, pressure, breath, p, s), p["ppg_delay_s"])
 
 
 def ventricle(rng, t, breath, p, s):
@@ -239,7 +203,6 @@ def ventricle(rng, t, breath, p, s):
     n = int(t[-1] / mean_interval * 1.5) + 20
     nominal = np.arange(n) * mean_interval
     breathing = np.interp(nominal, t, breath)
-
     slow_hz = rng.uniform(*s.slow_hz, size=2)
     slow_wave = np.sin(2 * np.pi * (slow_hz[:, None] * nominal + rng.random((2, 1)))).sum(0)
     if p["fibrillation"]:
@@ -254,25 +217,20 @@ def ventricle(rng, t, breath, p, s):
         interval[early + 1] = 2 - interval[early]          # the compensatory pause
     interval = mean_interval * np.clip(interval, 0.5, 1.8)
     start = np.cumsum(interval) - interval[0]              # interval[k] lies before beat k
-
-    def filling(before):
-        return 1 - np.exp(-before / s.filling_tau_s)
-    stroke = p["stroke_volume"] * filling(interval) / filling(mean_interval) * np.clip(
+    filling, usual = (1 - np.exp(-before / s.filling_tau_s) for before in (interval, mean_interval))
+    stroke = p["stroke_volume"] * filling / usual * np.clip(
         1 + p["slow_stroke_volume"] * (slow_wave / 2 ** 0.5)
         + p["respiratory_stroke_volume"] * np.sin(breathing)
         + p["random_stroke_volume"] * rng.normal(size=n), 0.2, 1.8)
-    ejection = p["ejection_s"] + s.ejection_s_per_bpm * (60.0 / interval - 77.0)
-    ejection = np.clip(ejection, 0.18, 0.36)
-
+    faster = 60.0 / interval - 77.0                         # beats/min
+    ejection = np.clip(p["ejection_s"] + s.ejection_s_per_bpm * faster, 0.18, 0.36)
     beat = np.searchsorted(start, t, side="right") - 1
     phase = (t - start[beat]) / ejection[beat]
-    # x (1 - x)^1.5 rises fast and falls slowly, as aortic flow does; its integral is 0.1143 (beta)
-    x = np.minimum(phase, 1.0)
+    x = np.minimum(phase, 1.0)      # x (1 - x)^1.5 rises fast and falls slowly (beta)
     out = x * (1 - x) ** 1.5 / 0.1142857
     closing = (phase - 1) / 0.12                           # the valve closes within an eighth of it
     back = np.where(closing < 1, np.sin(np.pi * np.clip(closing, 0, 1)), 0.0) * (np.pi / 2 / 0.12)
-    leak = p["backflow"]
-    return (stroke / ejection)[beat] * ((1 + leak) * out - leak * back)
+    return (stroke / ejection)[beat] * ((1 + p["backflow"]) * out - p["backflow"] * back)
 
 
 def slow_wander(rng, t):
@@ -283,23 +241,9 @@ def slow_wander(rng, t):
     return np.interp(t, coarse, (2 / 3) ** 0.5 * wave)
 
 
-def arterial_pressure(flow, p_crit, p, compliance_bend=np.inf, resistance_bend=np.inf):
-    """Pressure (mmHg) of the three-element Windkessel with closing pressure, and a reflected wave.
-
-    C dP/dt = Q - (P - Pcrit) / R by the trapezoidal rule: a first-order recursive filter.
-    `p_crit` (mmHg) may vary with time. Where C or R depends on pressure: by Heun's steps.
-    """
-    if np.isfinite([compliance_bend, resistance_bend]).any():
-        stored = bent_windkessel(flow, p_crit, p, compliance_bend, resistance_bend)
-    else:
-        stored = windkessel(flow, p_crit, p)
-    delayed = np.roll(flow, int(round(p["reflection_delay_s"] * FS_SIM)))  # wraps into the lead
-    reflected = sosfilt(butter(1, 5.0, fs=FS_SIM, output="sos"), delayed)
-    return stored + p["impedance"] * (flow + p["reflection"] * reflected)
-
-
 def windkessel(flow, p_crit, p):
-    """The pressure (mmHg) behind Zc for constant C and R."""
+    """Pressure (mmHg) behind Zc: C dP/dt = Q - (P - Pcrit) / R by the trapezoidal rule, which is a
+    recursive filter. flow (mL/s) and p_crit (mmHg): [samples] at FS_SIM."""
     a = 1.0 / (2 * FS_SIM * p["resistance"] * p["compliance"])
     gain = 1.0 / (2 * FS_SIM * p["compliance"] * (1 + a))
     numerator, denominator = [gain, gain], [1.0, -(1 - a) / (1 + a)]
@@ -308,37 +252,16 @@ def windkessel(flow, p_crit, p):
     return lfilter(numerator, denominator, inflow, zi=begin)[0]
 
 
-def bent_windkessel(flow, p_crit, p, compliance_bend, resistance_bend):
-    """The same where C and R fall with pressure; at the mean pressure they are the patient's."""
-    mean = p_crit.mean() + p["resistance"] * flow.mean()
-    conductance, elastance = 1.0 / p["resistance"], 1.0 / (FS_SIM * p["compliance"])
-
-    def step(pressure, q, closing):
-        above = pressure - mean
-        outflow = (pressure - closing) * conductance * math.exp(above / resistance_bend)
-        return elastance * math.exp(above / compliance_bend) * (q - outflow)
-
-    pressure, stored = mean, []
-    inflow, closing = flow.tolist(), p_crit.tolist()
-    for k in range(len(inflow)):
-        stored.append(pressure)
-        first = step(pressure, inflow[k], closing[k])
-        after = min(k + 1, len(inflow) - 1)
-        pressure += 0.5 * (first + step(pressure + first, inflow[after], closing[after]))
-    return np.array(stored)
-
-
 def radial_line(rng, pressure, p, s):
     """The transducer's signal: resonance of catheter and tubing, and occasional faults."""
     damping = p["line_damping"]
     if rng.random() < s.damped_share:
-        damping = s.damped_line_damping.draw(rng)
+        damping = draw(rng, s.damped_line_damping)
     if rng.random() < s.flush_share:
         at = int(rng.uniform(LEAD_SECONDS, LEAD_SECONDS + datasets.SEGMENT_SECONDS) * FS_SIM)
         pressure = pressure.copy()
         pressure[at:at + int(rng.uniform(1, 8) * FS_SIM)] = 300.0     # the bag's pressure
-    w = 2 * FS_SIM                                          # bilinear transform
-    w0 = 2 * np.pi * p["line_hz"]
+    w, w0 = 2 * FS_SIM, 2 * np.pi * p["line_hz"]           # bilinear transform
     gain = w0 ** 2
     a0 = w * w + 2 * damping * w0 * w + gain
     denominator = [1.0, (2 * gain - 2 * w * w) / a0, (w * w - 2 * damping * w0 * w + gain) / a0]
@@ -346,16 +269,13 @@ def radial_line(rng, pressure, p, s):
     return level + lfilter([gain / a0, 2 * gain / a0, gain / a0], denominator, pressure - level)
 
 
-def finger_volume(pressure, p):
-    """Blood volume under the sensor, 0-1: a sigmoid of transmural pressure, steepest at zero."""
+def monitor(rng, pressure, breath, p, s):
+    """The PPG on the monitor's scale, with wander, noise and motion: the volume of the finger's
+    blood is a sigmoid of transmural pressure, steepest at zero."""
     low_pass = butter(1, p["finger_hz"], fs=FS_SIM, output="sos")
     at_finger = pressure[0] + sosfilt(low_pass, pressure - pressure[0])
     volume = expit((at_finger - p["contact_mmhg"]) / p["vessel_width_mmhg"])
-    return volume[0] + sosfilt(low_pass, volume - volume[0])
-
-
-def monitor(rng, volume, breath, p, s):
-    """The PPG on the monitor's scale (more blood, larger value), with wander, noise and motion."""
+    volume = volume[0] + sosfilt(low_pass, volume - volume[0])
     t = np.arange(len(volume)) / FS_SIM
     low, high = np.percentile(volume, [5, 95])
     pulse = (volume - np.median(volume)) / (high - low)
@@ -379,37 +299,22 @@ def to_layout(signal, delay_s):
     return piece[0] + resample_poly(piece - piece[0], 1, step)[margin:margin + samples]
 
 
-# ---------------------------------------------------------------------------------------- the file
-
-def simulate_file(path, patients: int, segments: int, seed: int, workers: int = 1,
-                  quiet: bool = False, keep_abp: bool = False, label_method: str = "published"
-                  ) -> None:
-    """Write `patients` virtual patients of `segments` minutes each to `path`, atomically.
-
-    keep_abp also stores the arterial waveform. Raises OSError when the file cannot be written.
-    """
-    jobs = ((seed, number, segments, keep_abp, DEFAULT, label_method)
-            for number in range(patients))
-    with tk_utils.atomic_path(path) as temporary, datasets.LayoutWriter(
-            temporary, origin="simulated", label_method=label_method,
-            beats=labels.BEATS, reasons=signals.REASONS,
-            simulation_seed=seed) as writer:
-        done = tk_utils.in_processes(_simulate, jobs, workers)
-        if not quiet:
-            done = tk_utils.progress(done, total=patients, desc="simulating", unit="patient")
-        for job, fields in done:
+def simulate_file(out, patients: int, segments: int, seed: int, workers: int = 1,
+                  label_method: str = "published") -> None:
+    """Write `patients` virtual patients of `segments` minutes each to `out`, atomically. Raises
+    OSError when the file cannot be written."""
+    simulate = partial(simulate_patient, seed, n_segments=segments, label_method=label_method)
+    with tk_utils.atomic_path(out) as temporary, datasets.LayoutWriter(
+            temporary, origin="simulated", label_method=label_method, beats=labels.BEATS,
+            reasons=signals.REASONS, simulation_seed=seed) as writer:
+        done = tk_utils.in_processes(simulate, range(patients), workers)
+        for number, fields in tk_utils.progress(done, total=patients, desc="simulating"):
             if isinstance(fields, tk_utils.ProcessDied):
-                raise OSError(f"patient {job[1]}: {fields}; try fewer --workers")
-            writer.write(f"sim{seed}-{job[1]:06d}", "1", fields)    # differs between seeds
+                raise OSError(f"patient {number}: {fields}; try fewer --workers")
+            writer.write(f"sim{seed}-{number:06d}", "1", fields)    # differs between seeds
 
 
-def _simulate(job):
-    return simulate_patient(*job)
-
-
-# --------------------------------------------------------------------------------- command line
-
-def parse_args(arguments=None):
+def main(arguments=None):
     parser = tk_utils.ScriptParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", metavar="FILE", required=True, help="HDF5 file to write")
@@ -419,28 +324,16 @@ def parse_args(arguments=None):
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
         help="processes; default: one per core; the file does not depend on it")
     add("--label-method", choices=tuple(labels.METHODS), default="published",
-        help="how Pcrit is estimated (docs/labels.md); patients and signals do not depend on it; "
-             "default published")
+        help="how Pcrit is estimated (docs/labels.md); default published")
     args = parser.parse_args(arguments)
     for name, least in (("patients", 1), ("segments", 1), ("workers", 1), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}")
-    return args
-
-
-def main():
-    args = parse_args()
     if os.path.lexists(args.out) and datasets.origin_of([args.out]) != "simulated":
-        raise datasets.DataError(f"{args.out}: was not written by simulate.py; give another --out, "
-                                 "or remove it")
-    simulate_file(args.out, args.patients, args.segments, args.seed, args.workers,
-                  label_method=args.label_method)
+        raise datasets.DataError(f"{args.out}: not written by simulate.py; give another --out")
+    simulate_file(**vars(args))
     print(f"{args.out}: {args.patients} virtual patients of {args.segments} min (simulated)")
-    report = datasets.gate_report(args.out)
-    percent = 100.0 / (args.patients * args.segments)
-    tk_utils.print_table([[rule, broken, left, f"{left * percent:.1f} %"]
-                          for rule, broken, left in report],
-                         ["gate", "break it", "left", "of all"])
+    tk_utils.print_table(datasets.gate_report(args.out), ["gate", "break it", "left"])
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     """Fifteen virtual patients of two minutes, s.h5, and fresh weights, runs/parent.pth."""
     folder = tmp_path_factory.mktemp("examples")
     path = str(folder / "s.h5")
-    simulate.simulate_file(path, 15, 2, seed=1, quiet=True)
+    simulate.simulate_file(path, 15, 2, seed=1)
     dataset = TPP_PPG_dataset(create_dataset_index(path=path), "segment", KEYS)
     os.mkdir(folder / "runs")
     save_checkpoint(folder / "runs" / "parent.pth", NormalisedModel(

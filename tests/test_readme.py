@@ -104,7 +104,7 @@ def folder(tmp_path_factory):
             (folder / path).write_text(text, encoding="utf-8")
         shutil.copytree(os.path.join(ROOT, "examples"), folder / "examples")
         os.mkdir(folder / "data")
-        simulate.simulate_file("data/simulated_1200x3_seed0.h5", 15, 3, 0, quiet=True)
+        simulate.simulate_file("data/simulated_1200x3_seed0.h5", 15, 3, 0)
         with open("patients.csv", "w") as file:
             file.write("record,split_group\n" + "".join(f"p{i:02d},{i}\n" for i in range(12)))
         write_recordings(folder)
