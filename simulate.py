@@ -226,7 +226,7 @@ def ventricle(rng, t, breath, p, s):
     ejection = np.clip(p["ejection_s"] + s.ejection_s_per_bpm * faster, 0.18, 0.36)
     beat = np.searchsorted(start, t, side="right") - 1
     phase = (t - start[beat]) / ejection[beat]
-    x = np.minimum(phase, 1.0)      # x (1 - x)^1.5 rises fast and falls slowly (beta)
+    x = np.minimum(phase, 1.0)      # x (1 - x)^1.5 rises fast, falls slowly; integral 0.1142857
     out = x * (1 - x) ** 1.5 / 0.1142857
     closing = (phase - 1) / 0.12                           # the valve closes within an eighth of it
     back = np.where(closing < 1, np.sin(np.pi * np.clip(closing, 0, 1)), 0.0) * (np.pi / 2 / 0.12)
