@@ -4,16 +4,16 @@
     Table('night.csv').read(['ABP', 'PPG'], 0, 600)     # a reader, as formats.py describes it
 
 Needs formats.py. CSV is read in whatever form instruments and spreadsheets write it: comma,
-semicolon, tab, bar or blanks between cells; decimal commas and thousands separators; UTF-8, UTF-16
-or Windows' code page; lines above the header, a row of units, comments, blank rows, row names.
-What is not certain is refused in a line that says what the file is and what to do.
+semicolon, tab, bar or blanks between cells; decimal commas; UTF-8, UTF-16 or Windows' code page;
+lines above the header, a row of units, comments, blank rows, row names. What is not certain is
+refused in a line that says what the file is and what to do.
 """
 import contextlib
 import csv
 import datetime
 import io
 import re
-from collections import Counter
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -50,170 +50,125 @@ RATE_BLOCK_S = 10.0             # the rate must be the same in blocks of this le
 MAX_RATE_ERROR = 0.05           # ... to this share
 # pandas 3 reads numbers exactly without being asked, and warns about the question.
 EXACT = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
+EPOCH = datetime.datetime(1970, 1, 1)
 GIVE_RATE = "if the rows are evenly spaced: --fs HZ"
 
 
 class Csv:
     """names of the columns, units {name: unit}, numbers and texts (names of such columns), notes;
-    frames(columns) yields DataFrames, part after part, with the lines' numbers as index."""
+    frames(columns) yields DataFrames, part after part, with the rows' numbers, from 1, as index."""
 
     def __init__(self, path):
         self.path, self.notes = path, []
         with open(path, "rb") as file:
             start = file.read(4096)
-        for magic, what in MAGIC.items():
-            if start.startswith(magic):
-                raise RecordingError(path, f"this is {what}, not a CSV; export it as CSV")
-        self.encoding = _encoding(start)
+        self.encoding, what = _encoding(start), [MAGIC[m] for m in MAGIC if start.startswith(m)]
+        if what or b"\x00" in start and self.encoding != "utf-16":
+            raise RecordingError(path, f"this is {[*what, 'binary data'][0]}, not a CSV; export it "
+                                       "as CSV")
         with self._open() as file:
-            head = file.read(HEAD_CHARS) + self._line(file)
-        odd = sum(not c.isprintable() and c not in "\t\n" for c in head[:4096])
-        if "\x00" in head or odd > 0.05 * len(head[:4096]):
-            raise RecordingError(path, "not text, but binary data; export it as CSV")
-        self._sniff(head.split("\n")[:HEAD_LINES])
+            self._sniff(self._read(file, HEAD_CHARS).split("\n")[:HEAD_LINES])
 
     def _open(self):
         return open(self.path, encoding=self.encoding, errors="replace")
 
-    def _line(self, file):
-        line = file.readline(MAX_LINE)
-        if len(line) == MAX_LINE:
+    def _read(self, file, size):
+        """So many characters, and what is left of the last line."""
+        text, tail = file.read(size), file.readline(MAX_LINE)
+        if len(tail) == MAX_LINE:
             raise RecordingError(self.path, f"a line of over {MAX_LINE:,} characters: not a table "
                                             "with a row a sample")
-        return line
+        return text + tail
+
+    def _rows(self, text):
+        return csv.reader(io.StringIO(text), delimiter=self.separator, skipinitialspace=True)
 
     def _sniff(self, lines):
-        """Finds the separator, the header, the row of units, the first row, the marks of numbers.
-        """
-        given = re.match(r'(?i)\ufeff?"?sep=(.)"?\s*$', lines[0])
-        full = [line for line in lines if line.strip()] or [""]
-        self.separator = given.group(1) if given else _separator(full[-200:-1] or full)
+        """Finds the separator, the header, the row of units, the first row, the decimal mark."""
+        given = re.match(r'(?i)"?sep=(.)"?\s*$', lines[0])
+        self.separator = given.group(1) if given else _separator(lines)
         self.empty = re.compile(rf'(?m)^(?:[ \t"{re.escape(self.separator)}]*|\s*{COMMENT}.*)$\n?')
-        rows = [(i, re.sub(rf"^\s*{COMMENT}+\s*", "", line)) for i, line in enumerate(lines)
-                if i >= bool(given) and line.strip(" \t,;|")]
-        rows = [(i, [cell.strip() for row in self._rows(line) for cell in row]) for i, line in rows]
+        rows = []
+        for i, line in enumerate(lines):
+            line = re.sub(rf"^\s*{COMMENT}+\s*", "", self._plain(line))
+            if i >= bool(given) and line.strip(" \t,;|"):
+                rows.append((i, [cell.strip("'\" ") for cell in next(self._rows(line))]))
         data = [(i, row) for i, row in rows if _share(row, _is_value) > 0.5]
-        widths = Counter(len(row) for _, row in data).most_common(1)
-        begin = next((i for i, row in data if len(row) == widths[0][0]), len(lines))
-        above = [(i, row) for i, row in rows if i < begin and _share(row, _is_value) <= 0.5]
+        width = statistics.mode(len(row) for _, row in data) if data else 0
+        begin = next((i for i, row in data if len(row) == width), len(lines))
+        above = [row for i, row in rows if i < begin and _share(row, _is_value) <= 0.5]
         if not above:
             raise RecordingError(self.path, "no header line with column names")
-        units = []
-        if len(above) > 1 and _share(above[-1][1], _is_unit) > 0.5 and (
-                len(above[-1][1]) == len(above[-2][1])):
-            units = above.pop()[1]
-        names, row_names = [name.strip("'\" ") for name in above[-1][1]], []
+        units, names = [], above.pop()
+        if above and len(above[-1]) == len(names) and _share(names, _is_unit) > 0.5:
+            units, names = names, above.pop()
+        names = names[:max([i for i, name in enumerate(names, 1) if name], default=0)]
         data = [row for i, row in data if i >= begin]
-        self.first_line, self.width = begin, widths[0][0] if data else len(names)
-        same = [row for row in data if len(row) == self.width]
-        if self.width == len(names) + 1 and not any(row[-1] for row in same):
-            names, units = [*names, ""], [*units, ""]       # a separator at each row's end
-        elif self.width == len(names) + 1 and (
-                all(row[0].isdigit() for row in same) or lines[begin].startswith('"')):
-            names, units, row_names = ["", *names], ["", *units], [""]      # as R writes them
-        elif self.width < len(names) and not any(names[self.width:]):
-            names = names[:self.width]
-        elif self.width != len(names):
-            raise self._bad_width(begin + 1, self.width, len(names))
-        self.names = formats.unique(names)
+        if width == len(names) + 1 and any(row[-1] for row in data) and (
+                lines[begin].startswith('"') or all(row[0].isdigit() for row in data)):
+            names, units = ["", *names], ["", *units]       # R's row names have no header
+        self.names, self.width, self.first_line = formats.unique(names), len(names), begin
         units = dict(zip(self.names, [*units, *[""] * self.width]))
-        self.units = {name: units[name].strip("'\"[]() ") or unit_in_name(name)
-                      for name in self.names}
+        self.units = {name: units[name].strip("[]() ") or unit_in_name(name) for name in self.names}
         cells = {name: [row[i] for row in data if i < len(row) and row[i].lower() not in MISSING]
                  for i, name in enumerate(self.names)}
         self.texts = [name for name in cells if cells[name] and not _is_number(cells[name][0])]
-        self.numbers = [name for name in self.names if name not in ["", *self.texts, *row_names]]
-        self.dates = [name for name in self.texts if name == self.names[0]
-                      and re.match(CLOCK, cells[name][0].strip("'\"[] "))]
-        self._number_format([cell for column in cells.values() for cell in column])
-
-    def _number_format(self, cells):
-        """How the numbers among the first rows are written: decimal mark, thousands separator."""
-        cells = [cell for cell in cells if _is_number(cell)]
-        comma, dot = ([cell for cell in cells if mark in cell] for mark in ",.")
-        both = [cell for cell in comma if "." in cell]
-        self.decimal, self.thousands = ("," if comma else "."), None
-        for mark in "' ":
-            grouped = rf"[+-]?\d{{1,3}}({mark}\d{{3}})+([.,]\d*)?"
-            if any(re.fullmatch(grouped, cell) for cell in cells):
-                self.thousands = mark
-        if both and all(cell.rindex(",") > cell.rindex(".") for cell in both):
-            self.thousands = "."
-        elif comma and dot:
-            self.decimal, self.thousands = ".", ","
-            if not all(re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?", cell) for cell in comma):
-                raise RecordingError(self.path, "decimal commas and decimal points in one file; "
-                                                "export it with one of them")
-
-    def _bad_width(self, line, width, n_names):
-        advice = ("decimal commas between commas? export it with semicolons"
-                  if self.separator == "," and width > n_names else
-                  "each row needs as many cells as the header")
-        return RecordingError(self.path, f"line {line} has {width} cells, the header names "
-                                         f"{n_names} columns; {advice}")
+        self.numbers = [name for name in self.names if name and name not in self.texts]
+        self.dates = [name for name in self.texts[:1] if name == self.names[0]
+                      and re.match(CLOCK, cells[name][0].strip("[] "))]
+        numbers = "\n".join(cell for some in cells.values() for cell in some if _is_number(cell))
+        self.decimal = "," if "," in numbers else "."
+        if "," in numbers and "." in numbers or re.search(r"\d[^\S\n]|'", numbers):
+            raise RecordingError(self.path, "decimal commas and points, or thousands separators; "
+                                            "export it with decimal points alone")
 
     def _plain(self, text):
-        """Text with usual blanks, and single ones where they separate cells."""
-        text = text.replace("\u00a0", " ").replace("\u202f", " ")
-        if self.separator == " ":
-            text = re.sub(r"(?m)^[ \t]+|[ \t]+$", "", text)
-            text = re.sub(r"[ \t]+", " ", text)
-        return text
-
-    def _rows(self, text):
-        return csv.reader(io.StringIO(self._plain(text)), delimiter=self.separator,
-                          skipinitialspace=True)
+        """Text with single blanks, where they separate cells."""
+        return text if self.separator != " " else re.sub(
+            r"(?m)^[ \t]+|[ \t]+$|(?<=[ \t])[ \t]+", "", text).replace("\t", " ")
 
     def frames(self, columns):
         at = [self.names.index(name) for name in columns]
         texts = {i: str for i in at if self.names[i] in self.texts}
-        n_lines, tail = self.first_line, " "
+        n_rows, part = 0, None
         with self._open() as file:
             for _ in range(self.first_line):
-                self._line(file)
-            while tail:
-                part = file.read(TABLE_CHARS)
-                tail = self._line(file)
-                part += tail
-                body, lines = self._body(part, n_lines, is_last=not tail)
-                if body:
-                    frame = pd.read_csv(
-                        io.StringIO(body), sep=self.separator, header=None, index_col=False,
-                        names=range(self.width), usecols=sorted(set(at)), decimal=self.decimal,
-                        thousands=self.thousands, na_values=MISSING_CELLS, low_memory=False,
-                        skipinitialspace=True, dtype=texts, **EXACT)[at]
-                    frame.index = lines
-                    yield self._checked(frame, texts).set_axis(list(columns), axis=1)
-                n_lines += part.count("\n")
+                file.readline()
+            while part != "":
+                part = self._read(file, TABLE_CHARS)
+                body = self.empty.sub("", self._plain(part.rstrip("\n") + "\n"))
+                body = self._whole_rows(body, n_rows, is_last=len(part) < TABLE_CHARS)
+                if not body:
+                    continue
+                frame = pd.read_csv(
+                    io.StringIO(body), sep=self.separator, header=None, names=range(self.width),
+                    usecols=sorted(set(at)), index_col=False, decimal=self.decimal, dtype=texts,
+                    na_values=MISSING_CELLS, skipinitialspace=True, low_memory=False, **EXACT)[at]
+                frame.index += n_rows + 1
+                n_rows += len(frame)
+                for i in set(at).difference(texts):
+                    numbers = pd.to_numeric(frame[i], errors="coerce")
+                    for row in frame.index[numbers.isna() & frame[i].notna()]:
+                        raise RecordingError(
+                            self.path, f"row {row}, column {i + 1}: expected a number",
+                            f"{self.names[i]}: {str(frame[i][row])[:40]!r}")
+                    frame[i] = numbers
+                yield frame.set_axis(list(columns), axis=1)
 
-    def _body(self, part, n_lines, is_last):
-        """(the rows of a part of the file, the numbers of their lines); each has `width` cells."""
-        part = self._plain(part).rstrip("\n") + "\n"
-        body = self.empty.sub("", part)
-        lines = range(n_lines + 1, n_lines + 1 + part.count("\n"))
-        if body.count("\n") != len(lines):
-            lines = [i for i, line in zip(lines, part.split("\n"))
-                     if not self.empty.fullmatch(line)]
+    def _whole_rows(self, body, n_rows, is_last):
+        """`body` without a last row that was cut; raises if another row has other cells."""
         if set(map(len, self._rows(body))) <= {self.width}:
-            return body, lines
-        for line, row in zip(lines, self._rows(body)):
-            if is_last and line == lines[-1] and len(row) < self.width:
+            return body
+        for number, row in enumerate(self._rows(body), 1):
+            if is_last and number == body.count("\n") and len(row) < self.width:
                 self.notes.append("the last row is cut short; left out")
-                return body[:body.rstrip("\n").rfind("\n") + 1], lines[:-1]
-            if len(row) < self.width or any(row[self.width:]):
-                raise self._bad_width(line, len(row), self.width)
-        return body, lines
-
-    def _checked(self, frame, texts):
-        for i in frame.columns.difference(list(texts)):
-            numbers = pd.to_numeric(frame[i], errors="coerce")
-            wrong = frame.index[numbers.isna() & frame[i].notna()]
-            if len(wrong):
+                return body[:body.rstrip("\n").rfind("\n") + 1]
+            if len(row) < self.width or any(row[self.width:]):  # empty cells too many are no harm
                 raise RecordingError(
-                    self.path, f"line {wrong[0]}, column {i + 1}: expected a number",
-                    f"{self.names[i]}: {str(frame[i][wrong[0]])[:40]!r}")
-            frame[i] = numbers
-        return frame
+                    self.path, f"row {n_rows + number} has {len(row)} cells, the header names "
+                    f"{self.width} columns; export it with a cell for each, and with semicolons "
+                    "if there are decimal commas")
+        return body
 
     def time_columns(self):
         """[name] of the time column, [date, clock time] where two hold it, [] if there is none."""
@@ -232,8 +187,6 @@ class Csv:
 def _encoding(start):
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
-    if b"\x00" in start[:2]:
-        return "utf-16-le" if start[1:2] == b"\x00" else "utf-16-be"
     try:
         start[:start.rfind(b"\n") + 1].decode("utf-8")
     except UnicodeDecodeError:
@@ -242,9 +195,10 @@ def _encoding(start):
 
 
 def _separator(lines):
+    lines = [line for line in lines if line.strip()][-200:]
     for one in "\t;|":
-        count, times = Counter(line.count(one) for line in lines).most_common(1)[0]
-        if count and times >= 0.6 * len(lines):
+        counts = [line.count(one) for line in lines if one in line]
+        if counts and counts.count(statistics.mode(counts)) >= 0.6 * len(lines):
             return one
     blanks = [line for line in lines if "," not in line and len(line.split()) > 1]
     return " " if len(blanks) > 0.6 * len(lines) else ","
@@ -260,91 +214,83 @@ def _is_number(cell):
 
 
 def _is_value(cell):
-    cell = cell.strip("'\"[] ")
-    return cell.lower() in MISSING or bool(re.fullmatch(NUMBER, cell) or re.match(CLOCK, cell))
+    return cell.lower() in MISSING or bool(
+        re.fullmatch(NUMBER, cell) or re.match(CLOCK, cell.strip("[] ")))
 
 
 def _is_unit(cell):
-    return plain_unit(cell.strip("'\"")) in UNITS or "hh:mm" in cell
+    return plain_unit(cell) in UNITS or "hh:mm" in cell
 
 
 class Parquet(Csv):
     def __init__(self, path):
-        from pyarrow import parquet, types
-
         self.path, self.notes = path, []
-        with open(path, "rb") as file:      # a name that is not UTF-8 is no path for pyarrow
-            opened = parquet.ParquetFile(file)
-            fields = list(opened.schema_arrow)
+        with self._open() as opened:
             check_size(path, opened.metadata.num_rows)
-        self.numbers = [one.name for one in fields if types.is_integer(one.type)
-                        or types.is_floating(one.type) or types.is_decimal(one.type)]
-        self.dates = [one.name for one in fields if types.is_temporal(one.type)]
-        self.texts = [*self.dates, *(one.name for one in fields if types.is_string(one.type)
-                                     or types.is_large_string(one.type))]
-        self.names = [one.name for one in fields if one.name in self.numbers + self.texts]
+            kinds = opened.schema_arrow.empty_table().to_pandas(ignore_metadata=True)
+        self.names = list(kinds)
         self.units = {name: unit_in_name(name) for name in self.names}
+        self.numbers = list(kinds.select_dtypes("number", exclude="timedelta"))
+        self.dates = list(kinds.select_dtypes(["datetime", "datetimetz", "timedelta"]))
+        self.texts = [name for name in self.names if name not in self.numbers]
 
-    def frames(self, columns):
+    @contextlib.contextmanager
+    def _open(self):
         from pyarrow import parquet
 
-        n_lines = 0
-        with open(self.path, "rb") as file:
-            for batch in parquet.ParquetFile(file).iter_batches(TABLE_ROWS, columns=list(columns)):
-                frame = batch.to_pandas(ignore_metadata=True)[list(columns)]
-                frame.index += n_lines + 1
-                n_lines += len(frame)
-                yield frame
+        with open(self.path, "rb") as file:     # a name that is not UTF-8 is no path for pyarrow
+            yield parquet.ParquetFile(file)
+
+    def frames(self, columns):
+        with self._open() as opened:
+            for batch in opened.iter_batches(TABLE_ROWS, columns=list(columns)):
+                yield batch.to_pandas(ignore_metadata=True)[list(columns)]
 
 
 def open_table(path):
     return (Parquet if path.lower().endswith(".parquet") else Csv)(path)
 
 
-# ----------------------------------------------------------------------------------------- the time
-
 def read_times(file, names, hours=False):
-    """(times [n] in s, whether they count from 1970 or midnight, lines [n]) of the time column, or
-    of a date and a clock time. hours: 10:30 is half past ten, not ten minutes and a half.
-
-    Numbers are in the header's unit, or s, ms, us or ns since 1970, or Excel's days. Clock times go
-    on past midnight, and local times over a change of daylight saving time.
+    """(times [n] in s, whether they count from 1970 or midnight) of the time column, or of a date
+    and a clock time. Numbers are in the header's unit, or s, ms, us or ns since 1970, or Excel's
+    days. Clock times go on past midnight, and local times over a change of daylight saving time.
+    hours: 10:30 is half past ten, not ten minutes and a half.
     """
     unit = TIME.get(plain_unit(unit_in_name(names[-1], TIME) or file.units[names[-1]]))
-    times, dates, days, lines, is_date, zoned = [], {}, [], [], False, False
+    times, days, dates, is_text, zoned = [], [], {}, False, False
     for frame in file.frames(names):
         column = frame.iloc[:, -1]
-        lines.append(frame.index)
         if pd.api.types.is_numeric_dtype(column):
-            times.append(column.to_numpy(np.float64, na_value=np.nan))
+            seconds = column
         elif column.dtype.kind in "mM":
-            column = column.dt.tz_convert(None) if getattr(column.dt, "tz", None) else column
-            nanoseconds = column.to_numpy().astype(f"{column.dtype.kind}8[ns]")
-            times.append(np.where(np.isnat(nanoseconds), np.nan, nanoseconds.astype("i8") / 1e9))
-            unit, zoned, is_date = 1.0, True, column.dtype.kind == "M"
+            zero = pd.Timestamp(0, tz=column.dt.tz) if column.dtype.kind == "M" else pd.Timedelta(0)
+            seconds, unit = (column - zero) / pd.Timedelta("1s"), 1.0
         else:
             texts = column.astype(str)
             if len(names) == 2:
                 texts = frame.iloc[:, 0].astype(str) + " " + texts
-            seconds, date, offset = _clock_times(texts, hours)
-            times.append(seconds)
+            seconds, date, has_zone = _clock_times(texts, hours)
             codes, found = pd.factorize(date)
             found = [dates.setdefault(one, len(dates)) for one in found]
             days.append(np.array([*found, -1])[codes])
-            unit, zoned, is_date = 1.0, zoned or offset, True
+            unit, zoned, is_text = 1.0, zoned or has_zone, True
+        times.append(seconds.to_numpy(np.float64, na_value=np.nan))
     if not times:
         raise RecordingError(file.path, "no rows below the header")
     times = np.concatenate(times)
     if unit is None:
-        unit = _guess_unit(times)
+        first, step = abs(times[0]), np.median(np.diff(times[:1000])) if len(times) > 1 else 0
+        unit = (1e-9 if first > 1e17 else 1e-6 if first > 1e14 else 1e-3 if first > 1e11 else
+                86400.0 if first > 2e4 and 0 < step < 1e-5 else 1.0)
     times *= unit
     if dates:
         times += 86400 * np.append(_days(list(dates)), np.nan)[np.concatenate(days)]
-    if not np.isfinite(times).all():
-        row = int((~np.isfinite(times)).argmax())
-        raise _at_line(file.path, lines, row,
-                       f"no time, or one that cannot be read; {GIVE_RATE}")
-    if is_date and not zoned:
+    wrong = np.flatnonzero(~np.isfinite(times))
+    if wrong.size:
+        raise RecordingError(file.path, f"row {wrong[0] + 1}: no time, or one that cannot be read; "
+                                        f"{GIVE_RATE}")
+    if is_text and not zoned:
         steps, fix = np.diff(times, prepend=times[0]), np.zeros(len(times))
         if not dates:
             fix[steps < -43200] = 86400
@@ -355,7 +301,7 @@ def read_times(file, names, hours=False):
             if fix.any():
                 file.notes.append("times: a change of daylight saving time; the seconds go on")
         times += np.cumsum(fix)
-    return times, is_date or times[0] > 1e8, lines
+    return times, is_text or times[0] > 1e8
 
 
 def _clock_times(texts, hours):
@@ -371,16 +317,7 @@ def _clock_times(texts, hours):
     seconds = np.where(in_hours, a * 3600 + b * 60 + np.nan_to_num(c), a * 60 + b)
     offsets = {zone: datetime.datetime.strptime(re.sub("UTC|GMT", "Z", zone), "%z")
                .utcoffset().total_seconds() for zone in zones}
-    return seconds - parts["zone"].map(offsets).fillna(0).to_numpy(float), date, len(zones) > 0
-
-
-def _guess_unit(times):
-    first = abs(times[0])
-    for least, factor in ((1e17, 1e-9), (1e14, 1e-6), (1e11, 1e-3)):
-        if first > least:
-            return factor
-    steps = np.diff(times[:1000])
-    return 86400.0 if first > 2e4 and steps.size and 0 < np.median(steps) < 1e-5 else 1.0
+    return seconds - parts["zone"].map(offsets).fillna(0).astype(float), date, len(zones) > 0
 
 
 def _days(dates):
@@ -389,19 +326,11 @@ def _days(dates):
     for form in DATES:
         with contextlib.suppress(ValueError):
             days = [datetime.datetime.strptime(re.sub("[/.]", "-", date), form) for date in dates]
-            found.append([(day - datetime.datetime(1970, 1, 1)).days for day in days])
+            found.append([(day - EPOCH).days for day in days])
     return min(found, key=np.ptp, default=[np.nan] * len(dates))
 
 
-def _at_line(path, lines, row, what):
-    """The error of a row; lines: the numbers of the lines of all rows, in parts."""
-    for part in lines:
-        if row < len(part):
-            return RecordingError(path, f"line {part[row]}: {what}")
-        row -= len(part)
-
-
-def find_grid(path, times, lines):
+def find_grid(path, times):
     """(rows/s, [(row, rows by which it and all later ones move)], length in rows, notes).
 
     Stamps are rounded, jitter and repeat; rows are missing, or there are gaps. A step counts as a
@@ -419,51 +348,45 @@ def find_grid(path, times, lines):
     slopes = (head[new[w:]] - head[new[:-w]]) / (new[w:] - new[:-w])
     period = float(np.median(slopes)) if slopes.size else 0.0
     if not period > 0:
-        raise _at_line(path, lines, 1, f"time does not increase; {GIVE_RATE}")
+        raise RecordingError(path, f"row 2: time does not increase; {GIVE_RATE}")
     # what stamps are rounded to, where to more than a row
     coarse_s = float(np.median(steps[steps > 0])) if np.mean(steps == 0) > 0.2 else 0.0
     far = int(np.clip(np.ceil(2 * coarse_s / period), FAR_ROWS, 8192))
-    jumps = _find_jumps(path, times, lines, period, coarse_s, far)
-    runs = list(zip([0, *(row for row, _ in jumps)], [*(row for row, _ in jumps), n]))
-    sums, n_wild = np.zeros(2), 0       # of i * t and i * i about the means of parts of runs
-    for first, end in runs:
-        for a in range(first, end, TABLE_ROWS):
-            t = times[a:min(a + TABLE_ROWS, end)]
-            i = np.arange(len(t))
-            late_s = t - period * i
-            good = np.abs(late_s - np.median(late_s)) < max(1.0, 5 * period, 2 * coarse_s)
-            n_wild += np.count_nonzero(~good)
-            i, t = i[good] - i[good].mean(), t[good] - t[good].mean()
-            sums += i @ t, i @ i
+    jumps = _find_jumps(path, times, period, coarse_s, far)
+    size = max(far, int(RATE_BLOCK_S / period))
+    sums, n_wild, blocks = np.zeros(2), 0, []       # of i * t and i * i about their means
+    ends = np.union1d([row for row, _ in jumps], np.arange(0, n, TABLE_ROWS)).astype(np.int64)
+    for a, t in zip(ends, np.split(times, ends[1:])):
+        i = np.arange(len(t))
+        late_s = t - period * i
+        good = np.abs(late_s - np.median(late_s)) < max(1.0, 5 * period, 2 * coarse_s)
+        n_wild += np.count_nonzero(~good)
+        at = np.arange(0, len(t) - FAR_ROWS + 1, size)
+        at_s = np.median(late_s[at[:, None] + np.arange(FAR_ROWS)], axis=1) + period * at
+        blocks.append((a + at[1:], np.diff(at_s)))
+        i, t = i[good] - i[good].mean(), t[good] - t[good].mean()
+        sums += i @ t, i @ i
     exact = sums[0] / sums[1] if sums[1] else period
     length = n + sum(by / exact for _, by in jumps)
     rounded = (round(1 / exact, digits) for digits in range(9))
     fs = next((fs for fs in rounded if abs(fs * exact - 1) * length < 0.1), 1 / exact)
-    size = max(far, int(RATE_BLOCK_S / period))
-    for first, end in runs:
-        at, i = np.arange(first, end - FAR_ROWS + 1, size), np.arange(FAR_ROWS)
-        seconds = np.diff(np.median(times[at[:, None] + i] - period * i, axis=1))
-        wrong = np.abs(seconds * fs - size) > MAX_RATE_ERROR * size + 0.5 + fs * coarse_s
-        if wrong.any():
-            k = int(wrong.argmax())
-            raise _at_line(path, lines, at[k + 1], "time is not evenly spaced: "
-                           f"{size / seconds[k]:.4g} rows/s above it, {fs:.4g} on average; "
-                           f"{GIVE_RATE}")
-    moves, notes = [(row, round(by * fs)) for row, by in jumps], []
+    for row, seconds in zip(*map(np.concatenate, zip(*blocks))):
+        if abs(seconds * fs - size) > MAX_RATE_ERROR * size + 0.5 + fs * coarse_s:
+            raise RecordingError(path, f"row {row + 1}: time is not evenly spaced: {GIVE_RATE} "
+                                       f"({size / seconds:.4g} rows/s here, {fs:.4g} on average)")
+    moves = [(row, round(by * fs)) for row, by in jumps]
     missing = [by for _, by in moves if by > 0]
     repeated = -sum(by for _, by in moves if by < 0)
-    if missing:
-        notes.append(f"times: {fs:.6g} rows/s, {len(missing)} gaps of {sum(missing) / fs:.6g} s "
-                     f"together ({sum(missing):,} rows missing)")
+    notes = [f"times: {fs:.6g} rows/s, {len(missing)} gaps of {sum(missing) / fs:.6g} s together "
+             f"({sum(missing):,} rows missing)"] if missing else []
     if n_wild:
-        notes.append(f"times: {n_wild:,} stamps do not fit those around them; their rows were "
-                     "placed by their neighbours")
+        notes.append(f"times: {n_wild:,} rows with odd stamps were placed by their neighbours")
     if repeated:
         notes.append(f"times: {repeated:,} rows repeat the time of others; left out")
     return fs, moves, n + sum(missing) - repeated, notes
 
 
-def _find_jumps(path, times, lines, period, coarse_s, far):
+def _find_jumps(path, times, period, coarse_s, far):
     """[(row, s by which it and all later ones are late)]."""
     near = far if coarse_s else NEAR_ROWS
     least_s = 0.6 * max(period, coarse_s)
@@ -480,33 +403,31 @@ def _find_jumps(path, times, lines, period, coarse_s, far):
         late_s = np.abs(np.median(after, axis=1) - np.median(before, axis=1))
         inside = (rows >= NEAR_ROWS) & (rows <= len(times) - NEAR_ROWS)
         rows = rows[(late_s >= least_s) | ~inside]
-    jumps, run = [], 0
-    for row in rows:
+    jumps, run, own_s = [], 0, times[rows] - times[rows - 1] - period
+    for j, row in enumerate(rows):
         late_s = []
         for k in (near, far):       # how much later are the rows after it than those before it say?
             before, after = times[max(run, row - k):row], times[row:row + k]
             late_s.append(float(np.median(after - period * np.arange(len(after)))
                                 - np.median(before + period * np.arange(len(before), 0, -1))))
-        by = late_s[0]
-        if min(map(abs, late_s)) < least_s or by * late_s[1] < 0:
+        by, close = late_s[0], rows[j:j + near] < row + near
+        if (min(map(abs, late_s)) < least_s or by * late_s[1] < 0
+                or np.abs(own_s[j:j + near][close] - by).argmin() > 0):     # it is a later step
             continue
         if by < -max(1.0, 2 * period):
-            raise _at_line(path, lines, row, "time does not increase, but goes back by "
-                                             f"{-by:.6g} s; {GIVE_RATE}")
+            raise RecordingError(path, f"row {row + 1}: time does not increase, but goes back by "
+                                       f"{-by:.6g} s; {GIVE_RATE}")
         if by > MAX_GAP_S:
-            raise _at_line(path, lines, row, "jumps in time of over a week "
-                                             f"({by / 86400:.3g} days); is time in seconds?")
+            raise RecordingError(path, f"row {row + 1}: jumps in time of over a week "
+                                       f"({by / 86400:.3g} days); is time in seconds?")
         jumps.append((int(row), by))
         run = row
     return jumps
 
 
 class Table:
-    """The reader of CSV and Parquet files: a row a sample; an empty or NaN cell is missing.
-
-    The rate and the gaps come from the time column, in a first pass; `file_fs` says that the rows
-    are evenly spaced instead.
-    """
+    """The reader of CSV and Parquet files: a row a sample; an empty or NaN cell is missing. The
+    rate and the gaps come from the time column, or the rows are evenly spaced at `file_fs`."""
 
     def __init__(self, path, file_fs=None):
         self.path, self.file = path, open_table(path)
@@ -514,17 +435,18 @@ class Table:
         names = [] if file_fs else self.file.time_columns()
         if file_fs:
             n = sum(len(frame) for frame in self.file.frames(self.file.names[-1:]))
-            if not n:
-                raise RecordingError(path, "no rows below the header")
         elif names:
-            times, is_date, lines = read_times(self.file, names)
-            self.start_time = _datetime(times[0]) if is_date else None
+            times, is_date = read_times(self.file, names)
+            if is_date:
+                self.start_time = EPOCH + datetime.timedelta(seconds=round(times[0], 6))
             times -= times[0]
-            self.fs, self.jumps, n, notes = find_grid(path, times, lines)
+            self.fs, self.jumps, n, notes = find_grid(path, times)
         else:
             raise RecordingError(
                 path, "no time column (time_s, Time (ms), a clock time or a date); give the "
                 "sampling rate: --fs HZ", ", ".join(self.file.names))
+        if not n:
+            raise RecordingError(path, "no rows below the header")
         check_size(path, n)
         self.notes = list(dict.fromkeys(self.file.notes + notes))
         self.end_s = n / self.fs
@@ -543,21 +465,17 @@ class Table:
             frame = next(self.frames, None)
             if frame is None:
                 break
-            at = self._positions(self.n_rows + np.arange(len(frame)))
+            rows = self.n_rows + np.arange(len(frame))
+            moves = np.cumsum([0] + [by for _, by in self.jumps])
+            at = rows + moves[np.searchsorted([row for row, _ in self.jumps], rows, side="right")]
             self.n_rows += len(frame)
             self.kept.append((at, frame.to_numpy(np.float64, na_value=np.nan)))
         self.kept = [(at, values) for at, values in self.kept if at[-1] >= first]
         dense = np.full((end - first, len(self.names)), np.nan)
-        for at, values in self.kept:
+        for at, values in self.kept:    # a row that repeats a time is overwritten by the next
             here = (at >= first) & (at < end)
             dense[at[here] - first] = values[here]
         return {name: self._channel(name, dense[:, i], first) for i, name in enumerate(self.names)}
-
-    def _positions(self, rows):
-        """Where rows lie on the even grid; a row that repeats a time is overwritten by the next."""
-        starts = np.array([row for row, _ in self.jumps], np.int64)
-        moves = np.cumsum([0] + [by for _, by in self.jumps])
-        return rows + moves[np.searchsorted(starts, rows, side="right")]
 
     def _channel(self, name, column, first):
         known = np.flatnonzero(np.isfinite(column)) + first
@@ -573,11 +491,6 @@ class Table:
                        fs=self.fs / k, first=begin, start_s=phase / self.fs)
 
 
-def _datetime(seconds):
-    with contextlib.suppress(OverflowError, ValueError):
-        return datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=round(seconds, 6))
-
-
 def read_readings(path, start_time=None):
     """(times_s [n] from the recording's start, DataFrame of the numbers, {column: unit}) of a CSV
     or Parquet file with a row a reading, at any times. Dates and clock times count from start_time.
@@ -587,13 +500,12 @@ def read_readings(path, start_time=None):
     if not names:
         raise RecordingError(path, "no time column (time_s: seconds from the recording's start)")
     columns = [name for name in file.numbers if name not in names]
-    times, is_date, _ = read_times(file, names, hours=True)
+    times, is_date = read_times(file, names, hours=True)
+    if is_date and start_time is None:
+        raise RecordingError(path, "has dates or clock times, but the recording has none; give "
+                                   "time_s, seconds from its start")
     if is_date:
-        if start_time is None:
-            raise RecordingError(path, "has dates or clock times, but the recording has none; give "
-                                       "time_s, seconds from its start")
         only_clock = start_time.year == 1970 or times[0] < 86400
-        times = times - (start_time - datetime.datetime(1970, 1, 1)).total_seconds()
-        if only_clock:
-            times = times - 86400 * np.round(times[0] / 86400)
+        times = times - (start_time - EPOCH).total_seconds()
+        times -= 86400 * np.round(times[0] / 86400) * only_clock
     return times, pd.concat(file.frames(columns), ignore_index=True), file.units
