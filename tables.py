@@ -159,16 +159,17 @@ class Csv:
         """`body` without a last row that was cut; raises if another row has other cells."""
         if set(map(len, self._rows(body))) <= {self.width}:
             return body
-        for number, row in enumerate(self._rows(body), 1):
-            if is_last and number == body.count("\n") and len(row) < self.width:
-                self.notes.append("the last row is cut short; left out")
-                return body[:body.rstrip("\n").rfind("\n") + 1]
-            if len(row) < self.width or any(row[self.width:]):  # empty cells too many are no harm
-                raise RecordingError(
-                    self.path, f"row {n_rows + number} has {len(row)} cells, the header names "
-                    f"{self.width} columns; export it with a cell for each, and with semicolons "
-                    "if there are decimal commas")
-        return body
+        wrong = [(i, len(row)) for i, row in enumerate(self._rows(body), 1)
+                 if len(row) < self.width or any(row[self.width:])]     # empty cells are no harm
+        if not wrong:
+            return body
+        number, n = wrong[0]
+        if is_last and number == body.count("\n") and n < self.width:
+            self.notes.append("the last row is cut short; left out")
+            return body[:body.rstrip("\n").rfind("\n") + 1]
+        raise RecordingError(
+            self.path, f"row {n_rows + number} has {n} cells, the header names {self.width} columns;"
+            " export it with a cell for each, and with semicolons if there are decimal commas")
 
     def time_columns(self):
         """[name] of the time column, [date, clock time] where two hold it, [] if there is none."""

@@ -2,13 +2,13 @@
 import gzip
 import inspect
 import os
+from contextlib import nullcontext
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 
-import formats
 import recordings
 from formats import RecordingError
 
@@ -37,8 +37,6 @@ def write_wfdb(folder, name, samples, fs=125, unit="/mmHg", signal="ABP", gain=1
                    f"{name}.dat 16 {gain}{unit} 16 0 0 0 0 {signal}\n")
     return os.path.join(folder, name + ".hea")
 
-
-# ----------------------------------------------------------------------- one recording, all formats
 
 @pytest.fixture(scope="module")
 def signals():
@@ -119,63 +117,40 @@ def named(reader, name):
 
 
 @pytest.mark.parametrize("form", sorted(ROUNDING))
-def test_every_format_gives_the_same_samples_at_the_same_times(files, signals, form):
+def test_every_format_gives_the_same_samples_at_the_same_times_whole_and_in_spans(files, signals,
+                                                                                  form):
     reader = opened(files[form])
-    for name in RATES:
-        own = named(reader, name)
-        channel = reader.read([own], 0, np.inf)[own]
-        assert reader.end_s == pytest.approx(200, abs=1e-6)
+    names = [next(own for own in reader.channels if own.endswith(name)) for name in RATES]
+    together = reader.read(names, 0, np.inf)
+    parts = [reader.read(names, a, a + 13.337) for a in np.arange(0, 200, 13.337)]
+    assert reader.end_s == pytest.approx(200, abs=1e-6)
+    for name, own in zip(RATES, names):
+        channel = together[own]
         assert (channel.fs, channel.start_s, channel.first) == (RATES[name], 0, 0)
         np.testing.assert_allclose(channel.samples, signals[name], rtol=1e-6, atol=ROUNDING[form])
-
-
-@pytest.mark.parametrize("form", sorted(ROUNDING))
-def test_spans_put_together_are_the_whole(files, form):
-    reader = opened(files[form])
-    names = [named(reader, name) for name in RATES]
-    expected = reader.read(names, 0, np.inf)
-    parts = [reader.read(names, a, a + 13.337) for a in np.arange(0, 200, 13.337)]
-    for name in names:
-        got = np.concatenate([part[name].samples for part in parts])
-        np.testing.assert_array_equal(got, expected[name].samples)
-        ends = np.cumsum([part[name].samples.size for part in parts])
-        assert [part[name].first for part in parts] == [0, *ends[:-1]]
-
-
-@pytest.mark.parametrize("form", sorted(ROUNDING))
-def test_every_format_gives_the_same_windows(files, signals, form):
-    recorded = recordings.read_windows(files[form], fs=60, seconds=60, limits={})
-    (minutes,) = list(recorded)
-    assert minutes.start_s.tolist() == pytest.approx([0, 92 + 1 / 60], abs=1.5 / 60)
-    for name, got in (("ABP", minutes.abp), ("PLETH", minutes.ppg)):
-        channel = formats.Channel(signals[name], RATES[name], "")
-        expected = recordings.resample(channel, 60, 3 * 3600)
-        first = np.rint(minutes.start_s * 60).astype(int)
-        np.testing.assert_allclose(got, expected[first[:, None] + np.arange(3600)], rtol=1e-5,
-                                   atol=3 * ROUNDING[form])
-    assert recorded.left_over_s == pytest.approx(80, abs=1e-6)
+        got = [part[own].samples for part in parts]
+        np.testing.assert_array_equal(np.concatenate(got), channel.samples)
+        ends = np.cumsum([samples.size for samples in got])
+        assert [part[own].first for part in parts] == [0, *ends[:-1]]
 
 
 @pytest.mark.parametrize("form", ["wfdb", "edf", "vital", "parquet", "hdf5", "csv"])
 def test_a_damaged_file_gives_its_samples_or_one_line(tmp_path, files, form):
     """Cut short, or with bytes changed: never another exception, never a print."""
-    path, rng = files[form], np.random.default_rng(3)
-    with open(path, "rb") as file:
+    path, rng, complaints = files[form], np.random.default_rng(3), 0
+    with (gzip.open if form == "vital" else open)(path, "rb") as file:  # as gzip itself would tell
         data = file.read()
-    packed = form == "vital"  # damage lies inside, as gzip's own check would find it
-    data = gzip.decompress(data) if packed else data
     if form == "wfdb":
         os.link(os.path.splitext(path)[0] + ".dat", tmp_path / "r.dat")
     target = tmp_path / os.path.basename(path)
-    complaints = 0
-    for trial in range(25):
+    for trial in range(15):
         damaged = bytearray(data)
         if trial % 3 == 0:
             damaged = damaged[:rng.integers(len(data))]
         else:
             for _ in range(6):
                 damaged[rng.integers(min(len(data), 3000))] = rng.integers(256)
-        target.write_bytes(gzip.compress(damaged, 1) if packed else damaged)
+        target.write_bytes(gzip.compress(damaged, 1) if form == "vital" else damaged)
         try:
             list(recordings.read_windows(str(target), fs=60, seconds=60, limits={}))
         except RecordingError as error:
@@ -183,8 +158,6 @@ def test_a_damaged_file_gives_its_samples_or_one_line(tmp_path, files, form):
             assert "\n" not in str(error) and str(tmp_path) not in error.what
     assert complaints
 
-
-# --------------------------------------------------------------------------------------------- WFDB
 
 def test_a_header_may_leave_the_length_to_the_data_file(tmp_path):
     path = write_wfdb(tmp_path, "r", 80 + np.arange(500) / 10)
@@ -194,22 +167,13 @@ def test_a_header_may_leave_the_length_to_the_data_file(tmp_path):
     assert opened(path).end_s == 4
 
 
-@pytest.mark.parametrize("form", ["8", "16", "24", "32", "61", "80", "160", "212", "310", "311"])
+@pytest.mark.parametrize("form", ["8", "16", "24", "32", "212", "310", "311"])
 def test_windows_of_every_storage_format_equal_the_whole(tmp_path, form):
-    import wfdb
-
-    rng = np.random.default_rng(1)
-    steps = rng.integers(-50, 51, (1 << 16) + 6)
-    low, high = (-100, 100) if form == "80" else (-400, 400)
-    x = np.clip(np.cumsum(steps), low, high)
-    x = (np.cumsum(np.diff(x, prepend=x[0]).clip(-100, 100)) + x[0]).clip(low, high)
-    write = {"8": lambda: np.diff(x, prepend=x[0]).astype("i1").tofile(tmp_path / "r.dat"),
-             "61": lambda: x.astype(">i2").tofile(tmp_path / "r.dat"),
-             "160": lambda: (x + 32768).astype("<u2").tofile(tmp_path / "r.dat")}
-    if form in write:
-        write[form]()
-        (tmp_path / "r.hea").write_text(f"r 1 125 {len(x)}\n"
-                                        f"r.dat {form} 2/mmHg 16 0 {x[0]} 0 0 ABP\n")
+    wfdb = pytest.importorskip("wfdb")
+    x = np.rint(400 * np.sin(np.arange(20006) / 9)).astype(int)
+    if form == "8":         # differences
+        np.diff(x, prepend=x[0]).astype("i1").tofile(tmp_path / "r.dat")
+        (tmp_path / "r.hea").write_text(f"r 1 125 {len(x)}\nr.dat 8 2/mmHg 16 0 {x[0]} 0 0 ABP\n")
     else:
         try:
             wfdb.wrsamp("r", 125, ["mmHg"], ["ABP"], d_signal=x[:, None], fmt=[form],
@@ -226,40 +190,30 @@ def test_windows_of_every_storage_format_equal_the_whole(tmp_path, form):
     ("100", ""), ("100(0)", ""), ("0", "unit is not known"), ("0(0)/mmHg", "unit is not known")])
 def test_a_pressure_without_a_unit_is_mmhg_and_one_without_a_gain_is_refused(tmp_path, gain,
                                                                              complaint):
-    write_wfdb(tmp_path, "r", np.full(9000, 80.0))
+    path = write_wfdb(tmp_path, "r", np.full(9000, 80.0))
     (tmp_path / "r.hea").write_text(f"r 1 125 9000\nr.dat 16 {gain} 16 0 0 0 0 ABP\n")
-    if not complaint:
-        recorded = recordings.read_windows(str(tmp_path / "r.hea"), fs=60, seconds=60, limits={})
+    with pytest.raises(RecordingError, match=complaint) if complaint else nullcontext():
+        recorded = recordings.read_windows(path, fs=60, seconds=60, limits={})
         assert recorded.chosen == {"abp": "ABP"}
-        return
-    with pytest.raises(RecordingError, match=complaint):
-        recordings.read_windows(str(tmp_path / "r.hea"), fs=60, seconds=60, limits={})
 
 
 @pytest.mark.parametrize("layout", ["fixed", "variable"])
-def test_segments_are_joined_their_gaps_are_nan_and_their_units_may_differ(tmp_path, layout):
+def test_segments_are_joined_their_gaps_are_nan_and_channels_and_units_may_differ(tmp_path, layout):
     first, last = 80 + np.arange(500) / 10, 90 + np.arange(250) / 10
-    write_wfdb(tmp_path, "m_0001", first)
-    write_wfdb(tmp_path, "m_0002", last / 7.50062, unit="/kPa", gain=2000)
-    segments = ["m_0001 500", "~ 250", "m_0002 250"]
+    write_wfdb(tmp_path, "m_1", first)
+    write_wfdb(tmp_path, "m_2", last / 7.50062, unit="/kPa", gain=2000)
+    write_wfdb(tmp_path, "m_3", np.full(100, 3.0), signal="PLETH", unit="/NU")
+    segments = ["m_1 500", "~ 250", "m_2 250", "m_3 100"]
     if layout == "variable":
         (tmp_path / "m_layout.hea").write_text(
             "m_layout 2 125 0\n~ 0 100/mmHg 16 0 0 0 0 ABP\n~ 0 1/NU 16 0 0 0 0 PLETH\n")
         segments.insert(0, "m_layout 0")
-    (tmp_path / "m.hea").write_text(
-        f'm/{len(segments)} {len(segments) - 2 if layout == "variable" else 1} 125 1000\n'
-        + "\n".join(segments) + "\n")
-    abp = whole(tmp_path / "m.hea")["ABP"].samples
-    np.testing.assert_allclose(abp, np.concatenate([first, np.full(250, np.nan), last]), atol=0.01)
-
-
-def test_a_channel_that_only_a_later_segment_has_is_found(tmp_path):
-    write_wfdb(tmp_path, "m_1", np.full(500, 80.0))
-    write_wfdb(tmp_path, "m_2", np.full(500, 3.0), signal="PLETH", unit="/NU")
-    (tmp_path / "m.hea").write_text("m/2 1 125 1000\nm_1 500\nm_2 500\n")
+    (tmp_path / "m.hea").write_text(f"m/{len(segments)} 2 125 1100\n" + "\n".join(segments) + "\n")
     channels = whole(tmp_path / "m.hea")
-    np.testing.assert_array_equal(np.isnan(channels["ABP"].samples), np.arange(1000) >= 500)
-    np.testing.assert_array_equal(np.isnan(channels["PLETH"].samples), np.arange(1000) < 500)
+    gap, end = np.full(250, np.nan), np.full(100, np.nan)
+    np.testing.assert_allclose(channels["ABP"].samples, np.concatenate([first, gap, last, end]),
+                               atol=0.01)
+    np.testing.assert_array_equal(channels["PLETH"].samples[-101:], [np.nan, *np.full(100, 3.0)])
 
 
 def test_a_record_with_upper_case_endings_is_read(tmp_path):
@@ -272,16 +226,6 @@ def test_a_record_with_upper_case_endings_is_read(tmp_path):
     np.testing.assert_allclose(whole(found.path)["ABP"].samples, np.arange(100))
 
 
-@pytest.mark.parametrize("name", ["../secret.dat", "/etc/passwd", "..", "c:\\x.dat", "a::b"])
-def test_a_header_that_names_a_file_outside_its_folder_is_refused_unopened(tmp_path, name):
-    (tmp_path / "in").mkdir()
-    np.zeros(100, "<i2").tofile(tmp_path / "secret.dat")
-    for text in (f"r 1 125 100\n{name} 16 1/mmHg 16 0 0 0 0 ABP\n", f"m/1 1 125 100\n{name} 100\n"):
-        (tmp_path / "in" / "r.hea").write_text(text)
-        with pytest.raises(RecordingError, match="outside its own folder"):
-            opened(tmp_path / "in" / "r.hea")
-
-
 @pytest.mark.parametrize("header, complaint", [
     ("", "not a readable WFDB header"),
     ("r 1 125 100\n", "not a readable WFDB header"),
@@ -289,6 +233,8 @@ def test_a_header_that_names_a_file_outside_its_folder_is_refused_unopened(tmp_p
     ("r 1 125 100\nabsent.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "data file is missing"),
     ("r 1 125 900\nr.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "data file is too short"),
     ("r/1 1 125 100\nr 100\n", "has segments itself"),
+    ("r 1 125 100\n../s.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "outside its own folder"),
+    ("m/1 1 125 100\n/etc/passwd 100\n", "outside its own folder"),
 ])
 def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
     np.zeros(100, "<i2").tofile(tmp_path / "r.dat")
@@ -297,8 +243,6 @@ def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
         whole(tmp_path / "r.hea")
     assert "\n" not in str(caught.value) and str(tmp_path) not in caught.value.what
 
-
-# ---------------------------------------------------------------------------------- VitalDB and EDF
 
 def test_numbers_of_a_vital_file_keep_their_times(files):
     reader = opened(files["vital"])
@@ -380,8 +324,6 @@ def test_a_bad_edf_file_gets_one_line(edf, first, text, complaint):
         whole(path)
 
 
-# --------------------------------------------------------------------------------------------- HDF5
-
 def test_the_rate_of_hdf5_is_an_attribute_of_the_dataset_or_above_or_given(tmp_path):
     with h5py.File(tmp_path / "w.h5", "w") as file:
         file["a/pressure"] = np.arange(50, dtype="f4")
@@ -411,16 +353,11 @@ def test_integers_of_hdf5_are_scaled_by_their_attributes(tmp_path, attributes, s
     np.testing.assert_allclose(got, np.array([80, 81, np.nan, 82.5]) + shift)
 
 
-def test_nothing_in_an_hdf5_file_leads_out_of_it_or_round_in_circles(tmp_path):
-    with h5py.File(tmp_path / "other.h5", "w") as file:
-        file["abp"] = np.arange(9.0)
+def test_only_numbers_of_the_file_itself_are_channels_each_once(tmp_path):
     with h5py.File(tmp_path / "w.h5", "w") as file:
-        file["external"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "abp")
-        file["soft"] = h5py.SoftLink("/own")
+        file["external"] = h5py.ExternalLink("other.h5", "abp")
         file["loop/again"] = file
-        file["text"] = ["a", "b"]
-        file["complex"] = np.zeros(9, complex)
-        file["table"] = np.zeros((9, 9))
+        file["text"], file["complex"], file["table"] = ["a"], np.zeros(9, complex), np.zeros((9, 9))
         file["own"] = np.arange(9.0)
     assert list(opened(tmp_path / "w.h5").channels) == ["own"]
 
@@ -437,8 +374,6 @@ def test_a_name_inside_a_file_cannot_command_the_terminal(tmp_path):
     assert str(caught.value).isprintable()
 
 
-# ---------------------------------------------------------------------------- more than it can hold
-
 def huge_hdf5(path):
     with h5py.File(path, "w") as file:
         file.create_dataset("abp", (10**12,), "f4", chunks=(10**6,)).attrs["fs"] = 125
@@ -453,10 +388,10 @@ def huge_csv_jump(path):
                     + "600000,80\n600000.0002,80\n600000.0004,80\n")
 
 
-@pytest.mark.parametrize("ending, write", [
-    (".h5", huge_hdf5), (".vital", huge_vital), (".csv", huge_csv_jump)])
-def test_a_small_file_that_promises_absurd_amounts_is_refused_at_a_stated_limit(tmp_path, ending,
+@pytest.mark.parametrize("name, write", [("h.h5", huge_hdf5), ("h.vital", huge_vital),
+                                         ("h.csv", huge_csv_jump)])
+def test_a_small_file_that_promises_absurd_amounts_is_refused_at_a_stated_limit(tmp_path, name,
                                                                                 write):
-    write(tmp_path / ("h" + ending))
+    write(tmp_path / name)
     with pytest.raises(RecordingError, match="may hold [0-9,]+ at most"):
-        opened(tmp_path / ("h" + ending))
+        opened(tmp_path / name)

@@ -1,6 +1,4 @@
 """tables.py: how CSV and Parquet files are written, their time column, their rate and gaps."""
-import io
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,11 +21,8 @@ def whole(reader):
 def rows(times, *columns, header="time_s,abp", form="{:.3f}"):
     """The text of a CSV with these columns (default: 80 + row number)."""
     columns = columns or (80 + np.arange(len(times)),)
-    out = io.StringIO()
-    out.write(header + "\n")
-    for t, *values in zip(times, *columns):
-        out.write(",".join([t if isinstance(t, str) else form.format(t), *map(str, values)]) + "\n")
-    return out.getvalue()
+    times = [t if isinstance(t, str) else form.format(t) for t in times]
+    return "\n".join([header, *(",".join(map(str, row)) for row in zip(times, *columns)), ""])
 
 
 HEADER = ["time_s", "ABP", "PPG"]
@@ -38,54 +33,43 @@ def written(separator=",", header=HEADER, lines=ROWS, end="\n"):
     return end.join(separator.join(map(str, line)) for line in [header, *lines]) + end
 
 
-@pytest.mark.parametrize("text, encoding", [
-    (written(), "utf-8"), (written(), "utf-8-sig"), (written(), "utf-16"),
-    (written(end="\r\n"), "utf-8"), (written(end="\r"), "utf-8"), (written(";"), "utf-8"),
-    (written("\t"), "utf-8"), (written("|"), "utf-8"), (written(" "), "utf-8"),
-    (written(", "), "utf-8"),
-    (written(";").replace(".", ","), "utf-8"), (written("\t").replace(".", ","), "utf-8"),
-    ("sep=;\n" + written(";"), "utf-8"), ("sep=\t\r\n" + written("\t", end="\r\n"), "utf-8"),
-    ("# of monitor 3\n\n# at 100 Hz\n" + written(), "utf-8"),
-    ("# " + written(), "utf-8"),                             # np.savetxt's header
-    ("Patient;Müller;\nWard;7\n" + written(";"), "cp1252"),
-    ("Export of bed 7\nStart,2020-01-01 10:00\n\n" + written(), "utf-8"),
-    (written(lines=[["s", "mmHg", "NU"], *ROWS]), "utf-8"),
-    (written(lines=[["[s]", "(mmHg)", ""], *ROWS]), "utf-8"),
-    (written(lines=[*ROWS, ["", "", ""], ["", "", ""]]) + "\n\n", "utf-8"),
-    (written(lines=[*ROWS[:2], ["", "", ""], "#", *ROWS[2:]]), "utf-8"),
-    (written(header=['"time_s"', '"ABP"', '"PPG"'],          # R's write.csv and write.table
-             lines=[[f'"{i + 1}"', *row] for i, row in enumerate(ROWS)]), "utf-8"),
-    (written(" ", lines=[[i + 1, *row] for i, row in enumerate(ROWS)]), "utf-8"),
-    (written("   ", header=["  time_s", *HEADER[1:]]), "utf-8"),
-    (written(header=["", *HEADER], lines=[[i, *row] for i, row in enumerate(ROWS)]), "utf-8"),
-    (written(lines=[[*row, ""] for row in ROWS]), "utf-8"),  # a comma at each row's end
-    (written(header=[*HEADER, ""], lines=[[*row, ""] for row in ROWS]), "utf-8"),
-    (written(header=[*HEADER, ""]), "utf-8"),
-    (written(lines=[[f'"{cell}"' for cell in row] for row in ROWS]), "utf-8"),
-    (written(header=["'Elapsed time'", "'ABP'", "'PPG'"],    # WFDB's rdsamp -v -pe
-             lines=[["'hh:mm:ss.mmm'", "'mmHg'", "'NU'"],
-                    *(["'0:00.0" + str(int(100 * row[0])) + "0'", *row[1:]] for row in ROWS)]),
-     "utf-8"),
+@pytest.mark.parametrize("text", [
+    *map(written, (",", ", ", ";", "\t", "|", " ")), written(end="\r\n"), written(end="\r"),
+    written(";").replace(".", ","), written("\t").replace(".", ","),
+    "sep=;\n" + written(";"), "sep=\t\r\n" + written("\t", end="\r\n"),
+    "# of monitor 3\n\n# at 100 Hz\n" + written(), "# " + written(),  # np.savetxt's header
+    "Patient;Müller;\nWard;7\n" + written(";"),
+    "Export of bed 7\nStart,2020-01-01 10:00\n\n" + written(),
+    written(lines=[["s", "mmHg", "NU"], *ROWS]), written(lines=[["[s]", "(mmHg)", ""], *ROWS]),
+    written(lines=[*ROWS, ["", "", ""], ["", "", ""]]) + "\n\n",
+    written(lines=[*ROWS[:2], ["", "", ""], "#", *ROWS[2:]]),
+    written(header=['"time_s"', '"ABP"', '"PPG"'],          # R's write.csv and write.table
+            lines=[[f'"{i + 1}"', *row] for i, row in enumerate(ROWS)]),
+    written(" ", lines=[[i + 1, *row] for i, row in enumerate(ROWS)]),
+    written("   ", header=["  time_s", *HEADER[1:]]),
+    written(header=["", *HEADER], lines=[[i, *row] for i, row in enumerate(ROWS)]),
+    written(lines=[[*row, ""] for row in ROWS]),            # a comma at each row's end
+    written(header=[*HEADER, ""]), written(lines=[[f'"{cell}"' for cell in row] for row in ROWS]),
+    written(header=["'Elapsed time'", "'ABP'", "'PPG'"],    # WFDB's rdsamp -v -pe
+            lines=[["'hh:mm:ss.mmm'", "'mmHg'", "'NU'"],
+                   *(["'0:00.0" + str(int(100 * row[0])) + "0'", *row[1:]] for row in ROWS)]),
 ])
-def test_a_table_is_read_in_whatever_form_it_was_written(tmp_path, text, encoding):
-    read = table(tmp_path / "a.csv", text, encoding)
-    assert read.fs == 100
-    np.testing.assert_array_equal(whole(read)["ABP"], [80.5, 81.25, 82, 83])
-    np.testing.assert_array_equal(whole(read)["PPG"], [1, 2, 3, 4])
+def test_a_table_is_read_in_whatever_form_it_was_written(tmp_path, text):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "cp1252"):
+        read = table(tmp_path / "a.csv", text, encoding)
+        assert read.fs == 100
+        np.testing.assert_array_equal(whole(read)["ABP"], [80.5, 81.25, 82, 83])
+        np.testing.assert_array_equal(whole(read)["PPG"], [1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("cell", ["", "NaN", "n/a", "NULL", "None", "---", "*", "?", "invalid",
                                   "inf"])
-def test_an_empty_cell_and_the_words_for_it_are_missing_values(tmp_path, cell):
-    lines = [[0, cell, 1], *ROWS[1:2], [0.02, cell, 3], ROWS[3]]
-    samples = whole(table(tmp_path / "a.csv", written(lines=lines)))
+def test_cells_without_a_number_are_missing_and_columns_without_one_no_channels(tmp_path, cell):
+    lines = [[0, cell, 1, "a"], [*ROWS[1], cell], [0.02, cell, 3, "b"], [*ROWS[3], "c"]]
+    samples = whole(table(tmp_path / "a.csv", written(header=[*HEADER, "note"], lines=lines)))
     np.testing.assert_array_equal(samples["ABP"], [np.nan, 81.25, np.nan, 83])
     np.testing.assert_array_equal(samples["PPG"], [1, 2, 3, 4])
-
-
-def test_a_column_of_text_is_no_channel(tmp_path):
-    text = written(header=[*HEADER, "note"], lines=[[*row, "rest"] for row in ROWS])
-    assert list(table(tmp_path / "a.csv", text).channels) == ["ABP", "PPG"]
+    assert len(samples) == 2
 
 
 def test_units_come_from_the_header_or_the_row_below_it(tmp_path):
@@ -99,8 +83,7 @@ def test_units_come_from_the_header_or_the_row_below_it(tmp_path):
 @pytest.mark.parametrize("text, complaint", [
     ("", "no header line"),
     ("0,80,1\n0.1,81,2\n", "no header line"),
-    ("time_s,abp\n", "no rows"),
-    ("time_s,abp\n0,80\n", "fewer than two rows"),
+    ("time_s,abp\n", "no rows"), ("time_s,abp\n0,80\n", "fewer than two rows"),
     ("when,abp\n0,80\n1,81\n", "no time column"),
     ("time,abp\n0,80\n0.1,8o\n0.2,82\n", "row 2, column 2: expected a number"),
     ("time,abp\n0,80\n0.1,81\n0.2,82\n0.3,83\n-700,84\n-699.9,85\n-699.8,84\n",
@@ -110,7 +93,6 @@ def test_units_come_from_the_header_or_the_row_below_it(tmp_path):
     ("time,abp\n" + "".join(f"{i + 0.4 * (i > 50) * (i - 50)},80\n" for i in range(99)),
      "not evenly spaced"),
     ("time,abp\n0,80\n0.1,81,82\n0.2,82\n0.3,80\n", "row 2 has 3 cells, the header names 2"),
-    ("time,abp,ppg\n0,80,1\n1,81\n2,82,1\n3,80,1\n", "row 2 has 2 cells, the header names 3"),
     ("time abp ppg\n0 80 1\n1 81\n2 82 1\n3 80 1\n", "row 2 has 2 cells, the header names 3"),
     ("time,abp\n" + "".join(f"0,{i}0,80,5\n" for i in range(9)), "with semicolons"),
     ("time;abp\n0.1;80,5\n0.2;81,5\n", "decimal commas and points"),
@@ -124,9 +106,8 @@ def test_units_come_from_the_header_or_the_row_below_it(tmp_path):
 def test_what_is_not_certain_is_refused_in_one_line(tmp_path, text, complaint):
     with pytest.raises(RecordingError) as caught:
         whole(table(tmp_path / "bad.csv", text))
-    assert complaint in str(caught.value)
+    assert complaint in str(caught.value) and "\n" not in str(caught.value)
     assert "bad.csv" not in caught.value.what and "abp" not in caught.value.what
-    assert "\n" not in str(caught.value)
 
 
 def test_a_row_that_was_cut_at_the_file_s_end_is_left_out_and_said(tmp_path):
@@ -178,12 +159,12 @@ def test_a_repeated_row_a_backward_stamp_and_a_wrong_one_shift_nothing(tmp_path)
 
 def test_stamps_in_whole_seconds_still_give_the_rate(tmp_path):
     times = np.floor(np.arange(125 * 90) / 125)
-    gone = (times > 40) & (times < 48)
-    read = table(tmp_path / "a.csv", rows(times[~gone], np.arange(125 * 90)[~gone], form="{:.0f}"))
+    kept = np.flatnonzero((times <= 40) | (times >= 48))
+    read = table(tmp_path / "a.csv", rows(times[kept], kept, form="{:.0f}"))
     got = whole(read)["abp"]
-    assert (read.fs, got.size, np.isnan(got).sum()) == (
-        pytest.approx(125, rel=1e-3), pytest.approx(125 * 90, abs=3),
-        pytest.approx(gone.sum(), abs=3))
+    assert read.fs == pytest.approx(125, rel=1e-3)
+    assert (got.size, np.isnan(got).sum()) == (pytest.approx(times.size, abs=3),
+                                               pytest.approx(times.size - kept.size, abs=3))
 
 
 def test_a_table_is_read_in_spans_as_in_one_and_twice_over(tmp_path, monkeypatch):
@@ -220,7 +201,6 @@ def test_a_given_rate_replaces_the_time_column(tmp_path):
     ("Time (ms)", lambda t: f"{1000 * t:.3f}"), ("t_ms", lambda t: f"{1000 * t:.0f}"),
     ("time [min]", lambda t: f"{t / 60:.9f}"), ("elapsed_us", lambda t: f"{1e6 * t:.0f}"),
     ("Elapsed time", lambda t: f"{t:.4f}"), ("Seconds", lambda t: f"{t:.3f}"),
-    ("Time (h)", lambda t: f"{t / 3600:.10f}"),
     ("timestamp", lambda t: f"{1.6e9 + t:.4f}"),                 # since 1970, in s,
     ("timestamp", lambda t: f"{1.6e12 + 1000 * t:.0f}"),         # ms
     ("timestamp", lambda t: f"{1.6e18 + 1e9 * t:.0f}"),          # and ns
@@ -267,16 +247,14 @@ def test_parquet_holds_dates_numbers_and_texts_as_times(tmp_path):
     pytest.importorskip("pyarrow")
     frame = pd.DataFrame({"abp": np.arange(600.0), "note": "x"})
     elapsed = pd.to_timedelta(np.arange(600) * 10, "ms")
-    for times in (pd.Timestamp("2020-01-01") + elapsed, elapsed, np.arange(600) * 10,
-                  pd.Timestamp("2020-01-01", tz="Europe/Rome") + elapsed,
-                  (pd.Timestamp("2020-01-01") + elapsed).astype(str)):
-        name = "time_ms" if isinstance(times, np.ndarray) else "time"
+    dates = pd.Timestamp("2020-01-01") + elapsed
+    for name, times in {"time": dates, "t": elapsed, "time_ms": np.arange(600) * 10,
+                        "Time": dates.tz_localize("Europe/Rome"), "clock": dates.astype(str),
+                        "any": dates}.items():
         frame.assign(**{name: times}).to_parquet(tmp_path / "a.parquet")
         read = Table(str(tmp_path / "a.parquet"))
         assert (read.fs, list(read.channels)) == (100, ["abp"])
         np.testing.assert_array_equal(whole(read)["abp"], np.arange(600))
-    frame.set_index(pd.Timestamp("2020-01-01") + elapsed).to_parquet(tmp_path / "a.parquet")
-    assert Table(str(tmp_path / "a.parquet")).fs == 100
 
 
 def test_readings_at_any_times(tmp_path):
