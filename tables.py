@@ -168,8 +168,8 @@ class Csv:
             self.notes.append("the last row is cut short; left out")
             return body[:body.rstrip("\n").rfind("\n") + 1]
         raise RecordingError(
-            self.path, f"row {n_rows + number} has {n} cells, the header names {self.width} columns;"
-            " export it with a cell for each, and with semicolons if there are decimal commas")
+            self.path, f"row {n_rows + number} has {n} cells, the header names {self.width} columns"
+            "; export it with a cell for each, and with semicolons if there are decimal commas")
 
     def time_columns(self):
         """[name] of the time column, [date, clock time] where two hold it, [] if there is none."""
