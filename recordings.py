@@ -358,8 +358,8 @@ class Recorded:
 
     def __iter__(self) -> Iterator[Minutes]:
         if "ppg" not in self.chosen:
-            raise RecordingError(self.path, f"no PPG: {self.reasons['ppg']}; see --list-channels "
-                                 "and --ppg-channel", "it has " + ", ".join(self.channels))
+            raise RecordingError(self.path, f"no PPG: {self.reasons['ppg']}; see prepare.py --list-"
+                                 "channels and --ppg-channel", "it has " + ", ".join(self.channels))
         with _reading(self.path):
             ppg, abp, readings = self._read()
             starts = cut(ppg, abp, self.samples)

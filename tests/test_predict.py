@@ -2,10 +2,10 @@
 import contextlib
 import io
 import os
+import re
 import shutil
-import subprocess
-import sys
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,11 +21,10 @@ from datasets import DataError
 from models import get_model_v3
 from training_header import NormalisedModel, load_model
 
-ROOT = os.path.dirname(os.path.abspath(predict.__file__))
 FS = 100
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 USUAL = {"map": (76.0, 11.0), "dbp": (56.0, 10.0), "hr": (77.0, 17.0), "tpp": (38.0, 11.0),
-         "p_crit": (40.0, 15.0), "sbp": (118.0, 19.0), "pp": (62.0, 18.0)}
+         "p_crit": (40.0, 15.0), "pp": (62.0, 18.0)}
 
 
 class Own(torch.nn.Module):
@@ -39,32 +38,23 @@ class Own(torch.nn.Module):
         return self.linear(torch.stack([ppg[:, 0, :30].mean(1), map_], 1))
 
 
-def calibration_of(network, origin, label_method):
-    novelty = None
-    if hasattr(network, "features"):
-        n = network.projection.in_features
-        novelty = {"mean": [0.0] * n, "precision": np.eye(n).tolist(), "level": 0.95,
-                   "threshold": 4.0}
-    return {"levels": [0.5, 0.9, 0.95], "half_widths": [3.0, 9.0, None], "n_patients": 12,
-            "n_segments": 50, "spread": False, "error_quantiles": [-1.0, 0.0, 1.0],
-            "novelty": novelty, "origin": origin, "label_method": label_method}
-
-
-def make_checkpoint(path, keys=KEYS, calibrated=True, spread=False, network=None, scale=10.0,
+def make_checkpoint(path, keys=KEYS, spread=False, network=None, scale=10.0, calibrated=True,
                     origin="recordings", label_method="published"):
     """A small network of random weights whose answers vary with PPG and vitals."""
     torch.manual_seed(3)
-    with_ppg = keys[0] == "ppg"
-    spec = {} if network is None else {"spec": "test_predict.py:Own"}
+    spec, novelty = {"spec": "test_predict.py:Own"}, None
     if network is None:
-        network = get_model_v3(num_discrete=len(keys) - 1 - with_ppg, widths=(8, 8, 8),
-                               **({} if with_ppg else {"in_channels": 0}),
+        network = get_model_v3(num_discrete=len(keys) - 2, widths=(8, 8, 8),
                                **({"num_outputs": 2} if spread else {}))
         with torch.no_grad():
             network.mlp[-1].weight *= scale
-    normaliser = {key: {"mean": USUAL[key][0], "sd": USUAL[key][1], "unit": ""}
-                  for key in keys[with_ppg:]}
-    calibration = dict(calibration_of(network, origin, label_method), spread=spread)
+        n = network.projection.in_features
+        spec, novelty = {}, {"mean": [0.0] * n, "precision": np.eye(n).tolist(), "level": 0.95,
+                             "threshold": 4.0}
+    normaliser = {key: {"mean": USUAL[key][0], "sd": USUAL[key][1], "unit": ""} for key in keys[1:]}
+    calibration = {"levels": [0.5, 0.9, 0.95], "half_widths": [3.0, 9.0, None], "n_patients": 12,
+                   "n_segments": 50, "spread": spread, "error_quantiles": [-1.0, 0.0, 1.0],
+                   "novelty": novelty, "origin": origin, "label_method": label_method}
     save_checkpoint(str(path), NormalisedModel(network, keys, normaliser), **spec,
                     provenance={"origin": origin, "label_method": label_method},
                     calibration=calibration if calibrated else None)
@@ -83,7 +73,7 @@ def run(*arguments):
         try:
             code = tk_utils.run_script(
                 lambda: predict.main([str(a) for a in arguments]), CheckpointError, DataError,
-                predict.PredictError, recordings.RecordingError)
+                recordings.RecordingError)
         except SystemExit as stop:      # argparse
             code = stop.code
     return code, out.getvalue(), err.getvalue()
@@ -107,100 +97,96 @@ def waves(t):
 def write_csv(path, seconds, columns=("ABP", "PLETH"), numbers=None, fs=FS):
     """`numbers`: {column: function of the time}, a value in the first row of every 2 s."""
     t = np.arange(int(seconds * fs)) / fs
-    found, numbers = dict(zip(("ABP", "PLETH"), waves(t))), numbers or {}
-    with open(path, "w") as file:
-        file.write(",".join(["time_s", *columns, *numbers]) + "\n")
-        for i in range(t.size):
-            cells = [f"{t[i]:.3f}"] + [f"{found[name][i]:.4f}" for name in columns]
-            cells += [f"{value(t[i]):.2f}" if i % (2 * fs) == 0 else ""
-                      for value in numbers.values()]
-            file.write(",".join(cells) + "\n")
+    table = pd.DataFrame(dict(zip(("ABP", "PLETH"), waves(t))))[list(columns)].round(4)
+    table.insert(0, "time_s", t.round(3))
+    for name, value in (numbers or {}).items():
+        table[name] = [value(s) if i % (2 * fs) == 0 else np.nan for i, s in enumerate(t)]
+    table.to_csv(path, index=False)
     return path
 
 
-def test_the_answers_are_those_of_the_model_on_the_segments_that_prepare_stores(tmp_path,
+@pytest.fixture(scope="module")
+def night(tmp_path_factory):
+    """Three minutes with an arterial line, and a name that nobody should see."""
+    return write_csv(tmp_path_factory.mktemp("records") / "MRN12345.csv", 185)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, checkpoint):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    path = tmp_path_factory.mktemp("onnx") / "m.onnx"
+    code, out, err = run(checkpoint, "--export", path)
+    assert code == 0 and "mmHg from PyTorch on 64 segments" in out, err
+    return str(path)
+
+
+def test_the_answers_are_those_of_the_model_on_the_segments_that_prepare_stores(tmp_path, night,
                                                                                checkpoint):
-    import h5py
-    path = write_csv(tmp_path / "r.csv", 185)
-    table = predicted(tmp_path, checkpoint, path)
+    table = predicted(tmp_path, checkpoint, night, "--figure", tmp_path / "f.png")
     with contextlib.redirect_stdout(io.StringIO()):
-        prepare.main([str(path), "--out", str(tmp_path / "p.h5")])
+        prepare.main([str(night), "--out", str(tmp_path / "p.h5")])
     with h5py.File(tmp_path / "p.h5", "r") as file:
-        fields = {key: torch.from_numpy(item[:]) for key, item in file["r/r"].items()
-                  if key in KEYS}
+        group = file["MRN12345/MRN12345"]
+        fields = {key: torch.from_numpy(group[key][:]) for key in KEYS}
     with torch.no_grad():
         tpp = load_model(checkpoint)(fields["ppg"][:, None], *(fields[k] for k in KEYS[1:-1]))
     np.testing.assert_allclose(table["tpp"], tpp[:, 0], atol=0.01)
     np.testing.assert_allclose(table["tpp_abp"], fields["tpp"], atol=0.01)
     assert list(table["start_s"]) == [0, 60, 120] and np.ptp(table["tpp"]) > 0.2
+    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("o.csv", "f.png"):
+        assert b"MRN12345" not in (tmp_path / name).read_bytes()
+    frame = predict.predict_recording(load_model(checkpoint), night)    # from Python
+    np.testing.assert_allclose(frame["tpp"], table["tpp"], atol=0.01)
+    frame = predict.predict_recording(checkpoint, str(night), map=75, dbp=55, hr=70)
+    assert list(frame["map"]) == [75] * 3 and set(frame["map_from"]) == {"option"}
+    assert list(frame.columns[:6]) == ["start_s", "tpp", "low_50", "high_50", "low_90", "high_90"]
 
 
-def test_from_python_the_same_table_is_a_data_frame(tmp_path, checkpoint):
-    path = write_csv(tmp_path / "r.csv", 125)
-    table = predict.predict_recording(load_model(checkpoint), path)
-    np.testing.assert_allclose(table["tpp"], predicted(tmp_path, checkpoint, path)["tpp"],
-                               atol=0.01)
-    given = predict.predict_recording(checkpoint, str(path), map=75, dbp=55, hr=70)
-    assert list(given["map"]) == [75, 75] and set(given["map_from"]) == {"option"}
-    assert list(given.columns[:6]) == ["start_s", "tpp", "low_50", "high_50", "low_90", "high_90"]
-
-
-def test_a_network_of_your_own_predicts_and_exports_without_features(tmp_path):
+def test_a_network_of_your_own_predicts_and_exports_without_features(tmp_path, night):
     model = make_checkpoint(tmp_path / "own.pth", ["ppg", "map", "tpp"], network=Own())
-    path = write_csv(tmp_path / "r.csv", 65)
-    code, _, err = run(model, path)
+    code, _, err = run(model, night)
     assert code == 2 and "--model" in err and err.count("\n") == 1
-    spec = f"{__file__}:Own"
-    code, out, err = run(model, path, "--model", spec, "--out", tmp_path / "o.csv")
-    assert code == 0 and "no features()" in out, out
-    table = predict.predict_recording(load_model(model, network=Own()), path)
+    table = predict.predict_recording(load_model(model, network=Own()), night)
     assert "unlike_training" not in table and np.isfinite(table["tpp"]).all()
     pytest.importorskip("onnxruntime")
-    code, out, err = run(model, "--model", spec, "--export", tmp_path / "own.onnx")
-    assert code == 0 and "from PyTorch on 64 segments" in out, err
+    code, out, err = run(model, night, "--model", f"{__file__}:Own", "--out", tmp_path / "o.csv",
+                         "--export", tmp_path / "own.onnx")
+    assert code == 0 and "from PyTorch on 64 segments" in out and "no features()" in out, err
+    assert len(pd.read_csv(tmp_path / "o.csv")) == 3
 
 
-def test_several_recordings_make_one_table_and_names_stay_private(tmp_path, checkpoint):
+def test_several_recordings_make_one_table_and_names_stay_private(tmp_path, night, checkpoint):
     folder = tmp_path / "in"
     folder.mkdir()
-    write_csv(folder / "MRN1.csv", 125)
+    shutil.copy(night, folder / "MRN1.csv")
     (folder / "MRN2.csv").write_text("no recording\n")
     write_csv(folder / "MRN3.csv", 61)
     code, out, err = run(checkpoint, folder, "--out", tmp_path / "o.csv")
     assert code == 1 and "recording 2 of 3" in err and "MRN" not in out + err
     table = pd.read_csv(tmp_path / "o.csv")
-    assert list(zip(table["recording"], table["start_s"])) == [(1, 0), (1, 60), (3, 0)]
+    assert list(zip(table["recording"], table["start_s"])) == [(1, 0), (1, 60), (1, 120), (3, 0)]
     assert "MRN" not in (tmp_path / "o.csv").read_text()
     names = (tmp_path / "o_recordings.csv").read_text().splitlines()
     assert "private" in names[0] and names[1:] == [
-        "recording,path", f"1,{folder}/MRN1.csv", f"3,{folder}/MRN3.csv"]
-    again = predict.predict_recording(checkpoint, [folder / "MRN1.csv", folder / "MRN3.csv"])
-    assert list(again["recording"].unique()) == [str(folder / "MRN1.csv"), str(folder / "MRN3.csv")]
+        "recording,path", *(f"{i},{folder}/MRN{i}.csv" for i in (1, 2, 3))]
+    both = [str(folder / "MRN1.csv"), str(folder / "MRN3.csv")]
+    assert list(predict.predict_recording(checkpoint, both)["recording"].unique()) == both
     code, _, err = run(checkpoint, folder, "--figure", tmp_path / "f.png")
     assert code == 2 and "--figure draws one recording" in err
 
 
-# ------------------------------------------------------------------------------------------ vitals
-
-def test_without_arterial_line_exactly_the_missing_vitals_are_named(tmp_path, checkpoint):
-    path = write_csv(tmp_path / "r.csv", 121, columns=("PLETH",))
-    code, _, err = run(checkpoint, path, "--out", tmp_path / "o.csv")
-    line = err.strip().splitlines()[-1]
-    assert code == 2 and "gives MAP, DBP, which" in line and "--map MMHG --dbp MMHG" in line
-    assert "HR" not in line and not os.path.exists(tmp_path / "o.csv")
-    code, _, err = run(checkpoint, path, "--map", 75)
+def test_without_arterial_line_exactly_the_missing_vitals_are_named(tmp_path, night, checkpoint):
+    ignored = ["--abp-channel", "none", night]      # options may stand before the recording
+    code, _, err = run(checkpoint, *ignored)
+    assert code == 2 and "gives MAP, DBP, which" in err and "--vitals CSV" in err
+    code, _, err = run(checkpoint, "--map", 75, *ignored)
     assert code == 2 and "gives DBP, which" in err
-    table = predicted(tmp_path, checkpoint, path, "--map", 75, "--dbp", 55)
+    table = predicted(tmp_path, checkpoint, *ignored, "--map", 75, "--dbp", 55)
     assert [set(table[f"{key}_from"]) for key in ("map", "dbp", "hr")] == [
         {"option"}, {"option"}, {"ppg"}]
     assert abs(table["hr"][0] - 72) < 1 and "tpp_abp" not in table
-
-
-def test_the_arterial_line_can_be_ignored(tmp_path, checkpoint):
-    path = write_csv(tmp_path / "r.csv", 125)
-    table = predicted(tmp_path, checkpoint, path, "--abp-channel", "none", "--map", 75,
-                      "--dbp", 55)
-    assert set(table["hr_from"]) == {"ppg"} and "tpp_abp" not in table
 
 
 def test_vitals_come_from_options_then_readings_then_the_line_then_numbers(tmp_path, checkpoint):
@@ -216,6 +202,8 @@ def test_vitals_come_from_options_then_readings_then_the_line_then_numbers(tmp_p
     table = predicted(tmp_path, checkpoint, path, "--abp-channel", "none")
     assert [set(table[f"{key}_from"]) for key in ("map", "dbp", "hr")] == [{"numbers"}] * 3
     np.testing.assert_allclose(table["map"], [70.48, 71.48, 72.48, 73.48], atol=0.01)
+    table = predicted(tmp_path, checkpoint, path, "--map", 40)
+    assert set(table["refused"]) == {"dbp_above_map"}
     del numbers["MAP"]
     path = write_csv(tmp_path / "r.csv", 65, columns=("PLETH",), numbers=numbers)
     assert list(predicted(tmp_path, checkpoint, path)["map_from"]) == ["cuff"]
@@ -226,10 +214,10 @@ def test_implausible_numbers_are_refused_and_counted_by_minute(tmp_path, checkpo
                "HR": lambda t: 0 if t >= 60 and t % 6 == 0 else 75}
     path = write_csv(tmp_path / "r.csv", 121, columns=("PLETH",), numbers=numbers)
     code, out, err = run(checkpoint, path, "--out", tmp_path / "o.csv")
-    assert code == 0 and "MAP 20, HR 10" in out, out + err
+    assert code == 0 and "MAP from: numbers (2 min); 20 implausible values refused" in out, err
     table = pd.read_csv(tmp_path / "o.csv")
     assert list(table["map"]) == [86, 86] and list(table["hr"]) == [75, 75]
-    assert list(table["values_refused"]) == ["map 10", "map 10 hr 10"]
+    assert list(table["map_refused"]) == [10, 10] and list(table["hr_refused"]) == [0, 10]
 
 
 def test_a_reading_holds_for_half_an_hour_and_no_longer(tmp_path, checkpoint, monkeypatch):
@@ -239,13 +227,6 @@ def test_a_reading_holds_for_half_an_hour_and_no_longer(tmp_path, checkpoint, mo
     table = predicted(tmp_path, checkpoint, path, "--vitals", tmp_path / "cuff.csv")
     assert list(table["refused"]) == ["no_map no_dbp", "", "", "no_map no_dbp", "no_map no_dbp"]
     assert list(np.isfinite(table["tpp"])) == [False, True, True, False, False]
-
-
-def test_vitals_that_contradict_each_other_are_refused(tmp_path, checkpoint):
-    path = write_csv(tmp_path / "r.csv", 65)
-    code, _, err = run(checkpoint, path, "--map", 50, "--dbp", 60)
-    assert code == 2 and "expected less than --map" in err
-    assert list(predicted(tmp_path, checkpoint, path, "--map", 40)["refused"]) == ["dbp_above_map"]
 
 
 def test_a_network_of_pcrit_gives_tpp_and_needs_map(tmp_path):
@@ -260,70 +241,45 @@ def test_a_network_of_pcrit_gives_tpp_and_needs_map(tmp_path):
     assert (a["pp"][0], a["pp_from"][0], a["pp_age_s"][0]) == (40, "vitals", 40)
 
 
-# --------------------------------------------------------------------- intervals, label, refusals
-
 @pytest.mark.parametrize("label", ["tpp", "p_crit"])
-def test_the_intervals_of_a_network_with_its_own_spread_are_as_wide_as_it_says(tmp_path, label):
+def test_the_intervals_of_a_network_with_its_own_spread_are_as_wide_as_it_says(tmp_path, night,
+                                                                              label):
     model = make_checkpoint(tmp_path / "s.pth", ["ppg", "map", label], spread=True)
-    path = write_csv(tmp_path / "r.csv", 185)
-    table = predicted(tmp_path, model, path, "--figure", tmp_path / "f.pdf")
+    table = predicted(tmp_path, model, night, "--figure", tmp_path / "f.pdf")
     width = table["high_90"] - table["low_90"]
     np.testing.assert_allclose(table["high_90"] - table["tpp"], width / 2, atol=0.02)
     np.testing.assert_allclose(width, 3 * (table["high_50"] - table["low_50"]), atol=0.1)
     assert np.ptp(width) > 0.05     # not the same for each minute
     assert b"Type3" not in (tmp_path / "f.pdf").read_bytes()
-    onnxruntime = pytest.importorskip("onnxruntime")
-    code, out, err = run(model, path, "--export", tmp_path / "s.onnx")
-    assert code == 0 and "on 64 segments" in out, err
-    session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"),
-                                           providers=["CPUExecutionProvider"])
-    assert [one.name for one in session.get_outputs()] == ["tpp", "low", "high"]
 
 
-def test_no_interval_stands_where_it_was_calibrated_on_simulated_patients(tmp_path):
-    model = make_checkpoint(tmp_path / "s.pth", origin="simulated")
-    path = write_csv(tmp_path / "r.csv", 61)
-    code, out, err = run(model, path, "--out", tmp_path / "o.csv", "--figure", tmp_path / "f.png")
-    assert code == 0 and "SIMULATED" in out
-    assert "no prediction intervals" in out and "evaluate.py CHECKPOINT --calibrate DATA" in out
-    assert not [name for name in pd.read_csv(tmp_path / "o.csv") if name.startswith("low_")]
-    with pytest.warns(UserWarning, match="no prediction intervals"):
-        predict.predict_recording(model, path)
+@pytest.mark.parametrize("options, remark", [
+    ({"origin": "simulated"}, "no prediction intervals: .* --calibrate DATA"),
+    ({"calibrated": False}, "no intervals, and no flag .* --calibrate DATA makes one"),
+    ({}, r"no interval at 95%: calibrated on too few patients \(12\)"),
+    ({"label_method": "mine"}, "labels are 'published', not 'mine'"),
+])
+def test_an_interval_stands_only_where_its_calibration_holds(tmp_path, night, options, remark):
+    model = make_checkpoint(tmp_path / "m.pth", **options)
+    code, out, _ = run(model, night, "--out", tmp_path / "o.csv", "--figure", tmp_path / "f.svg")
+    assert code == 0 and len(re.findall(remark, out)) == 1
+    assert ("MODEL TRAINED ON SIMULATED PATIENTS" in out) == ("origin" in options)
+    table = pd.read_csv(tmp_path / "o.csv")
+    has_interval = not {"origin", "calibrated"} & set(options)
+    assert "low_95" not in table and ("low_90" in table) == has_interval
+    assert ("unlike_training" in table) == ("calibrated" not in options)
+    if has_interval:
+        np.testing.assert_allclose(table["high_90"] - table["low_90"], 18, atol=0.011)
+    with pytest.warns(UserWarning, match=remark):
+        predict.predict_recording(model, night)
 
 
-def test_a_level_with_too_few_patients_is_left_out_and_said(tmp_path, checkpoint):
-    path = write_csv(tmp_path / "r.csv", 61)
-    code, out, err = run(checkpoint, path, "--out", tmp_path / "o.csv", "--figure",
-                         tmp_path / "f.png")
-    assert code == 0 and "no interval at 95%: calibrated on 12 patients, too few" in out
-    row = pd.read_csv(tmp_path / "o.csv").iloc[0]
-    assert "low_95" not in row and row["high_90"] - row["low_90"] == pytest.approx(18)
-    assert row["unlike_training"] in ("yes", "no")
-    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
-    model = make_checkpoint(tmp_path / "m.pth", calibrated=False)
-    code, out, _ = run(model, path, "--out", tmp_path / "o.csv")
-    assert code == 0 and out.count("no intervals") == 1
-    assert "unlike_training" not in pd.read_csv(tmp_path / "o.csv")
-
-
-def test_the_label_is_of_the_method_that_the_network_learned(tmp_path):
-    path = write_csv(tmp_path / "r.csv", 185)
+@pytest.mark.parametrize("method", ["published", "waveform_balance"])
+def test_the_label_is_of_the_method_that_the_network_learned(tmp_path, night, method):
+    model = make_checkpoint(tmp_path / "l.pth", label_method=method)
     abp = waves(np.arange(180 * FS) / FS)[0].reshape(3, -1)
-    for method in ("published", "waveform_balance"):
-        model = make_checkpoint(tmp_path / "l.pth", label_method=method)
-        expected = labels.label_segments(abp, FS, method=method)["tpp"]
-        np.testing.assert_allclose(predicted(tmp_path, model, path)["tpp_abp"], expected, atol=1.0)
-    model = make_checkpoint(tmp_path / "l.pth", label_method="mine")
-    code, out, _ = run(model, path)
-    assert code == 0 and "labels were made with 'mine', which is unknown here" in out
-
-
-def test_an_absurd_answer_is_refused_in_one_line(tmp_path):
-    model = make_checkpoint(tmp_path / "a.pth", scale=1e6)
-    path = write_csv(tmp_path / "r.csv", 61)
-    code, _, err = run(model, path, "--out", tmp_path / "o.csv")
-    assert code == 2 and "no tissue perfusion pressure" in err.splitlines()[-1]
-    assert not (tmp_path / "o.csv").exists()
+    expected = labels.label_segments(abp, FS, method=method)["tpp"]
+    np.testing.assert_allclose(predicted(tmp_path, model, night)["tpp_abp"], expected, atol=1.0)
 
 
 def test_the_table_on_the_console_is_narrow_and_starts_minutes_after_gaps(tmp_path, checkpoint):
@@ -331,16 +287,9 @@ def test_the_table_on_the_console_is_narrow_and_starts_minutes_after_gaps(tmp_pa
     lines = path.read_text().splitlines(True)
     path.write_text("".join(lines[:6201] + lines[6701:]))      # a gap from 62 to 67 s
     code, out, _ = run(checkpoint, path)
-    assert code == 0 and max(map(len, out[out.index("minute  "):].splitlines())) <= 100
-    table = predicted(tmp_path, checkpoint, path)
-    np.testing.assert_allclose(table["start_s"], [0, 67, 127], atol=0.05)
-
-
-def test_outputs_hold_no_name_of_the_record(tmp_path, checkpoint):
-    path = write_csv(tmp_path / "MRN12345.csv", 61)
-    run(checkpoint, path, "--out", tmp_path / "o.csv", "--figure", tmp_path / "f.png")
-    for name in ("o.csv", "f.png"):
-        assert b"MRN12345" not in (tmp_path / name).read_bytes()
+    rows = out[out.index("start_s  "):].splitlines()[:5]
+    assert code == 0 and max(map(len, rows)) <= 100
+    assert [row.split()[0] for row in rows[2:]] == ["0.0", "67.0", "127.0"]
 
 
 @pytest.mark.parametrize("make, said", [
@@ -352,38 +301,30 @@ def test_outputs_hold_no_name_of_the_record(tmp_path, checkpoint):
     (lambda f: [write_csv(f / "r.csv", 61), "--map", "0"], "--map 0: expected"),
     (lambda f: [write_csv(f / "r.csv", 61), "--figure", "f.txt"], "ends in .png"),
     (lambda f: [write_csv(f / "r.csv", 61), "--unit", "kPa"], "CHANNEL=UNIT"),
+    (None, "no tissue perfusion pressure"),
 ])
-def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, checkpoint, make, said):
+def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, night, checkpoint, make, said):
     out = tmp_path / "out" / "o.csv"
-    code, _, err = run(checkpoint, *make(tmp_path), "--out", out)
+    if make is None:        # a network whose answers are absurd
+        arguments = [make_checkpoint(tmp_path / "a.pth", scale=1e6), night]
+    else:
+        arguments = [checkpoint, *make(tmp_path)]
+    code, _, err = run(*arguments, "--out", out)
     assert code == 2 and said in err.strip().splitlines()[-1] and "Traceback" not in err
-    assert not out.exists()
+    assert not out.parent.exists()
 
 
-def test_no_input_checkpoint_or_foreign_table_is_overwritten(tmp_path, checkpoint):
-    path = write_csv(tmp_path / "r.csv", 61)
-    shutil.copy(path, tmp_path / "other.csv")
+def test_no_input_checkpoint_or_foreign_table_is_overwritten(tmp_path, night, checkpoint):
+    for name in ("r.csv", "other.csv"):
+        shutil.copy(night, tmp_path / name)
     shutil.copy(checkpoint, tmp_path / "m.csv")
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
-    for model, out in ((checkpoint, path), (checkpoint, tmp_path / "other.csv"),
-                       (tmp_path / "m.csv", tmp_path / "m.csv")):
-        code, _, err = run(model, path, "--out", out)
+    for model, out in ((checkpoint, "r.csv"), (checkpoint, "other.csv"), ("m.csv", "m.csv")):
+        code, _, err = run(tmp_path / model, tmp_path / "r.csv", "--out", tmp_path / out)
         assert code == 2 and err.splitlines()[-1].startswith("error: "), err
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
-    code, _, err = run(checkpoint, path, "--out", "/proc/nowhere/o.csv")
+    code, _, err = run(checkpoint, night, "--out", "/proc/nowhere/o.csv")
     assert code == 2 and "predicting" not in err       # found before the work
-
-
-# ------------------------------------------------------------------------------------------- export
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, checkpoint):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    path = tmp_path_factory.mktemp("onnx") / "m.onnx"
-    code, out, err = run(checkpoint, "--export", path)
-    assert code == 0 and "mmHg from PyTorch on 64 segments" in out, err
-    return str(path)
 
 
 @pytest.mark.parametrize("n", [1, 64])
@@ -400,7 +341,6 @@ def test_the_exported_model_gives_what_pytorch_gives_at_any_gain_and_batch(expor
         expected = load_model(checkpoint)(*map(torch.from_numpy, [ppg, *vitals]))[:, 0].numpy()
     assert tpp.shape == (n,) and np.abs(tpp - expected).max() <= 1e-3
     np.testing.assert_allclose([tpp - low, high - tpp], 9.0, atol=1e-4)
-    assert n == 1 or expected.std() > 0.5
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(tmp_path, checkpoint, exported,
@@ -409,29 +349,3 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(tmp_path, checkpoi
     code, _, err = run(checkpoint, "--export", tmp_path / "x" / "m.onnx")
     assert code == 2 and "not written, as onnxruntime differs" in err
     assert not (tmp_path / "x").exists()
-
-
-def test_an_export_is_checked_on_the_recording_that_is_named(tmp_path, exported, checkpoint):
-    code, out, _ = run(checkpoint, write_csv(tmp_path / "r.csv", 130), "--export",
-                       tmp_path / "m.onnx")
-    assert code == 0 and "on 64 segments" in out
-    flat = tmp_path / "flat.csv"
-    flat.write_text("time_s,PLETH\n" + "".join(f"{i / 50:.2f},1\n" for i in range(4000)))
-    code, _, err = run(checkpoint, flat, "--export", tmp_path / "n.onnx")
-    assert code == 2 and "no clean minute" in err and not (tmp_path / "n.onnx").exists()
-
-
-def test_the_example_uses_the_export_without_pytorch(tmp_path, exported):
-    np.savetxt(tmp_path / "ppg.txt", waves(np.arange(3600) / 60)[1])
-    (tmp_path / "torch.py").write_text("raise ImportError('no PyTorch here')\n")
-    done = subprocess.run(
-        [sys.executable, os.path.join(ROOT, "examples", "onnx_predict.py"), exported,
-         str(tmp_path / "ppg.txt"), "--map", "80"], capture_output=True, text=True,
-        env=dict(os.environ, PYTHONPATH=str(tmp_path)))
-    assert done.returncode == 0, done.stderr
-    assert "tpp: " in done.stdout and "latency of one segment on one core: " in done.stdout
-
-
-def test_options_may_stand_before_the_recording():
-    options = predict.parse_arguments(["c.pth", "--map", "75", "--dbp", "55", "night.csv"])
-    assert options.recordings == ["night.csv"] and options.checkpoint == "c.pth"
