@@ -250,7 +250,7 @@ def _align_upstrokes(wave):
         time = foot[:, None] + around
         fine = ((time[:, 0] >= 0) & (time[:, -1] <= wave.abp.shape[1] - 1)
                 & wave.is_clean(row, time[:, 0], time[:, -1]))
-        pressure, _ = wave.interpolate(row[fine][:, None], time[fine])
+        pressure = wave.interpolate(row[fine][:, None], time[fine])
         count = np.maximum(np.bincount(row[fine], minlength=n), 1)
         mean = segment_sum(pressure, row[fine], n) / count[:, None]
         basis = np.stack([np.ones_like(mean), mean, np.gradient(mean, axis=1)], 1)

@@ -36,8 +36,7 @@ MIN_RISE_SHARE = 0.25     # of the segment's usual largest rise; weak beats of A
 # A dicrotic wave follows its beat within the ejection time (0.2-0.4 s) and rises less than it did.
 DICROTIC_SECONDS, DICROTIC_RISE_SHARE = 0.45, 0.6
 FOOT_SEARCH_SECONDS = 0.2  # from foot to steepest upstroke; 0.1 s is usual, damped lines are slower
-MIN_BEATS = 10            # fewer do not define a line (a 30-s segment at 35/min has 17)
-MIN_FEATURE_BEATS, MIN_DELAY_BEATS = 5, 20
+MIN_BEATS, MIN_FEATURE_BEATS, MIN_DELAY_BEATS = 10, 5, 20       # ten beats define a line
 ABP_RANGE_MMHG = (-30.0, 330.0)  # transducers end at 300 or 320; anything outside is no pressure
 CLIP_SECONDS = 0.067      # 4 steps at 60 Hz; a natural top stays within 0.25 mmHg for 0.02-0.04 s
 SATURATED_SECONDS = 0.5   # clipped beats stay at the end of the scale for less
@@ -88,20 +87,21 @@ class Wave:
         self.first = np.flatnonzero(self.row[1:] == self.row[:-1])  # feet with another in their row
         self.area = np.pad(np.cumsum(0.5 * (abp[:, 1:] + abp[:, :-1]), axis=1), ((0, 0), (1, 0)))
 
-    def interpolate(self, row: np.ndarray, time: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-        """(pressure, its integral from the row's first sample), linear between samples."""
+    def interpolate(self, row: np.ndarray, time: np.ndarray, integral: bool = False) -> np.ndarray:
+        """Pressure, or its integral from the row's first sample, linear between samples."""
         low = np.clip(time.astype(int), 0, self.abp.shape[1] - 2)
         flat, part = row * self.abp.shape[1] + low, time - low
-        here, change = self.abp.ravel()[flat], self.abp.ravel()[flat + 1] - self.abp.ravel()[flat]
-        return here + part * change, self.area.ravel()[flat] + part * (here + 0.5 * part * change)
+        here = self.abp.take(flat)
+        rise = part * (self.abp.take(flat + 1) - here)
+        return self.area.take(flat) + part * (here + 0.5 * rise) if integral else here + rise
 
     def mean(self, row: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        before, after = (self.interpolate(row, time)[1] for time in (begin, end))
+        before, after = (self.interpolate(row, time, integral=True) for time in (begin, end))
         return (after - before) / (end - begin)
 
     def is_clean(self, row: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
         """Whether no sample from begin to end is bad."""
-        count = np.pad(np.cumsum(self.bad, axis=1), ((0, 0), (1, 0)))
+        count = np.pad(np.cumsum(self.bad, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
         first, last = (np.clip(time.astype(int), 0, self.bad.shape[1]) for time in (begin, end + 1))
         return count[row, first] == count[row, last]
 
@@ -308,7 +308,7 @@ def _stretched_beats(wave, samples):
     segment, begin = wave.row[wave.first], wave.foot[wave.first]
     length = wave.foot[wave.first + 1] - begin
     time = begin[:, None] + np.linspace(0, 1, samples) * length[:, None]
-    return segment, wave.interpolate(segment[:, None], time)[0], length
+    return segment, wave.interpolate(segment[:, None], time), length
 
 
 def ppg_reasons(ppg: np.ndarray, fs: float) -> np.ndarray:
@@ -403,7 +403,7 @@ def _features_block(ppg, missing, fs):
     wave = Wave(np.nan_to_num(smooth * (PPG_HEIGHT_MMHG / 3)), missing, fs)     # 3 SD: a pulse
     segment, beat, length = _stretched_beats(wave, SHAPE_SAMPLES)       # beat [beats, 64]
     interval_s, count = length / fs, np.bincount(segment, minlength=n)
-    height, foot = np.ptp(beat, axis=1), wave.interpolate(wave.row, wave.foot)[0]
+    height, foot = np.ptp(beat, axis=1), wave.interpolate(wave.row, wave.foot)
 
     def spread(value, of):          # (n,) SD over the beats of a segment
         return np.sqrt(segment_mean((value - segment_mean(value, of, n)[of]) ** 2, of, n))
