@@ -10,8 +10,8 @@
     tpp = predict_dataset(load_model("runs/mine.pth", network=MyNet()), tune)     # [N] mmHg
 
 A network is any `nn.Module` with `forward(ppg [B, 1, 3600], *vitals [B]) -> [B, 1]`, a loss any
-callable `(prediction [B], label [B]) -> [B]` or a scalar. Needs checkpoint.py, models.py,
-kernels.py, cuda_graph.py, datasets.py and tk_utils.py.
+callable `(prediction [B], label [B]) -> [B]` or a scalar. Needs anchor.py, checkpoint.py,
+models.py, kernels.py, cuda_graph.py, datasets.py and tk_utils.py.
 """
 # ruff: noqa: F401, I001 - imported names are exported, too, for `from training_header import *`
 import math
@@ -28,14 +28,13 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
-from sklearn.linear_model import Ridge
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR, LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR)
 
 import kernels
+from anchor import blend, fit_anchor, pulse_statistics, shown_share
 from checkpoint import (
     CheckpointError, build_network, load_by_name, load_checkpoint, load_tensors, read_salt,
     save_checkpoint, save_tensors)
@@ -168,21 +167,29 @@ class NormalisedModel(nn.Module):
             raise DataError(f"PPG normalisation {ppg_normalisation!r}: expected "
                             f"{' or '.join(PPG_NORMALISATIONS)}")
         self.network, self.keys, self.normaliser = network, list(keys), normaliser
-        self.ppg_normalisation, self.anchor, self.checkpoint = ppg_normalisation, anchor, None
+        self.ppg_normalisation, self.checkpoint = ppg_normalisation, None
         self.with_ppg = keys[0] == "ppg"
-        vitals, label = vitals_of(keys), normaliser[keys[-1]]
-        mean, sd = ([normaliser[key][what] for key in vitals] for what in ("mean", "sd"))
-        # label = output * scale + offset + sum of slope * normalised vital
+        self.set_anchor(anchor)
+        self.outputs = self.try_network()
+
+    def set_anchor(self, anchor: Optional[dict]) -> None:
+        """label = output * scale + offset + slopes @ normalised vitals + pulse statistics' share"""
+        vitals, label = vitals_of(self.keys), self.normaliser[self.keys[-1]]
+        mean, sd = ([self.normaliser[key][what] for key in vitals] for what in ("mean", "sd"))
         ridge = anchor or {"coefficients": dict.fromkeys(vitals, 0.0), "intercept": label["mean"],
                            "sd": label["sd"]}
         weights = [ridge["coefficients"][key] for key in vitals]
         slopes = [weight * one for weight, one in zip(weights, sd)]
         offset = ridge["intercept"] + sum(weight * one for weight, one in zip(weights, mean))
+        pulse = ridge.get("statistics", {"low": [], "high": [], "coefficients": []})
+        self.anchor = anchor
+        device = next(self.network.parameters(), torch.zeros(1)).device
         # Not persistent: the network's own state dict keeps the published names and nothing else.
         for name, values in (("vital_mean", mean), ("vital_sd", sd), ("slopes", slopes),
-                             ("scale", [ridge["sd"]]), ("offset", [offset])):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
-        self.outputs = self.try_network()
+                             ("scale", [ridge["sd"]]), ("offset", [offset]),
+                             *((f"pulse_{key}", pulse[key]) for key in pulse)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device=device),
+                                 persistent=False)
 
     def try_network(self) -> int:
         """The number of outputs, found by passing two flat segments through the network."""
@@ -211,6 +218,9 @@ class NormalisedModel(nn.Module):
         if self.anchor:
             for slope, vital in zip(self.slopes, normalised[self.with_ppg:]):
                 estimate = estimate + slope * vital.view(-1, 1)
+            if len(self.pulse_low):
+                found = pulse_statistics(normalised[0]).clamp(self.pulse_low, self.pulse_high)
+                estimate = estimate + (found * self.pulse_coefficients).sum(1, keepdim=True)
         if out.shape[1] == 1:
             return estimate
         return torch.cat([estimate, (F.softplus(out[:, 1:]) + MIN_SPREAD) * self.scale], 1)
@@ -286,42 +296,26 @@ def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0,
             torch.cat(features).numpy() if features else None)
 
 
-def fit_anchor(dataset, keys: List[str]) -> dict:
-    """The ridge of the label on the vitals over a (train) dataset: `NormalisedModel(anchor=…)`.
-
-    {'coefficients': {vital: mmHg per unit}, 'intercept': mmHg, 'sd': SD of its residuals, mmHg}.
-    """
-    vitals, label = vitals_of(keys), dataset.column(keys[-1]).numpy().astype(np.float64)
-    inputs = np.stack([dataset.column(key).numpy().astype(np.float64) for key in vitals], 1)
-    scaler = StandardScaler().fit(inputs)
-    ridge = Ridge(alpha=1.0).fit(scaler.transform(inputs), label)
-    weights = ridge.coef_ / scaler.scale_
-    intercept = ridge.intercept_ - weights @ scaler.mean_
-    return {"coefficients": dict(zip(vitals, weights.tolist())), "intercept": float(intercept),
-            "sd": float(np.std(label - inputs @ weights))}
-
-
 def fit_blend(model, dataset) -> float:
-    """The share of what the network adds to its anchor that is kept, 0 to 1; applied to `model`.
+    """How much the PPG adds to the model's anchor, the ridge on the vitals, as far as it is shown.
 
-    Least squares of label - anchor on network - anchor over a (tune) dataset, each patient with the
-    same weight, then shrunk by its own uncertainty over patients (James & Stein, positive part). So
-    where the PPG is not shown to add anything, the model stays with the ridge it stands on.
+    First the ridge on vitals and `pulse_statistics`, then the network: of each the share, 0 to 1,
+    that `shown_share` finds on a (tune) dataset is kept. Sets the model's anchor; returns the
+    network's share. So a model never leaves its ridge without evidence.
     """
-    added, scale = predict_dataset(model, dataset).astype(float), float(model.scale)
-    model.scale.zero_()
-    anchor = predict_dataset(model, dataset).astype(float)
-    model.scale.fill_(scale)
-    missing, added = dataset.column(model.keys[-1]).numpy() - anchor, added - anchor
-    patients = dataset.index.segment_patients()
-    weight = 1 / np.bincount(patients)[patients]
-    squares = np.sum(weight * added ** 2)
-    share = np.sum(weight * added * missing) / squares
-    of_patients = np.bincount(patients, weight * added * (missing - share * added))
-    error = np.sqrt(np.sum(of_patients ** 2)) / squares
-    share = float(np.clip(share - error ** 2 / share, 0, 1)) if share > 0 else 0.0
-    model.anchor = dict(model.anchor, sd=model.anchor["sd"] * share, blend=share)
-    model.scale.mul_(share)
+    def predict(anchor):
+        model.set_anchor(anchor)
+        return predict_dataset(model, dataset, device=model.scale.device).astype(np.float64)
+
+    label, patients = dataset.column(model.keys[-1]).numpy(), dataset.index.segment_patients()
+    anchor, pulse_share = model.anchor, 0.0
+    with_network, base = predict(anchor), predict(dict(anchor, sd=0.0))
+    if "with_pulse" in anchor:
+        added = predict(dict(anchor["with_pulse"], sd=0.0)) - base
+        pulse_share = shown_share(label - base, added, patients)
+        base = base + pulse_share * added
+    share = shown_share(label - base, with_network - base, patients)
+    model.set_anchor(blend(anchor, pulse_share, share))
     return share
 
 

@@ -1,0 +1,189 @@
+"""What a network stands on: the ridge of the label on the vitals, and on how the pulse varies.
+
+    anchor = fit_anchor(train, keys)                    # of a TPP_PPG_dataset
+    statistics = pulse_statistics(ppg)                  # [B, 1, 3600] -> [B, 12]
+
+`NormalisedModel` adds the network to an anchor; `fit_blend` (both in training_header.py) chooses
+after training how much of each is kept. On real patients the pulse statistics are the first thing
+of a PPG that was shown to say more than the vitals do (docs/real-recordings.md).
+
+Needs datasets.py; `pulse_statistics` needs PyTorch alone.
+"""
+from typing import List
+
+import numpy as np
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+from torch.nn import functional as F
+
+from datasets import FS, vitals_of
+
+MOST_ANCHORED = 50_000          # segments that an anchor is fitted to
+
+PULSE_STATISTICS = (    # of the beats of a minute; variations and loudness as logarithms
+    "variation of height x rate", "variation of height", "variation of rate", "variation of mean",
+    "variation of foot", "variation of peak", "correlation of rate and mean",
+    "correlation of rate and height", "mean between foot and peak", "slow waves",
+    "variation of loudness", "kurtosis")
+MOST_BEATS, POINTS = 200, 24    # in a minute; samples taken of a beat
+
+
+def pulse_statistics(ppg: torch.Tensor) -> torch.Tensor:
+    """[B, 1, L] at 60 Hz, in any scale -> [B, 12]: `PULSE_STATISTICS`, without parameters.
+
+    The label is the line through a minute's beats, MAP against PP x HR, so how much the beats vary
+    says how far the line reaches. Instance norms and the mean over time remove just that. A
+    variation is half the distance of the 16th and the 84th percentile; those of level are relative
+    to the mean height.
+    """
+    with torch.no_grad():
+        x = ppg[:, 0].float()
+        x = x - x.mean(1, keepdim=True)
+        x = x / x.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-9)
+        foot = find_pulse_feet(x)
+        begin, samples = foot[:, :-1], foot[:, 1:] - foot[:, :-1]               # [B, beats]
+        valid = (begin >= 0) & (samples >= 0.27 * FS) & (samples <= 2.4 * FS)
+        count = valid.sum(1, keepdim=True).clamp_min(1)
+        phase = torch.arange(POINTS, device=x.device) / POINTS
+        at = (begin.unsqueeze(2) + samples.unsqueeze(2) * phase).round().long()
+        at = at.clamp(0, x.shape[1] - 1)                                        # [B, beats, 24]
+
+        def beats(signal):
+            return signal.gather(1, at.flatten(1)).view(at.shape)
+
+        mean = beats(x).mean(2)
+        top = beats(F.max_pool1d(x.unsqueeze(1), 7, 1, 3)[:, 0]).amax(2)
+        bottom = -beats(F.max_pool1d(-x.unsqueeze(1), 7, 1, 3)[:, 0]).amax(2)
+        height, rate = (top - bottom).clamp_min(1e-3), FS / samples.clamp_min(0.27 * FS)
+
+        def average(value):
+            return (value * valid).sum(1, keepdim=True) / count
+
+        def variation(value, relative_to=None):
+            ordered = value.masked_fill(~valid, 1e9).sort(1)[0]
+            low, middle, high = (ordered.gather(1, ((count - 1) * share).round().long())
+                                 for share in (0.16, 0.5, 0.84))
+            return ((high - low) / (middle if relative_to is None else relative_to) + 0.006).log()
+
+        def correlation(a, b):
+            a, b = a - average(a), b - average(b)
+            return average(a * b) / (average(a * a) * average(b * b) + 1e-12).sqrt()
+
+        usual = average(height).clamp_min(1e-3)
+        slow = moving_mean(moving_mean(x, FS), FS)                    # [B, L]
+        fast = (x - slow) ** 2
+        power = fast.mean(1, keepdim=True) + 1e-6
+        loudness = (moving_mean(moving_mean(fast, FS), FS) + 0.01).log()
+        return torch.cat([
+            variation(height * rate), variation(height), variation(rate), variation(mean, usual),
+            variation(bottom, usual), variation(top, usual), correlation(rate, mean),
+            correlation(rate, height), average((mean - bottom) / height),
+            (slow.pow(2).mean(1, keepdim=True) / power + 1e-3).log(),
+            (loudness.std(1, keepdim=True) + 0.01).log(),
+            ((fast ** 2).mean(1, keepdim=True) / power ** 2 + 0.1).log()], 1)
+
+
+def find_pulse_feet(x):
+    """[B, L] -> [B, 200] feet of the beats in samples, ascending; -1 in front of the first.
+
+    As `signals.find_feet`: a beat is a peak of the slope sum, its foot is where the tangent at the
+    steepest point meets the level before it.
+    """
+    x = moving_mean(moving_mean(x, 3), 3)
+    rise = F.pad(x[:, 1:] - x[:, :-1], (1, 0))
+    slope_sum = F.avg_pool1d(F.pad(rise.clamp_min(0).unsqueeze(1), (7, 0)), 8, 1)
+    usual = F.max_pool1d(slope_sum, 2 * FS)[:, 0].sort(1)[0]   # each piece holds a beat
+    usual = usual[:, usual.shape[1] // 2].unsqueeze(1)
+    highest, slope_sum = F.max_pool1d(slope_sum, 33, 1, 16)[:, 0], slope_sum[:, 0]
+    peak = (slope_sum == highest) & (slope_sum > 0.4 * usual)
+    times = torch.arange(x.shape[1], device=x.device)
+    peak = (peak * times).topk(min(MOST_BEATS, x.shape[1]))[0].flip(1)
+
+    def before(signal, at, length):         # [B, beats, length] samples that end at `at`
+        places = at.unsqueeze(2) + torch.arange(1 - length, 1, device=x.device)
+        return signal.gather(1, places.clamp_min(0).flatten(1)).view(places.shape)
+
+    steepest = (peak - 7 + before(rise, peak, 8).argmax(2)).clamp_min(1)
+    slope, level = rise.gather(1, steepest).clamp_min(1e-4), before(x, steepest, 12).amin(2)
+    foot = steepest - 0.5 - (x.gather(1, steepest) - 0.5 * slope - level) / slope
+    return torch.where(peak > 0, foot.clamp(0, x.shape[1] - 1), torch.full_like(foot, -1))
+
+
+def moving_mean(x, width):
+    """[B, L] -> [B, L]."""
+    padded = F.pad(x.unsqueeze(1), (width // 2, width - 1 - width // 2), mode="replicate")
+    return F.avg_pool1d(padded, width, 1)[:, 0]
+
+
+def fit_anchor(dataset, keys: List[str]) -> dict:
+    """The ridge of the label on the vitals over a (train) dataset: `NormalisedModel(anchor=…)`.
+
+    {'coefficients': {vital: mmHg per unit}, 'intercept': mmHg, 'sd': SD of its residuals, mmHg}.
+    Where the PPG is among the keys, 'with_pulse' is the same on vitals and `pulse_statistics`, with
+    'statistics': {'low', 'high': limits to which they are clipped, 'coefficients'}; `fit_blend`
+    decides how much of it is used. More than MOST_ANCHORED segments: a random choice of them.
+    """
+    vitals, some = vitals_of(keys), np.arange(len(dataset.index))
+    if len(some) > MOST_ANCHORED:
+        some = np.random.default_rng(0).choice(some, MOST_ANCHORED, replace=False)
+    label, *values = (dataset.column(key).numpy()[some].astype(np.float64)
+                      for key in (keys[-1], *vitals))
+    anchor = fit_ridge(vitals, np.stack(values, 1), label)
+    if keys[0] == "ppg":
+        pulse = np.concatenate([
+            pulse_statistics(torch.from_numpy(dataset.waveform("ppg", part)).unsqueeze(1))
+            for part in np.array_split(some, -(-len(some) // 256))]).astype(np.float64)
+        low, high = np.quantile(pulse, (0.005, 0.995), axis=0)
+        inputs = np.stack([*values, *pulse.clip(low, high).T], 1)
+        found = fit_ridge([*vitals, *PULSE_STATISTICS], inputs, label)
+        coefficients = found["coefficients"]
+        anchor["with_pulse"] = {
+            "coefficients": {key: coefficients[key] for key in vitals},
+            "intercept": found["intercept"], "sd": found["sd"],
+            "statistics": {"low": low.tolist(), "high": high.tolist(),
+                           "coefficients": [coefficients[key] for key in PULSE_STATISTICS]}}
+    return anchor
+
+
+def fit_ridge(names, inputs, label) -> dict:
+    """Ridge (penalty 1) on standardised inputs [N, names]; coefficients per unit of each."""
+    scaler = StandardScaler().fit(inputs)
+    ridge = Ridge(alpha=1.0).fit(scaler.transform(inputs), label)
+    weights = ridge.coef_ / scaler.scale_
+    intercept = ridge.intercept_ - weights @ scaler.mean_
+    return {"coefficients": dict(zip(names, weights.tolist())), "intercept": float(intercept),
+            "sd": float(np.std(label - inputs @ weights))}
+
+
+def shown_share(missing, added, patients) -> float:
+    """The share of `added` [N] that is kept to explain `missing` [N], 0 to 1: least squares, each
+    patient with the same weight, shrunk by its own uncertainty over patients (James & Stein,
+    positive part). So where nothing is shown, nothing is added."""
+    weight = 1 / np.bincount(patients)[patients]
+    squares = np.sum(weight * added ** 2)
+    if not squares > 0:
+        return 0.0
+    share = np.sum(weight * added * missing) / squares
+    of_patients = np.bincount(patients, weight * added * (missing - share * added))
+    error = np.sqrt(np.sum(of_patients ** 2)) / squares
+    return float(np.clip(share - error ** 2 / share, 0, 1)) if share > 0 else 0.0
+
+
+def blend(anchor: dict, pulse_share: float, share: float) -> dict:
+    """The anchor of a model that keeps these shares of the pulse statistics and of the network.
+
+    anchor: the one that the network was trained on; the model's estimate is then
+    (1 - share) * (anchor + pulse_share * (with_pulse - anchor)) + share * (anchor + network).
+    """
+    weight = (1 - share) * pulse_share
+    other = anchor.get("with_pulse", anchor)
+    mixed = {"intercept": anchor["intercept"] + weight * (other["intercept"] - anchor["intercept"]),
+             "coefficients": {key: one + weight * (other["coefficients"][key] - one)
+                              for key, one in anchor["coefficients"].items()},
+             "sd": share * anchor["sd"], "pulse_share": pulse_share, "blend": share}
+    if weight:
+        statistics = other["statistics"]
+        mixed["statistics"] = dict(statistics, coefficients=[weight * one for one
+                                                             in statistics["coefficients"]])
+    return mixed
