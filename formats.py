@@ -149,6 +149,7 @@ class Wfdb:
 
     def __init__(self, path, file_fs=None):
         self.path, self.notes, self.start_time, self.channels = path, [], None, {}
+        self.read_part = functools.lru_cache(maxsize=1)(_read_wfdb)    # read at once, once
         self.folder, file = os.path.split(os.path.abspath(path))
         header = read_header(path)
         self.fs, self.segments, start = header.fs, [], 0
@@ -186,7 +187,8 @@ class Wfdb:
         # wfdb sums up the differences of format 8 from where it begins to read.
         at_once = not about.sig_len or bool({"8", "310", "311"}.intersection(about.fmt or []))
         if not frames and header.files:
-            frames = about.sig_len or len(_read_wfdb(record, (0,))[0]) // about.samps_per_frame[0]
+            n = about.sig_len or len(self.read_part(record, (0,))[0])
+            frames = n if about.sig_len else n // about.samps_per_frame[0]
         self.segments.append((record, start, start + frames, names, header.units, at_once))
         return frames
 
@@ -204,7 +206,7 @@ class Wfdb:
             factors = [self._factor(name, units[i]) for name, i in wanted.items()]
             begin, part = (start, ()) if at_once else (a, (a - start, b - start))
             try:
-                read = _read_wfdb(record, tuple(wanted.values()), *part)
+                read = self.read_part(record, tuple(wanted.values()), *part)
                 for (name, samples), factor in zip(zip(wanted, read), factors):
                     n = per_frame[name]
                     out[name].samples[(a - first) * n:(b - first) * n] = (
@@ -221,7 +223,6 @@ class Wfdb:
         return PRESSURE[unit] / PRESSURE[target] if unit in PRESSURE else 1.0
 
 
-@functools.lru_cache(maxsize=1)     # what can only be read at once is read once
 def _read_wfdb(record, numbers, a=0, b=None):
     """[samples of the frames a to b] of these signals; fast ones are not averaged."""
     import wfdb

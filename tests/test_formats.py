@@ -44,8 +44,7 @@ def signals():
     made = {}
     for name, fs in RATES.items():
         t = np.arange(200 * fs) / fs
-        made[name] = (90 + 25 * np.sin(2 * np.pi * 1.3 * t) + 9 * np.sin(2 * np.pi * 2.6 * t + 1)
-                      + t / 9)
+        made[name] = 90 + 25 * np.sin(8 * t) + t / 9
         made[name][GAP_S[0] * fs:GAP_S[1] * fs] = np.nan
     return made
 
@@ -159,21 +158,13 @@ def test_a_damaged_file_gives_its_samples_or_one_line(tmp_path, files, form):
     assert complaints
 
 
-def test_a_header_may_leave_the_length_to_the_data_file(tmp_path):
-    path = write_wfdb(tmp_path, "r", 80 + np.arange(500) / 10)
-    header = (tmp_path / "r.hea").read_text()
-    (tmp_path / "r.hea").write_text(header.replace("r 1 125 500", "r 1 125"))
-    np.testing.assert_allclose(whole(path)["ABP"].samples, 80 + np.arange(500) / 10)
-    assert opened(path).end_s == 4
-
-
 @pytest.mark.parametrize("form", ["8", "16", "24", "32", "212", "310", "311"])
 def test_windows_of_every_storage_format_equal_the_whole(tmp_path, form):
     wfdb = pytest.importorskip("wfdb")
     x = np.rint(400 * np.sin(np.arange(20006) / 9)).astype(int)
-    if form == "8":         # differences
+    if form == "8":         # differences; the header may leave the length to the data file
         np.diff(x, prepend=x[0]).astype("i1").tofile(tmp_path / "r.dat")
-        (tmp_path / "r.hea").write_text(f"r 1 125 {len(x)}\nr.dat 8 2/mmHg 16 0 {x[0]} 0 0 ABP\n")
+        (tmp_path / "r.hea").write_text(f"r 1 125\nr.dat 8 2/mmHg 16 0 {x[0]} 0 0 ABP\n")
     else:
         try:
             wfdb.wrsamp("r", 125, ["mmHg"], ["ABP"], d_signal=x[:, None], fmt=[form],
@@ -218,22 +209,23 @@ def test_segments_are_joined_their_gaps_are_nan_and_channels_and_units_may_diffe
 
 def test_a_record_with_upper_case_endings_is_read(tmp_path):
     write_wfdb(tmp_path, "R", np.arange(100.0))
-    text = (tmp_path / "R.hea").read_text().replace("R.dat", "R.DAT")
-    (tmp_path / "R.HEA").write_text(text)
+    (tmp_path / "R.HEA").write_text((tmp_path / "R.hea").read_text().replace("R.dat", "R.DAT"))
     os.remove(tmp_path / "R.hea")
     os.rename(tmp_path / "R.dat", tmp_path / "R.DAT")
     (found,) = recordings.find_recordings([tmp_path])
     np.testing.assert_allclose(whole(found.path)["ABP"].samples, np.arange(100))
 
 
+ONE = "16 1/mmHg 16 0 0 0 0 ABP\n"
+
+
 @pytest.mark.parametrize("header, complaint", [
-    ("", "not a readable WFDB header"),
-    ("r 1 125 100\n", "not a readable WFDB header"),
-    ("r 1 x 100\nr.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "not a readable WFDB header"),
-    ("r 1 125 100\nabsent.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "data file is missing"),
-    ("r 1 125 900\nr.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "data file is too short"),
+    ("", "not a readable WFDB header"), ("r 1 125 100\n", "not a readable WFDB header"),
+    ("r 1 x 100\nr.dat " + ONE, "not a readable WFDB header"),
+    ("r 1 125 100\nabsent.dat " + ONE, "data file is missing"),
+    ("r 1 125 900\nr.dat " + ONE, "data file is too short"),
     ("r/1 1 125 100\nr 100\n", "has segments itself"),
-    ("r 1 125 100\n../s.dat 16 1/mmHg 16 0 0 0 0 ABP\n", "outside its own folder"),
+    ("r 1 125 100\n../s.dat " + ONE, "outside its own folder"),
     ("m/1 1 125 100\n/etc/passwd 100\n", "outside its own folder"),
 ])
 def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
@@ -246,8 +238,7 @@ def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
 
 def test_numbers_of_a_vital_file_keep_their_times(files):
     reader = opened(files["vital"])
-    listed = {name: channel.fs for name, channel in reader.channels.items()}
-    assert listed == {"SNUADC/ABP": 250, "SNUADC/PLETH": 125, "Solar8000/HR": 1}
+    assert reader.channels["Solar8000/HR"].fs == 1
     samples = reader.read(["Solar8000/HR"], 0, np.inf)["Solar8000/HR"].samples
     np.testing.assert_array_equal(samples[::2], 60 + np.arange(100))
     assert np.isnan(samples[1::2]).all()
@@ -274,43 +265,29 @@ def test_integer_tracks_of_a_vital_file_are_scaled_and_their_gaps_are_nan(tmp_pa
     np.testing.assert_allclose(whole(tmp_path / "i.vital")["Bx50/IBP1"].samples, expected)
 
 
-def test_a_vital_file_that_ends_early_is_refused(tmp_path, files):
-    with open(files["vital"], "rb") as file:
-        data = file.read()
-    (tmp_path / "cut.vital").write_bytes(data[:len(data) // 2])
-    with pytest.raises(RecordingError, match="not a whole .vital file"):
-        opened(tmp_path / "cut.vital")
-
-
 @pytest.fixture
 def edf(tmp_path, signals):
     """(path, its bytes) of a continuous EDF+ file of 80 s."""
-    write_edf(tmp_path / "c.edf", {name: samples[:80 * RATES[name]]
-                                   for name, samples in signals.items()})
-    return tmp_path / "c.edf", (tmp_path / "c.edf").read_bytes()
+    path = tmp_path / "c.edf"
+    write_edf(path, {name: samples[:80 * RATES[name]] for name, samples in signals.items()})
+    return path, path.read_bytes()
 
 
-def test_edf_samples_are_those_of_pyedflib(edf):
-    pyedflib = pytest.importorskip("pyedflib")
-    got = whole(edf[0])
-    with pyedflib.EdfReader(str(edf[0])) as file:
-        for i, name in enumerate(RATES):
-            np.testing.assert_allclose(got[name].samples, file.readSignal(i), atol=1e-9)
-            assert got[name].unit == file.getPhysicalDimension(i)
-        assert opened(edf[0]).start_time == file.getStartdatetime()
-
-
-@pytest.mark.parametrize("first, width, text", [
-    (168, 8, b"00.00.00"), (176, 8, b"10:20:30"), (8, 12, b"M\xfcller, J\xf6rg"),
-    (8, 3, b"\x00\x00\x00"), (236, 8, b"-1      "), (256 + 3 * 96 + 8, 8, b"\xb5V      "),
-    (256 + 3 * 104 + 8, 16, b"0       0       "), (256 + 3 * 120 + 16, 8, b"-       "),
+@pytest.mark.parametrize("first, text", [
+    (168, b"00.00.00"), (176, b"10:20:30"), (8, b"M\xfcller, J\xf6rg"), (8, b"\x00\x00\x00"),
+    (236, b"-1      "), (256 + 3 * 96 + 8, b"\xb5V      "),
+    (256 + 3 * 104 + 8, b"0       0       "), (256 + 3 * 120 + 16, b"-       "),
 ])
-def test_an_odd_field_that_the_wanted_channel_does_not_need_is_no_obstacle(edf, first, width, text):
+def test_an_odd_field_that_the_wanted_channel_does_not_need_is_no_obstacle(edf, first, text):
     path, data = edf
     expected = whole(path)["ABP"].samples
-    path.write_bytes(data[:first] + text + data[first + width:])
-    reader = opened(path)
-    np.testing.assert_array_equal(reader.read(["ABP"], 0, np.inf)["ABP"].samples, expected)
+    path.write_bytes(data[:first] + text + data[first + len(text):])
+    np.testing.assert_array_equal(opened(path).read(["ABP"], 0, np.inf)["ABP"].samples, expected)
+
+
+def test_the_start_of_an_edf_file(edf):
+    edf[0].write_bytes(edf[1][:168] + b"31.12.8523.59.01" + edf[1][184:])
+    assert opened(edf[0]).start_time == pd.Timestamp("1985-12-31 23:59:01")
 
 
 @pytest.mark.parametrize("first, text, complaint", [
@@ -326,16 +303,13 @@ def test_a_bad_edf_file_gets_one_line(edf, first, text, complaint):
 
 def test_the_rate_of_hdf5_is_an_attribute_of_the_dataset_or_above_or_given(tmp_path):
     with h5py.File(tmp_path / "w.h5", "w") as file:
-        file["a/pressure"] = np.arange(50, dtype="f4")
         file["a/light"] = np.arange(50, dtype="i2")[None]
         file["b/light"] = np.arange(50.0)
         file["a"].attrs["sampling_rate"] = 50
-    path = tmp_path / "w.h5"
-    assert {name: c.fs for name, c in opened(path, 25).channels.items()} == dict.fromkeys(
-        ("a/light", "a/pressure", "b/light"), 25)
-    reader = opened(path)
+    reader = opened(tmp_path / "w.h5")
     np.testing.assert_array_equal(reader.read(["a/light"], 0, 9)["a/light"].samples, np.arange(50))
-    assert reader.channels["a/pressure"].fs == 50
+    assert reader.channels["a/light"].fs == 50
+    assert opened(tmp_path / "w.h5", 25).channels["b/light"].fs == 25
     with pytest.raises(RecordingError, match="give the rate: --fs HZ"):
         reader.read(["b/light"], 0, 9)
 
@@ -353,45 +327,30 @@ def test_integers_of_hdf5_are_scaled_by_their_attributes(tmp_path, attributes, s
     np.testing.assert_allclose(got, np.array([80, 81, np.nan, 82.5]) + shift)
 
 
-def test_only_numbers_of_the_file_itself_are_channels_each_once(tmp_path):
+def test_only_numbers_of_the_file_are_channels_and_names_cannot_command_the_terminal(tmp_path):
     with h5py.File(tmp_path / "w.h5", "w") as file:
         file["external"] = h5py.ExternalLink("other.h5", "abp")
         file["loop/again"] = file
         file["text"], file["complex"], file["table"] = ["a"], np.zeros(9, complex), np.zeros((9, 9))
-        file["own"] = np.arange(9.0)
-    assert list(opened(tmp_path / "w.h5").channels) == ["own"]
-
-
-def test_a_name_inside_a_file_cannot_command_the_terminal(tmp_path):
-    with h5py.File(tmp_path / "w.h5", "w") as file:
         file["a\x1b[31m\nb"] = np.arange(9.0)
         file["a\x1b[31m\nb"].attrs["units"] = "\x1b[2J"
     reader = opened(tmp_path / "w.h5")
-    (name, channel), = reader.channels.items()
-    assert (name, channel.unit) == ("a?[31m b", "?[2J")
+    assert [(name, c.unit) for name, c in reader.channels.items()] == [("a?[31m b", "?[2J")]
     with pytest.raises(RecordingError) as caught:
-        reader.read([name], 0, 9)
+        reader.read(["a?[31m b"], 0, 9)
     assert str(caught.value).isprintable()
 
 
-def huge_hdf5(path):
-    with h5py.File(path, "w") as file:
-        file.create_dataset("abp", (10**12,), "f4", chunks=(10**6,)).attrs["fs"] = 125
-
-
-def huge_vital(path):
-    path.write_bytes(gzip.compress(b"VITA") + 40 * gzip.compress(bytes(10 << 20)))
-
-
-def huge_csv_jump(path):
-    path.write_text("time,abp\n" + "".join(f"{i / 5000},80\n" for i in range(9))
-                    + "600000,80\n600000.0002,80\n600000.0004,80\n")
-
-
-@pytest.mark.parametrize("name, write", [("h.h5", huge_hdf5), ("h.vital", huge_vital),
-                                         ("h.csv", huge_csv_jump)])
-def test_a_small_file_that_promises_absurd_amounts_is_refused_at_a_stated_limit(tmp_path, name,
-                                                                                write):
-    write(tmp_path / name)
+@pytest.mark.parametrize("ending", ["h5", "vital", "csv"])
+def test_a_small_file_that_promises_absurd_amounts_is_refused_at_a_stated_limit(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    if ending == "h5":
+        with h5py.File(path, "w") as file:
+            file.create_dataset("abp", (10**12,), "f4", chunks=(10**6,)).attrs["fs"] = 125
+    elif ending == "vital":
+        path.write_bytes(gzip.compress(b"VITA") + 40 * gzip.compress(bytes(10 << 20)))
+    else:
+        times = np.arange(12) / 5000 + 600000 * (np.arange(12) > 8)
+        pd.DataFrame({"time": times, "abp": 80}).to_csv(path, index=False)
     with pytest.raises(RecordingError, match="may hold [0-9,]+ at most"):
-        opened(tmp_path / name)
+        opened(path)
