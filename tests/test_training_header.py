@@ -267,7 +267,7 @@ def train_on_file(index, *, level="segment", seed=0, workers=0, own=None, plain=
     if double:
         model.double()
         for loader in loaders:
-            loader.collate_fn = lambda batch: tuple(t.double() for t in batch)
+            loader.batches.collate_fn = lambda batch: tuple(t.double() for t in batch)
     defaults = {"total_epochs": 4, "lr": 3e-3, "device": "cpu", "l1_reg": 1e-3,
                 "scheduler_and_args": [StepLR, {"step_size": 2, "gamma": 0.5}]}
     return training_loop(model, *loaders, **{**defaults, **options})
