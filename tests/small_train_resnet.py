@@ -18,6 +18,7 @@ if __name__ == "__main__":
     models.MODELS.update(small_models())
 
     import train_resnet
+    import training_header as header
     from tk_utils import run_script
-    sys.exit(run_script(train_resnet.main, train_resnet.CheckpointError, train_resnet.DataError,
-                        train_resnet.TrainingError))
+    sys.exit(run_script(train_resnet.main, header.CheckpointError, header.DataError,
+                        header.TrainingError))
