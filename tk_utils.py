@@ -22,7 +22,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -34,8 +33,8 @@ from typing import Callable, Dict, Iterable, Iterator, Optional, Sequence
 import filelock
 import numpy as np
 
-# ---------------------------------------------------------------- files
 
+# ---------------------------------------------------------------- files
 @contextlib.contextmanager
 def atomic_path(path) -> Iterator[str]:
     """Yield a temporary path in the same folder; on success, sync it and rename it to `path`.
@@ -44,7 +43,7 @@ def atomic_path(path) -> Iterator[str]:
     temporary file is hidden and ends in .tmp, so libraries that go by the suffix need the format.
     """
     path = os.path.realpath(path)               # follow a symlink, so that the link itself stays
-    check_writable(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     remove_leftovers(path)
     temporary = f"{_temporary_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
@@ -91,8 +90,7 @@ def remove_leftovers(path) -> None:
 
 
 def check_writable(path, inputs=()) -> None:
-    """Raise OSError if `path` cannot be written, or is one of the files `inputs` (None: no file):
-    call it before the work that it will hold."""
+    """Raise OSError if `path` cannot be written or is one of the files `inputs` (None: no file)."""
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: expected a file to write, but this is a folder")
     if os.path.realpath(path) in {os.path.realpath(file) for file in inputs if file}:
@@ -100,10 +98,8 @@ def check_writable(path, inputs=()) -> None:
     folder = os.path.dirname(os.path.realpath(path))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written here ({error.strerror})") from None
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise PermissionError(f"{path}: cannot be written here")
 
 
 @contextlib.contextmanager
@@ -141,7 +137,6 @@ class RunFiles:
 
 
 # ---------------------------------------------------------------- scripts
-
 _REMEDIES = {errno.ENOSPC: "free some disk space and run the command again",
              errno.EMFILE: "raise the limit of open files: ulimit -n 8192"}
 
@@ -206,11 +201,11 @@ def print_table(rows: Iterable[Sequence], headers: Sequence[str]) -> None:
     """
     cells, numeric = table_cells(rows, headers)
     columns = [[printable(cell) for cell in column] for column in zip(headers, *cells)]
-    widths = [max(1, *map(len, column)) for column in columns]
-    longest_words = [max(1, *map(len, " ".join(column).split())) for column in columns]
+    widths = [max([1, *map(len, column)]) for column in columns]
+    longest_words = [max([1, *map(len, " ".join(column).split())]) for column in columns]
     limit = min(100, shutil.get_terminal_size((100, 24)).columns) - 2 * (len(columns) - 1)
     if sum(widths) > limit:
-        widths = [max(1, *map(len, column[0].split() + column[1:])) for column in columns]
+        widths = [max([1, *map(len, column[0].split() + column[1:])]) for column in columns]
     while sum(widths) > limit and widths != longest_words:
         _, widest = max((width, n) for n, width in enumerate(widths) if width > longest_words[n])
         widths[widest] -= 1
@@ -250,7 +245,6 @@ def simulated_note(origin: str, trained_on: str) -> Optional[str]:
 
 
 # ---------------------------------------------------------------- running
-
 def progress(iterable=None, **options):
     """tqdm with its options; in a log file, which cannot show a bar, figures every 30 s."""
     from tqdm.auto import tqdm
@@ -333,7 +327,6 @@ def git_revision() -> Optional[str]:
 
 
 # ---------------------------------------------------------------- figures
-
 TRAIN_COLOUR, TUNE_COLOUR = "#4c72b0", "#dd8452"
 FONT_POINTS = 9         # of figures 4.8 inches wide: at least 9 px on a phone
 

@@ -32,7 +32,6 @@ NEW = {**OLD, "lr": 2e-3, "schedule": ["onecycle", 0.3, 0.04], "weight_decay": 0
 CANDIDATES = {      # name: (network, recipe)
     "published": ("resnet_v3", OLD),
     "decay_off": ("resnet_v3", {**OLD, "weight_decay": 0.0, "l1": 0.0}),
-    "cosine": ("resnet_v3", {**OLD, "schedule": ["cosine", 0.0]}),
     "adamw_onecycle": ("resnet_v3", NEW),
     "adamw_onecycle_anchor": ("resnet_v3", {**NEW, "anchor": True}),
     "spread": ("resnet_spread", NEW),
@@ -129,7 +128,7 @@ def main():
         with open(options.draw[0], encoding="utf-8") as file:
             return draw(json.load(file), options.draw[1])
     standard = train_resnet.parse_args(["--data", *options.data] if options.data else [])
-    data_set = train_resnet.DataSet(standard, train_resnet.find_data(standard, 0), 0)
+    data_set = train_resnet.DataSet(standard, train_resnet.find_data(standard))
     results = {}
     for name in options.only:
         results[name] = [run(name, seed, data_set, options.epochs) for seed in range(options.seeds)]

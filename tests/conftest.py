@@ -1,4 +1,5 @@
 """Shared by the tests: small simulated files, published-style files, scripts as subprocesses."""
+import glob
 import os
 import subprocess
 import sys
@@ -72,9 +73,12 @@ needs_children = pytest.mark.skipif(
 
 
 def children(pid):
-    """The processes that a process has started and that have not ended."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return list(map(int, file.read().split()))
+    """The processes that a process has started, in any of its threads, and that have not ended."""
+    found = []
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        with open(path) as file:
+            found += map(int, file.read().split())
+    return found
 
 
 def make_file(path, patients=6, encounters=2, rows=8, seed=0, ppg_rank=3, layout="contiguous",
