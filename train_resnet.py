@@ -245,7 +245,7 @@ def choose_recipe(options, n_segments) -> dict:
 def print_plan(recipe, parts):
     print(", ".join(f"{name}: {counted(len(part), 'segment')} of "
                     f"{counted(part.n_patients, 'patient')}" for name, part in parts.items()))
-    print("recipe {recipe}: {epochs} epochs, batches of {batch_size}".format(**recipe), flush=True)
+    print("recipe {recipe}: batch size {batch_size}, epochs {epochs}".format(**recipe), flush=True)
 
 
 def open_parent(options, data, parts):

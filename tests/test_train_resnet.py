@@ -552,7 +552,7 @@ def spoil(folder, kind):
     ("good", ("--condition", "very_good"), "very_good"),
     ("good", ("--device", "toaster"), "device 'toaster'"),
     ("good", ("--model", "resnet_v9"), "--model resnet_v9: expected resnet_v3"),
-    ("good", ("--model", "absent.py:Net"), "--model absent.py:Net: absent.py: no such file"),
+    ("good", ("--model", "absent.py:Net"), "--model absent.py:Net: expected resnet_v3"),
     ("good", ("--loss", "hubris"), "--loss hubris: expected mse"),
     ("good", ("--batch-size", "-3"), "--batch-size -3: expected at least 1"),
     ("good", ("--lr", "nan"), "--lr nan: expected at least 0"),
