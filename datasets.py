@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 FS, SEGMENT_SECONDS = 60, 60            # Hz, s
 SEGMENT_SAMPLES = FS * SEGMENT_SECONDS
 LARGE_BYTES = 10 ** 9                   # the index of data above this size is kept next to them
-ABSENT, ENCODED = -1, -2                # instead of a byte offset: no such field; for h5py
+ENCODED = -1                            # instead of a byte offset: h5py has to read it
 PARTS = ("train", "tune", "test")
 
 
@@ -357,22 +357,19 @@ def hash_patients(patients, salt) -> List[str]:
     return [hashlib.sha256(f"{salt}/{patient}".encode()).hexdigest()[:16] for patient in patients]
 
 
-def look_up() -> None:
-    """`python datasets.py FILE --who …`: prints the names of patients."""
+def look_up():
+    """`python datasets.py FILE --who …`: prints names."""
     parser = argparse.ArgumentParser(description="Private: for those who may see the data.")
     parser.add_argument("file", help="an HDF5 file of the layout")
     parser.add_argument("--who", nargs="+", required=True, help="17 (patient), 17/2 (patient and "
                         "encounter), or a patient's hash, by tpp_ppg.salt next to the file")
-    options = parser.parse_args()
-    salt = os.path.join(os.path.dirname(options.file), "tpp_ppg.salt")
+    options, salt, names = parser.parse_args(), "", {}
+    with suppress(OSError), open(os.path.join(os.path.dirname(options.file), "tpp_ppg.salt")) as f:
+        salt = f.read().strip()
     with open_file(options.file) as file:
-        patients = list(file)
-        names = {str(i): patient for i, patient in enumerate(patients)}
-        names.update((f"{i}/{j}", f"{patient}/{name}") for i, patient, group in groups_of(file)
-                     for j, name, _ in groups_of(group))
-    if os.path.exists(salt):
-        with open(salt) as saved:
-            names.update(zip(hash_patients(patients, saved.read().strip()), patients))
+        for i, patient, group in groups_of(file):
+            names.update({str(i): patient, hash_patients([patient], salt)[0]: patient})
+            names.update((f"{i}/{j}", f"{patient}/{name}") for j, name, _ in groups_of(group))
     for who in options.who:
         print(f"{who}: {names.get(who, 'not in this file')}")
 
@@ -391,7 +388,8 @@ class DatasetIndex:
     places: np.ndarray              # [E, 2] int32: numbers in the file, for `place`
     encounter_patient: np.ndarray   # [E] int32, ascending
     encounter_file: np.ndarray      # [E] int32
-    stored: np.ndarray              # [FIELDS, E] int64: byte of row 0, ABSENT or ENCODED
+    fields: np.ndarray              # [K] str: those that all encounters have
+    stored: np.ndarray              # [K, E] int64: byte of row 0 in the file, or ENCODED
     starts: np.ndarray              # [E + 1] int64
     rows: np.ndarray                # [S] int32
 
@@ -426,14 +424,10 @@ class DatasetIndex:
             encounter_file=self.encounter_file[some], stored=self.stored[:, some],
             starts=np.append(0, np.cumsum(counts[some])), rows=self.rows[keep])
 
-    def offsets(self, key):
-        """[E] int64: where a field's rows begin in its file, or ABSENT or ENCODED."""
-        return self.stored[list(FIELDS).index(key)]
-
     def sources(self, key):
         """The fields that `key` is read from: itself or, where it is absent, two to subtract."""
         for fields in ((key,), DIFFERENCES.get(key, (key,))):
-            if all(one in FIELDS and (self.offsets(one) != ABSENT).all() for one in fields):
+            if set(fields) <= set(self.fields):
                 return fields
         raise DataError(f"{self.paths[0]}: no field {key!r} in some or all encounters")
 
@@ -500,7 +494,8 @@ def index_files(paths, gate, mrn_to_csns):
         stamps.append(stamp(path))          # before the scan: a change during it shows as well
         for patient, name, numbers, fields, where in scan(path, wanted):
             passed = np.logical_and.reduce([kept for _, kept in apply_gate(gate, fields, where)])
-            stored = [first_byte(fields.get(key)) for key in FIELDS]
+            stored = {key: item.id.get_offset() if item.dtype == "<f4" else None
+                      for key, item in fields.items()}      # no offset: chunks, or in the header
             found.append((patient, name, numbers, number, stored, np.flatnonzero(passed)))
         if wanted is None and (not found or found[-1][3] != number):
             raise DataError(f"{path}: expected /<patient>/<encounter>/<field>, found no encounter")
@@ -515,19 +510,13 @@ def index_files(paths, gate, mrn_to_csns):
         raise DataError(f"{where}: no segment passes the quality gate {str(gate)!r}")
     patients, encounters, places, files, stored, passed = zip(*found)
     names, numbers = np.unique(patients, return_inverse=True)
+    fields = sorted(set.intersection(*map(set, stored)))
     return DatasetIndex(
         paths, np.array(stamps), str(gate), names, np.array(encounters),
         np.array(places, np.int32), numbers.astype(np.int32), np.array(files, np.int32),
-        np.array(stored).T, np.cumsum([0, *map(len, passed)], dtype=np.int64),
+        np.array(fields), np.array([[one[key] or ENCODED for one in stored] for key in fields]),
+        np.cumsum([0, *map(len, passed)], dtype=np.int64),
         np.concatenate(passed).astype(np.int32))
-
-
-def first_byte(item):
-    """Where the float32 rows of an h5py dataset begin in its file, or ENCODED; ABSENT of None."""
-    if item is None:
-        return ABSENT
-    offset = item.id.get_offset() if item.dtype == "<f4" else None
-    return ENCODED if offset is None else offset
 
 
 def stamp(path):
@@ -582,12 +571,9 @@ def split_patients(patients, split_seed=0):
 
 
 def fold_patients(index, split_seed, folds):
-    """The fold, 0 to folds - 1, in which each patient of an index is tested, [P].
-
-    The patients of each file (that of a patient's first encounter by name) are dealt out in the
-    order of `split_hash`, continuing where the file before ended, so that folds differ by one
-    patient at most, also within a file, whatever the order of files and rows.
-    """
+    """The fold, 0 to folds - 1, in which each patient of an index is tested, [P]. The patients of
+    each file (that of their first encounter by name) are dealt out in the order of `split_hash`,
+    continuing where the file before ended: folds differ by one patient at most, in a file, too."""
     by_name = np.lexsort((index.encounters, index.encounter_patient))
     first = by_name[np.searchsorted(index.encounter_patient, np.arange(index.n_patients))]
     source, position = index.encounter_file[first], split_hash(index.patients, split_seed)
@@ -622,12 +608,9 @@ def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, Dataset
 
 class TPP_PPG_dataset(Dataset):
     """Segments as tuples of float32 tensors: `dataset[i]` is ppg [1, 3600] and scalars in the order
-    of keys_to_load, the label last; `dataset[array]` a batch, in one read.
-
-    level: 'segment', or 'patient' for one random segment of each patient, drawn anew each epoch as
-    a function of (seed, epoch, patient). percentage: a random share of the segments or patients.
-    csns_to_skip: encounters to leave out. Raises DataError, also when a file has changed.
-    """
+    of keys_to_load, the label last; `dataset[array]` a batch, in one read. level: 'segment', or
+    'patient' for one random segment of each, drawn anew each epoch as a function of (seed, epoch,
+    patient). percentage: a random share. csns_to_skip: encounters to leave out. DataError."""
 
     def __init__(self, dataset_index, level, keys_to_load=None, percentage=100, csns_to_skip=None,
                  *, seed=0):
@@ -715,7 +698,8 @@ class TPP_PPG_dataset(Dataset):
         index, row_bytes = self.index, 4 * samples
         encounters = np.searchsorted(index.starts, segments, "right") - 1
         files, rows = index.encounter_file[encounters], index.rows[segments].astype(np.int64)
-        offsets, out = index.offsets(key)[encounters], np.empty((len(segments), samples), "f4")
+        offsets = index.stored[index.fields == key][0][encounters]
+        out = np.empty((len(segments), samples), np.float32)
         for number in np.unique(files):
             check_unchanged(index, [number])    # a file cut short under its map ends the process
             path, mine = index.paths[number], np.flatnonzero(files == number)
@@ -808,32 +792,30 @@ class Loader:
             for items in self.sampler:
                 segments = torch.from_numpy(self.dataset.segments(items)).to(self.device)
                 yield tuple(values.index_select(0, segments) for values in self.held)
-        elif not self.workers:
-            yield from self.batches
-        else:
-            try:
+            return
+        try:
+            if self.workers:
                 self.dataset.epoch.share_memory_()      # so that workers see `set_epoch`
-                batches = iter(self.batches)
+            batches = iter(self.batches)
+            if self.workers:
                 with suppress(ValueError, AttributeError):          # in a thread; on Windows
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # PyTorch's raises anywhere
-                yield from batches
-            except (RuntimeError, OSError, DataError) as error:
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                if isinstance(error, DataError):        # a worker's carries its traceback
-                    raise DataError(lines[-1].split("DataError: ")[-1]) from None
-                raise DataError(f"a loader worker failed ({lines[0][:150]}); where memory or "
-                                "/dev/shm is full: use fewer --workers, or enlarge /dev/shm"
-                                ) from None
+            yield from batches
+        except (RuntimeError, OSError, DataError) as error:
+            if not self.workers:
+                raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            if isinstance(error, DataError):            # a worker's carries its traceback
+                raise DataError(lines[-1].split("DataError: ")[-1]) from None
+            raise DataError(f"a loader worker failed ({lines[0][:150]}); where memory or /dev/shm "
+                            "is full: use fewer --workers, or enlarge /dev/shm") from None
 
 
 def make_loader(dataset, batch_size, shuffle=False, seed=0, workers=0, drop_last=None,
                 pin_memory=False, rank=0, world=1, device_cache=None) -> Loader:
-    """A loader whose batches are tuples of tensors, each read from the file in one go.
-
-    drop_last: default as shuffle. device_cache: a device; if the data fit in half of its free
-    memory, they are kept and batches made there (`loader.device` is then the device, else None).
-    `loader.sampler.set_epoch(epoch, first_batch)` chooses the epoch and resumes within it.
-    """
+    """A `Loader`. drop_last: default as shuffle. device_cache: a device; if the data fit in half of
+    its free memory, they are kept and batches made there (`loader.device` is then the device, else
+    None). `loader.sampler.set_epoch(epoch, first_batch)` chooses where to begin."""
     order = BatchOrder(dataset, batch_size, shuffle, seed,
                        shuffle if drop_last is None else drop_last, rank, world)
     if device_cache is not None:
@@ -842,7 +824,7 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, workers=0, drop_last
         if device.type != "cuda" or 2 * size <= torch.cuda.mem_get_info(device)[0]:
             return Loader(order, device, 0)
         pin_memory = True
-    slow = dataset.index.offsets("ppg") == ENCODED
+    slow = dataset.index.stored[dataset.index.fields == "ppg"][0] == ENCODED
     if shuffle and rank == 0 and "ppg" in dataset.keys_to_load and slow.any():
         path = dataset.index.paths[dataset.index.encounter_file[slow.argmax()]]
         print(f"WARNING: {path}: PPG that is compressed, in chunks or not float32 is slow to read "
