@@ -232,15 +232,14 @@ class Predictor:
 
     def block(self, recorded, minutes, readings, wrong_readings) -> pd.DataFrame:
         """The rows of some minutes."""
-        n, start_s = len(minutes.start_s), minutes.start_s
-        end_s = start_s + SEGMENT_SECONDS
+        start_s, end_s = minutes.start_s, minutes.start_s + SEGMENT_SECONDS
         label = labels.label_segments(minutes.abp, FS, method=self.method)
         quality = signals.signal_quality(minutes.abp, minutes.ppg, FS)
         numbers = {kind: (values, minutes.number_age_s[kind])
                    for kind, values in minutes.numbers.items()}
-        none = np.full(n, np.nan)
-        vitals = choose_vitals(self.needed, n, {        # {source: {vital: (values, ages in s)}}
-            "option": {key: (np.full(n, value), none) for key, value in self.given.items()},
+        none = np.full(len(start_s), np.nan)
+        vitals = choose_vitals(self.needed, len(none), {    # {source: {vital: (values, ages in s)}}
+            "option": {key: (np.full_like(none, value), none) for key, value in self.given.items()},
             "vitals": {key: recordings.last_reading(*reading, end_s)
                        for key, reading in readings.items()},
             "abp": {key: (label[key], none) for key in VITALS if key in label},
@@ -369,15 +368,16 @@ def draw(table, predictor):
     figure = tk_utils.new_figure(9, 3 + 1.5 * len(units))
     axes = figure.subplots(1 + len(units), 1, sharex=True, squeeze=False,
                            gridspec_kw={"height_ratios": [2.2] + [1] * len(units)})[:, 0]
-    # A minute is a step; where the next does not follow, an empty row ends it.
-    ends = table[["start_s"]] + SEGMENT_SECONDS
-    ends = ends[~ends["start_s"].round(1).isin(table["start_s"].round(1))]
-    steps = pd.concat([table, ends]).sort_values("start_s", kind="stable")
+    # A minute has two rows, its start and its end; an empty row follows where the next does not.
+    ends = table.assign(start_s=table["start_s"] + SEGMENT_SECONDS - 1e-3)
+    is_last = np.append(np.diff(table["start_s"]) > SEGMENT_SECONDS + 0.01, True)
+    steps = pd.concat([table, ends, ends.loc[is_last, ["start_s"]]]).sort_values(
+        "start_s", kind="stable")
     x, top = steps["start_s"] / scale, axes[0]
     if 0.9 in predictor.levels:
-        top.fill_between(x, steps["low_90"], steps["high_90"], step="post", alpha=0.3, lw=0,
+        top.fill_between(x, steps["low_90"], steps["high_90"], alpha=0.3, lw=0,
                          color=tk_utils.TRAIN_COLOUR, label="90% interval")
-    top.step(x, steps["tpp"], where="post", color=tk_utils.TRAIN_COLOUR, lw=1.2, label="TPP")
+    top.plot(x, steps["tpp"], color=tk_utils.TRAIN_COLOUR, lw=1.2, label="TPP")
     middle = (table["start_s"] + SEGMENT_SECONDS / 2) / scale
     if "tpp_abp" in table:
         top.plot(middle, table["tpp_abp"].where(table["abp_in_gate"] == "yes"), ".", color="black",
@@ -390,13 +390,13 @@ def draw(table, predictor):
     for axis, label in zip(axes, ("TPP (mmHg)", *units)):
         for i, key in enumerate(predictor.needed):
             if FIELDS[key].unit == label:
-                axis.step(x, steps[key], where="post", lw=1.2, label=key.upper(), color=f"C{i + 1}")
-        low, high = axis.get_ylim()
-        if high - low < 20:     # do not magnify small changes
-            axis.set_ylim((low + high) / 2 - 10, (low + high) / 2 + 10)
+                axis.plot(x, steps[key], lw=1.2, label=key.upper(), color=f"C{i + 1}")
+        middle_y, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
+        axis.set_ylim(middle_y - max(half, 10), middle_y + max(half, 10))   # no small changes
         refused = steps["refused"].fillna("") != ""
-        axis.fill_between(x, 0, refused.astype(float), step="post", color="0.85", lw=0, zorder=0,
-                          transform=axis.get_xaxis_transform(), label="refused")
+        axis.fill_between(x, 0, 1, where=refused, color="0.85", lw=0, zorder=0,
+                          transform=axis.get_xaxis_transform(),
+                          label="refused" if axis is top and refused.any() else None)
         axis.set_ylabel(label)
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].set_xlabel(f"{unit} from the recording's start")
