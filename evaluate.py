@@ -6,90 +6,75 @@
     python evaluate.py runs/icu_fold?.pth --report icu.html # several runs: each, and all together
     python evaluate.py runs/M1.5.pth --calibrate FILE…      # prediction intervals for other data
 
-From Python: `evaluate(model_or_path, index)` returns the results as a dictionary.
-
-TPP = MAP - Pcrit and MAP is an input, so the error of TPP is the error of Pcrit, while R² of TPP is
-inflated by the spread of MAP: read R² of Pcrit, and the skill over the baselines.
-
-Needs training_header.py and what that needs, metrics.py, baselines.py, signals.py, report.py and
-templates/.
+From Python: `evaluate(model_or_path, index)` returns the results as a dictionary. MAP is an input
+and part of TPP, so the error of TPP is that of Pcrit, and R² of TPP is inflated. Needs metrics.py,
+baselines.py, signals.py, report.py, templates/, training_header.py and what that needs.
 """
 import json
 import os
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import joblib
 import numpy as np
-import pandas as pd
 
 import baselines
+import checkpoint as checkpoints
 import datasets
 import metrics
 import report
 import tk_utils
-from checkpoint import (
-    CheckpointError,
-    default_salt_path,
-    load_checkpoint,
-    patient_parts,
-    read_salt,
-    save_tensors,
-)
 from datasets import DataError, DatasetIndex, TPP_PPG_dataset, create_dataset_index
 from report import percent
-from signals import PPG_FEATURES, ppg_features
+from signals import ppg_features
 from tk_utils import counted
-from training_header import (
-    LOSSES,
-    TrainingError,
-    choose_device,
-    load_model,
-    predict_with_spread,
-)
+from training_header import LOSSES, TrainingError, choose_device, load_model, predict_with_spread
 
-SPLITS = ("test", "tune", "train", "all")
 SCORED = ["map", "p_crit", "tpp"]           # fields without which there are no scores
 MAX_BASELINE_SEGMENTS = 100_000             # train segments for the baselines: more adds nothing
 MAX_NOVELTY_SEGMENTS = 20_000               # train segments that define usual inputs
 MAX_HASHED_SEGMENTS = 200_000               # segments of a part searched for shared seconds
 MAX_TPP_MMHG = 500                          # a network that exceeds this is broken
 MIN_CHANGE_MMHG = 0.01                      # predictions that vary by less are constant
+Fitted = dict       # what several evaluations share (baselines, results): pass the same to each
 # Runs that train_resnet.py --ablate trains in addition, by the endings of their names.
 ABLATIONS = {"_no_ppg": "network without the PPG", "_no_vitals": "network without vitals"}
-EACH_BEST = "each run's best baseline"
-STRATA = (      # fields (the first that is there), name, unit, inner edges or None for quarters
-    (("tpp",), "TPP", "mmHg", (20, 34, 50)), (("map",), "MAP", "mmHg", (65, 74, 90)),
-    (("hr",), "Heart rate", "/min", (60, 80, 100)),
-    (("pp",), "Pulse pressure", "mmHg", (40, 60, 80)),
-    (("r2",), "Label's r²", "", (0.7, 0.8, 0.9)),
-    (("ppg_quality", "pulse_quality"), "PPG quality", "", None),
-    (("beat_irregularity", "pulse_irregularity"), "Beat irregularity", "", (0.05, 0.1, 0.2)),
-    (("distance",), "Distance from training inputs", "", None),
-    (("spread",), "Network's own SD", "mmHg", None))
+PROBLEMS = {    # checks, in words
+    "patients_in_two_parts": "{:,} patients are in two parts of the split: these scores are leaked",
+    "constant_output": "CONSTANT OUTPUT: the network predicts the same TPP for every segment",
+    "ignores_ppg": "IGNORES THE PPG: it predicts the same with another patient's PPG"}
+STRATA = (      # field or its substitute, name, unit, inner edges or None for quarters
+    ("tpp", "", "TPP", "mmHg", (20, 34, 50)), ("map", "", "MAP", "mmHg", (65, 74, 90)),
+    ("hr", "", "Heart rate", "/min", (60, 80, 100)),
+    ("pp", "", "Pulse pressure", "mmHg", (40, 60, 80)),
+    ("r2", "", "Label's r²", "", (0.7, 0.8, 0.9)),
+    ("ppg_quality", "pulse_quality", "PPG quality", "", None),
+    ("beat_irregularity", "pulse_irregularity", "Beat irregularity", "", (0.05, 0.1, 0.2)),
+    ("distance", "", "Distance from training inputs", "", None),
+    ("spread", "", "Network's own SD", "mmHg", None))
 
 
 def parse_args(arguments=None):
     parser = tk_utils.ScriptParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoints", nargs="+", metavar="checkpoint",
-                        help="runs/<name>.pth, as train_resnet.py writes it; several (seeds, "
-                             "folds): each, mean ± SD, and all predictions together")
+                        help="runs/<name>.pth; several (seeds, folds): each, and all together")
     add = parser.add_argument_group("what is scored").add_argument
     add("--data", nargs="+", metavar="FILE",
         help="HDF5 files; default: those of the run, from runs/<name>/run.json")
-    add("--split", choices=SPLITS,
+    add("--split", choices=("test", "tune", "train", "all"),
         help="patients to score; default: test on the run's data, else all")
     add("--condition", nargs="+", metavar="GATE", help="quality gate; default: that of the run")
     add("--model", metavar="FILE.py:NAME", help="your own network, as in train_resnet.py --model")
     add("--calibrate", nargs="+", metavar="FILE",
-        help="fit the prediction intervals on the patients of these files and store them in the "
-             "checkpoint; needed where the data are not like those of training")
+        help="fit the prediction intervals on these patients and store them in the checkpoint")
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE.json", help="also write the scores here")
     add("--report", metavar="FILE.html",
-        help="write the whole evaluation as one page, its figures as PNG and PDF into "
-             "figures_resnet/, and the model card runs/<name>/card.md")
+        help="write everything as one page, with figures_resnet/ and runs/<name>/card.md")
     options = parser.parse_args(arguments)
     for path, suffix in ((options.report, ".html"), (options.json, ".json")):
         if path and not path.lower().endswith(suffix):
@@ -102,11 +87,10 @@ def main() -> None:
     paths = options.checkpoints
     for path in filter(None, (options.report, options.json)):
         tk_utils.check_writable(path)
-    if options.calibrate:
-        for path in paths:
-            calibrate(path, options.calibrate, options.condition, options.model)
-        if not options.data:
-            return
+    for path in paths if options.calibrate else ():
+        calibrate(path, options.calibrate, options.condition, options.model)
+    if options.calibrate and not options.data:
+        return
     settings = {"data": options.data, "split": options.split, "condition": options.condition,
                 "network": options.model, "full": bool(options.report)}
     if len(paths) > 1:
@@ -116,7 +100,7 @@ def main() -> None:
         report.print_results(results)
     if options.report:
         report.write_report(results, segments, options.report,
-                            {path: load_checkpoint(path) for path in paths})
+                            {path: checkpoints.load_checkpoint(path) for path in paths})
     if options.json:
         tk_utils.write_json(options.json, results)
 
@@ -125,23 +109,19 @@ def main() -> None:
 
 @dataclass
 class Segments:
-    """N segments and what is predicted of them, in mmHg; what is not known stays None or empty."""
-    fields: Dict[str, np.ndarray]           # {name: [N] float64}
-    patients: np.ndarray                    # [N] numbers
-    series: np.ndarray                      # [N] numbers of the encounters
-    names: np.ndarray                       # [N] patients' names, to recognise them in several runs
-    dataset: Any = None                     # to read their PPG
-    tpp: Optional[np.ndarray] = None        # [N] predictions
-    spread: Optional[np.ndarray] = None     # [N] the network's own SD
-    baselines: Dict[str, np.ndarray] = field(default_factory=dict)      # {name: [N]}
-    compared: Dict[str, np.ndarray] = field(default_factory=dict)       # of --ablate, {name: [N]}
-    best: Optional[str] = None              # the baseline that was best on the tune patients
+    """N segments and what is predicted of them: arrays [N], in mmHg."""
+    # Where known also 'distance' from the training inputs, bool 'unusual', the network's own SD
+    # 'spread', and 'swapped', predicted from another patient's PPG.
+    fields: Dict[str, np.ndarray]
+    patients: np.ndarray                    # numbers
+    series: np.ndarray                      # numbers of encounters
+    names: np.ndarray                       # of patients, to recognise them in several runs
+    dataset: Any = None
+    tpp: Optional[np.ndarray] = None        # the predictions
+    baselines: Dict[str, np.ndarray] = field(default_factory=dict)
+    compared: Dict[str, np.ndarray] = field(default_factory=dict)       # runs of --ablate
+    best: Optional[str] = None              # of the baselines, on the tune patients
     intervals: Dict[float, Any] = field(default_factory=dict)   # by level: (low, high), or why not
-    distance: Optional[np.ndarray] = None   # [N] from the training inputs
-    unusual: Optional[np.ndarray] = None    # [N] bool
-    swapped: Optional[np.ndarray] = None    # [N] predictions from the PPG of another patient
-    good: Optional["Segments"] = None       # of the same patients, all of good signal (gate 'any')
-    runs: Tuple["Segments", ...] = ()       # of several runs together: theirs
 
     def __len__(self):
         return len(self.patients)
@@ -152,107 +132,53 @@ class Segments:
 
     def waveform(self, rows) -> np.ndarray:
         """PPG [rows, samples]."""
-        if not self.runs:
-            return self.dataset.waveform("ppg", rows).reshape(len(rows), -1)
-        ends = np.cumsum([len(run) for run in self.runs])
-        which = np.searchsorted(ends, rows, side="right")
-        return np.concatenate([self.runs[k].waveform(np.array([row - ends[k] + len(self.runs[k])]))
-                               for k, row in zip(which, rows)])
+        return self.dataset.waveform("ppg", rows).reshape(len(rows), -1)
 
 
-@dataclass
-class Fitted:
-    """What several evaluations share, so that nothing is done twice: pass the same object to each.
-
-    Indexes by files and gate, PPG features by a segment's PPG, baselines by train patients, results
-    by checkpoint.
-    """
-    indexes: dict = field(default_factory=dict)
-    features: dict = field(default_factory=dict)
-    baselines: dict = field(default_factory=dict)
-    results: dict = field(default_factory=dict)
-
-    def index(self, files, condition) -> DatasetIndex:
-        key = (tuple(files), str(condition))
-        if key not in self.indexes:
-            self.indexes[key] = create_dataset_index(condition=condition, path=list(files))
-        return self.indexes[key]
-
-
-@dataclass
-class Chosen:
-    """The segments to score, and those that the run was trained and tuned on (None: not here)."""
-    scored: DatasetIndex
-    split: str
-    train: Optional[DatasetIndex] = None
-    tune: Optional[DatasetIndex] = None
-    held_out: bool = True           # the scored patients are meant to be others than these
-    calibrated: int = 0             # of the scored patients: in the calibration of --calibrate
-    warning: Optional[str] = None
-
-
-def choose_segments(path, checkpoint, data, split, condition, fitted) -> Chosen:
-    """What to score of the files `data`, or of the run's own where it is None."""
-    run = read_run(path)
-    if data is None and "data" not in run:
-        raise DataError(f"{path}: no record here of the data it was trained on; name them with "
-                        "--data")
+def choose_segments(path, checkpoint, data, split, condition):
+    """[the index to score, those of the run's train and tune patients or None], what to say about
+    them, how many --calibrate used. data: the files; None: those of the run."""
+    run, warning = read_run(path), None
+    if data is None and not run:
+        raise DataError(f"{path}: no record here of its data; name them with --data")
     files = datasets.find_files(data or run["data"])
-    trained_with = checkpoint["config"].get("condition", "default")
     own_data = data is None or list(map(os.path.realpath, files)) == run.get("data")
-    salt_path = run.get("salt_file") or default_salt_path(files[0])
-    index = fitted.index(files, condition or trained_with)
-    parts = patient_parts(index, checkpoint, salt_path)
+    index, parts, salt_path = read_parts(path, checkpoint, files, condition)
     if parts is None:
         if own_data or split not in (None, "all"):
-            raise DataError(f"{salt_path}: cannot identify the {split or 'test'} patients without "
-                            "this run's salt")
-        chosen = np.ones(index.n_patients, bool)
-        found = Chosen(index, "all", warning="overlap with the training data NOT CHECKED")
-    else:
-        split = split or ("test" if own_data else "all")
-        chosen, warning = choose_patients(parts, split, own_data)
-        found = Chosen(index, split, held_out=split == "test" or not own_data, warning=warning,
-                       calibrated=int((parts[chosen] == "calibration").sum()))
+            raise DataError(f"{salt_path}: cannot identify the patients without this run's salt")
+        warning, parts = "overlap with the training data NOT CHECKED", np.full(index.n_patients, "")
+    split = split or ("test" if own_data else "all")
+    chosen = (parts == split) | (split == "all")
     if not chosen.any():
-        raise DataError(f"no {split} patient of the checkpoint has a segment in these data")
-    found.scored = index.select(chosen[index.encounter_patient])
-    TPP_PPG_dataset(found.scored, "segment", SCORED)        # raises where one of them is absent
-    if not own_data and run.get("data") and all(map(os.path.exists, run["data"])):
-        index = fitted.index(run["data"], trained_with)
-        parts = patient_parts(index, checkpoint, run["salt_file"])
-    if parts is not None and np.isin(["train", "tune"], parts.tolist()).all():
-        found.train, found.tune = (index.select((parts == name)[index.encounter_patient])
-                                   for name in ("train", "tune"))
-    return found
-
-
-def choose_patients(parts, split, own_data) -> Tuple[np.ndarray, Optional[str]]:
-    """Mask [P] of the patients to score, and a warning or None. parts: as `patient_parts` gives."""
-    if split in ("train", "tune"):
-        return parts == split, f"these are {split} patients of this checkpoint: not a test of it"
-    if split == "test":
-        if not (parts == "test").any():
-            raise DataError("none of the checkpoint's test patients is in these data; --split all "
-                            "takes every patient")
-        return parts == "test", None
-    seen, warning = int(np.isin(parts, ["train", "tune", "ancestors"]).sum()), None
+        raise DataError(f"no {split} patient of the checkpoint is in these data; try --split all")
+    seen = int(np.isin(parts[chosen], ["train", "tune", "ancestors"]).sum())
     if seen:
-        warning = (f"{seen:,} of {counted(len(parts), 'patient')} WERE SEEN IN TRAINING this "
-                   "checkpoint; these scores flatter it" + (" (--split test)" if own_data else ""))
-    return np.ones(len(parts), bool), warning
+        warning = (f"{seen:,} of {counted(np.sum(chosen), 'patient')} WERE SEEN IN TRAINING this "
+                   "checkpoint; these scores flatter it: not a test of it")
+    scored, train, tune = index.select(chosen[index.encounter_patient]), None, None
+    TPP_PPG_dataset(scored, "segment", SCORED)              # raises where one of them is absent
+    calibrated = int(np.sum(parts[chosen] == "calibration"))
+    if not own_data and run and all(map(os.path.exists, run["data"])):
+        index, parts, _ = read_parts(path, checkpoint, run["data"])
+    if parts is not None and np.isin(["train", "tune"], parts.tolist()).all():
+        train, tune = (index.select((parts == name)[index.encounter_patient])
+                       for name in ("train", "tune"))
+    return [scored, train, tune], {"split": split, "warning": warning}, calibrated
 
 
-def run_of(path) -> tk_utils.RunFiles:
-    return tk_utils.RunFiles(os.path.splitext(os.fspath(path))[0])
+def read_parts(path, checkpoint, files, condition=None):
+    """(index of the files, the part of the run in which each patient was or None, the salt)."""
+    condition = condition or checkpoint["config"].get("condition", "default")
+    index = create_dataset_index(condition=condition, path=files)
+    salt_path = read_run(path).get("salt_file") or checkpoints.default_salt_path(files[0])
+    return index, checkpoints.patient_parts(index, checkpoint, salt_path), salt_path
 
 
 def read_run(path) -> dict:
     """What is private to this machine about a checkpoint's run (where its data are), or {}."""
-    if not os.path.exists(run_of(path).run):
-        return {}
-    with open(run_of(path).run, encoding="utf-8") as file:
-        return json.load(file)
+    record = Path(tk_utils.RunFiles(os.path.splitext(path)[0]).run)
+    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
 
 
 def subsample(most: float, index: DatasetIndex, keys) -> TPP_PPG_dataset:
@@ -260,40 +186,34 @@ def subsample(most: float, index: DatasetIndex, keys) -> TPP_PPG_dataset:
     return TPP_PPG_dataset(index, "segment", keys, min(100, 100 * most / len(index)))
 
 
-def read_segments(index: DatasetIndex, keys, fitted: Fitted, most=np.inf) -> Segments:
+def read_segments(index: DatasetIndex, keys, most=np.inf) -> Segments:
     """The fields of an index that baselines, strata and scores need, PPG features included."""
     dataset = subsample(most, index, keys)
     index, fields = dataset.index, {}
-    of_strata = ("r2", "beat_irregularity", "ppg_quality", "start_s", "p_crit_true")
-    for key in dict.fromkeys((*datasets.VITALS, *datasets.LABELS, *of_strata,
-                              *datasets.vitals_of(keys))):
+    for key in dict.fromkeys((*datasets.VITALS, *datasets.LABELS, *datasets.vitals_of(keys),
+                              *(row[0] for row in STRATA), "p_crit_true")):
         try:
             index.sources(key)
         except DataError:           # an encounter lacks it
             continue
         fields[key] = dataset.column(key).numpy().astype(np.float64)
-    fields.update(read_ppg_features(dataset, fitted.features))
+    fields.update(joined([ppg_features(ppg, datasets.FS)
+                          for ppg in read_ppg(dataset, "PPG features")]))
     patients = index.segment_patients()
     return Segments(fields, patients, index.per_segment(np.arange(len(index.encounters))),
                     index.patients[patients], dataset)
 
 
-def blocks_of(count: int) -> List[np.ndarray]:
-    return [np.arange(start, min(start + 512, count)) for start in range(0, count, 512)]
+def joined(dicts: List[Dict[str, np.ndarray]]) -> Dict[str, np.ndarray]:
+    """The arrays that all have, one after the other."""
+    return {key: np.concatenate([one[key] for one in dicts]) for key in dicts[0]
+            if all(key in one for one in dicts)}
 
 
-def read_ppg_features(dataset: TPP_PPG_dataset, known: dict) -> Dict[str, np.ndarray]:
-    """{name: [N]} of PPG_FEATURES. known: {hash of a segment's PPG: its features}, for later."""
-    hashes = []
-    for rows in tk_utils.progress(blocks_of(len(dataset)), desc="PPG features", leave=False):
-        ppg = dataset.waveform("ppg", rows)
-        of_rows = [hash(wave.tobytes()) for wave in ppg]
-        new = [n for n, one in enumerate(of_rows) if one not in known]
-        if new:
-            found = ppg_features(ppg[new], datasets.FS)
-            known.update(zip([of_rows[n] for n in new], zip(*found.values())))
-        hashes += of_rows
-    return dict(zip(PPG_FEATURES, np.array([known[one] for one in hashes]).T))
+def read_ppg(dataset: TPP_PPG_dataset, description: str):
+    """Yield the PPG of a dataset in blocks [segments, samples]."""
+    for start in tk_utils.progress(range(0, len(dataset), 512), desc=description, leave=False):
+        yield dataset.waveform("ppg", np.arange(start, min(start + 512, len(dataset))))
 
 
 # ---------------------------------------------------------------- what the network predicts
@@ -307,39 +227,36 @@ def predict_tpp(model, dataset, device=None, features=False):
         tpp = dataset.column("map").numpy().astype(np.float64) - tpp
     absurd = np.flatnonzero(~(np.abs(tpp) <= MAX_TPP_MMHG))
     if len(absurd):
-        raise DataError(f"{dataset.place(absurd[0])}: the network predicts a TPP of "
-                        f"{tpp[absurd[0]]:.4g} mmHg ({len(absurd):,} of {len(tpp):,} segments are "
-                        f"beyond ± {MAX_TPP_MMHG}); its training or its inputs went wrong")
+        raise DataError(f"{dataset.place(absurd[0])}: the network predicts {tpp[absurd[0]]:.4g} "
+                        f"mmHg; {len(absurd):,} of {len(tpp):,} are beyond ± {MAX_TPP_MMHG}")
     return tpp, spread, found
 
 
-def predict_segments(model, segments: Segments, calibration, device) -> Segments:
+def predict_segments(model, segments: Segments, calibration, device) -> None:
     """Add predictions to segments, with intervals and the flag for unusual inputs."""
-    novelty = calibration.get("novelty")
-    segments.tpp, segments.spread, features = predict_tpp(
-        model, segments.dataset, device, features=bool(novelty))
+    novelty, fields = calibration.get("novelty"), segments.fields
+    refusal = report.domain_refusal(calibration, **domain_of(segments.dataset.index))
+    segments.tpp, spread, features = predict_tpp(model, segments.dataset, device, bool(novelty))
+    if spread is not None:
+        fields["spread"] = spread
     for level in calibration.get("levels", ()):
-        refusal = report.domain_refusal(calibration, **domain_of(segments.dataset.index))
         try:
             segments.intervals[level] = refusal or metrics.interval(
-                segments.tpp, calibration, level, segments.spread)
+                segments.tpp, calibration, level, spread)
         except ValueError as reason:
             segments.intervals[level] = str(reason)
     if novelty and features is not None:
-        segments.distance = metrics.novelty(features, novelty)
+        fields["distance"] = metrics.novelty(features, novelty)
         if novelty["threshold"] is not None:
-            segments.unusual = segments.distance > novelty["threshold"]
-    return segments
+            fields["unusual"] = fields["distance"] > novelty["threshold"]
 
 
-def predict_with_swapped_ppg(model, segments: Segments, device=None) -> Optional[np.ndarray]:
-    """TPP [N] where each segment keeps its vitals and gets the PPG of another patient.
-
-    In a fixed random order. None where one patient has more than half of the segments.
-    """
+def predict_with_swapped_ppg(model, segments: Segments, device) -> None:
+    """Add 'swapped' to the fields: predictions where each segment keeps its vitals and gets the PPG
+    of another patient. Impossible where one patient has more than half of the segments."""
     count, most = len(segments), np.bincount(segments.patients).max()
     if 2 * most > count:
-        return None
+        return
     order = np.random.default_rng(0).permutation(count)
     order = order[np.argsort(segments.patients[order], kind="stable")]
     donor = np.empty(count, np.int64)
@@ -349,33 +266,22 @@ def predict_with_swapped_ppg(model, segments: Segments, device=None) -> Optional
         def waveform(self, key, segments):
             return super().waveform(key, donor[segments])
 
-    return predict_tpp(model, SwappedPPG(segments.dataset.index, "segment", model.keys), device)[0]
+    dataset = SwappedPPG(segments.dataset.index, "segment", model.keys)
+    segments.fields["swapped"] = predict_tpp(model, dataset, device)[0]
 
 
 def predict_ablations(path, checkpoint, index, device) -> Dict[str, np.ndarray]:
     """{name in tables: TPP [N]} of the runs that --ablate trained in addition to this one."""
     found = {}
     for ending, name in ABLATIONS.items():
-        other = run_of(path).base + ending + ".pth"
-        if os.path.exists(other) and load_checkpoint(other)["split"] == checkpoint["split"]:
-            model = load_model(other, device)
+        other = os.path.splitext(path)[0] + ending + ".pth"
+        saved = checkpoints.load_checkpoint(other) if os.path.exists(other) else {}
+        if saved.get("split") == checkpoint["split"]:
+            model = load_model(saved, device)
             dataset = TPP_PPG_dataset(index, "segment", model.keys)
             found[name] = predict_tpp(model, dataset, device)[0]
     return found
 
-
-def predict_good_signal(model, index, fit, best, fitted, device) -> Segments:
-    """Predictions of the same patients' segments of good signal, whatever their label's quality."""
-    good = fitted.index(index.paths, "any")
-    good = good.select(np.isin(good.patients, index.patients)[good.encounter_patient])
-    segments = predict_segments(model, read_segments(good, model.keys, fitted), {}, device)
-    if best:
-        segments.best = best
-        segments.baselines = {best: fit[best].predict(segments.fields)}
-    return segments
-
-
-# ---------------------------------------------------------------- calibration
 
 def domain_of(index: DatasetIndex) -> Dict[str, str]:
     """Where the data of an index come from: prediction intervals hold only for such data."""
@@ -383,164 +289,128 @@ def domain_of(index: DatasetIndex) -> Dict[str, str]:
             "label_method": datasets.origin_of(index.paths, "label_method")}
 
 
-def make_calibration(model, train, tune, batch_size=256, device=None, workers=0) -> dict:
+def make_calibration(model, train, tune, device=None, novelty=None) -> dict:
     """What a checkpoint keeps for prediction intervals and unusual inputs: plain numbers and lists.
 
-    train, tune: `TPP_PPG_dataset`s with the model's keys. `metrics.fit_calibration` of the errors
-    on the tune patients, the origin and label method of their data and, if the network has
-    features(), under 'novelty' `metrics.fit_novelty` of the inputs of the train patients.
+    train, tune: `TPP_PPG_dataset`s with the model's keys. novelty: usual inputs as fitted before,
+    instead of those of the train patients (`metrics.fit_novelty`).
     """
-    options = {"batch_size": batch_size, "device": device, "workers": workers,
-               "collect_features": True}
-    estimate, spread, features = predict_with_spread(model, tune, **options)
-    error = estimate - tune.column(model.keys[-1]).numpy()
-    patients = tune.index.segment_patients()
+    predict = partial(predict_with_spread, model, device=device, collect_features=True)
+    estimate, spread, features = predict(tune)
+    error, patients = estimate - tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
     found = metrics.fit_calibration(-error if model.keys[-1] == "p_crit" else error, patients,
                                     spread)
-    found.update(domain_of(tune.index))
-    if features is not None:
+    if train is not None and features is not None:
         usual = subsample(MAX_NOVELTY_SEGMENTS, train.index, model.keys)
-        usual = metrics.fit_novelty(predict_with_spread(model, usual, **options)[2])
-        found["novelty"] = metrics.novelty_threshold(usual, features, patients)
-    return found
+        novelty = metrics.fit_novelty(predict(usual)[2])
+    if novelty:
+        found["novelty"] = metrics.novelty_threshold(novelty, features, patients)
+    return dict(found, **domain_of(tune.index))
 
 
 def calibrate(path, data, condition=None, network=None, device=None) -> dict:
-    """Fit the prediction intervals of a checkpoint on the patients of `data`, and store them in it.
-
-    Patients that it was trained or tested on are left out. Returns the new calibration.
-    """
-    saved, files = load_checkpoint(path), datasets.find_files(data)
-    model = load_model(saved, device, network)
-    index = create_dataset_index(condition=condition or saved["config"].get("condition", "default"),
-                                 path=files)
-    salt_path = read_run(path).get("salt_file") or default_salt_path(files[0])
-    parts, split = patient_parts(index, saved, salt_path), dict(saved["split"])
+    """Fit the intervals of a checkpoint on the patients of `data` that it was neither trained nor
+    tested on, and store them in it. Returns the new calibration."""
+    saved, files = checkpoints.load_checkpoint(path), datasets.find_files(data)
+    model, split = load_model(saved, device, network), dict(saved["split"])
+    index, parts, salt_path = read_parts(path, saved, files, condition)
     if parts is not None:
         free = ~np.isin(parts, ["train", "ancestors", "test"])
         if not free.any():
-            raise DataError(f"{files[0]}: all of these patients are train or test patients of the "
-                            "checkpoint; intervals need others")
+            raise DataError(f"{files[0]}: intervals need patients not trained or tested on")
         split["calibration"] = datasets.hash_patients(
-            index.patients[free & (parts != "tune")].tolist(), read_salt(salt_path))
+            index.patients[free & (parts != "tune")].tolist(), checkpoints.read_salt(salt_path))
         index = index.select(free[index.encounter_patient])
-    dataset = TPP_PPG_dataset(index, "segment", model.keys)
-    novelty = saved["calibration"].get("novelty")
-    tpp, spread, features = predict_tpp(model, dataset, device, features=bool(novelty))
-    truth = TPP_PPG_dataset(index, "segment", SCORED).column("tpp").numpy()
-    patients = index.segment_patients()
-    found = dict(metrics.fit_calibration(tpp - truth, patients, spread), **domain_of(index))
-    if novelty and features is not None:
-        found["novelty"] = metrics.novelty_threshold(novelty, features, patients)
-    save_tensors(path, dict(saved, calibration=found, split=split))
-    unit = " x the network's own SD" if found["spread"] else " mmHg"
+    found = make_calibration(model, None, TPP_PPG_dataset(index, "segment", model.keys), device,
+                             saved["calibration"].get("novelty"))
+    checkpoints.save_tensors(path, dict(saved, calibration=found, split=split))
     print(f"{path}: intervals calibrated on {counted(found['n_segments'], 'segment')} of "
-          f"{counted(found['n_patients'], 'patient')} ({found['origin']}): " + ", ".join(
-              f"{percent(level)} " + ("too few patients" if half is None else f"± {half:.2f}{unit}")
-              for level, half in zip(found["levels"], found["half_widths"])))
+          f"{counted(found['n_patients'], 'patient')} ({found['origin']})")
     return found
 
 
 # ---------------------------------------------------------------- the evaluation
 
 def evaluate(model_or_path, index=None, **options) -> dict:
-    """Score a model: a dictionary for the JSON. Arguments: see `evaluate_with_arrays`.
-
-        results = evaluate("runs/M1.5.pth")
-        results["tpp"]["rmse"], results["skill"]
-    """
+    """Score a model: `results["tpp"]["rmse"]`, …; arguments as of `evaluate_with_arrays`."""
     return evaluate_with_arrays(model_or_path, index, **options)[0]
 
 
 def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, condition=None,
-                         train=None, tune=None, fitted: Optional[Fitted] = None, device=None,
+                         train=None, tune=None, fitted: Optional[dict] = None, device=None,
                          full=False, network=None) -> Tuple[dict, Segments]:
     """Score a model: (results for the JSON, the scored segments for figures).
 
     model_or_path: a `NormalisedModel` or the path of a checkpoint (network: its architecture where
-    it is your own). index: the segments to score, as `DatasetIndex` or dataset; without it, the
-    patients `split` of the files `data` (default: of the run) that pass the gate `condition`.
-    train, tune: the run's own segments, for baselines, calibration and checks, where the caller has
-    them. fitted: shared between calls. full: also what only the report shows.
-    Raises DataError and CheckpointError, in one line.
+    it is your own). index: what to score, a `DatasetIndex` or dataset; without it, the patients
+    `split` of the files `data` (default: of the run) that pass the gate `condition`. train, tune:
+    the run's own parts, for baselines, calibration and checks. fitted: shared between calls. full:
+    also what only the report shows.
     """
-    fitted, device = fitted or Fitted(), choose_device(device)
+    fitted, device = Fitted() if fitted is None else fitted, choose_device(device)
     path = None if hasattr(model_or_path, "keys") else os.fspath(model_or_path)
     model = load_model(path, device, network) if path else model_or_path
     checkpoint = getattr(model, "checkpoint", None) or {}
     if index is not None:
-        index, train, tune = (getattr(one, "index", one) for one in (index, train, tune))
-        chosen = Chosen(index, split or "given", train, tune)
+        parts = [getattr(one, "index", one) for one in (index, train, tune)]
+        about, calibrated = {"split": split or "given", "warning": None}, 0
     elif path:
-        chosen = choose_segments(path, checkpoint, data, split, condition, fitted)
+        parts, about, calibrated = choose_segments(path, checkpoint, data, split, condition)
     else:
         raise DataError("a model in memory needs the index of the segments to score")
-
+    scored, train, tune = parts
     calibration = checkpoint.get("calibration") or {}
-    if not calibration and chosen.train is not None:
-        calibration = make_calibration(
-            model, *(TPP_PPG_dataset(one, "segment", model.keys)
-                     for one in (chosen.train, chosen.tune)), device=device)
-    segments = read_segments(chosen.scored, model.keys, fitted)
+    if not calibration and train is not None:
+        sets = [TPP_PPG_dataset(one, "segment", model.keys) for one in (train, tune)]
+        calibration = make_calibration(model, *sets, device)
+    segments = read_segments(scored, model.keys)
+    add_baselines(segments, train, tune, model.keys, fitted)
     predict_segments(model, segments, calibration, device)
-    fit, segments.best = fit_or_reuse_baselines(chosen, segments.fields, model.keys, fitted)
-    segments.baselines = {name: one.predict(segments.fields) for name, one in fit.items()}
     if path:
-        segments.compared = predict_ablations(path, checkpoint, chosen.scored, device)
-    if full:
-        if model.with_ppg:
-            segments.swapped = predict_with_swapped_ppg(model, segments, device)
-        segments.good = predict_good_signal(model, chosen.scored, fit, segments.best, fitted,
-                                            device)
+        segments.compared = predict_ablations(path, checkpoint, scored, device)
+    if full and model.with_ppg:
+        predict_with_swapped_ppg(model, segments, device)
 
-    origin, split = domain_of(chosen.scored)["origin"], checkpoint.get("split")
+    origin, split = domain_of(scored)["origin"], checkpoint.get("split")
     loss = checkpoint.get("config", {}).get("loss", "mse")
     results = {
-        "checkpoint": os.path.basename(path) if path else "model in memory",
-        "date": time.strftime("%Y-%m-%d"), "split": chosen.split, "keys": list(model.keys),
-        "condition": chosen.scored.condition, "origin": origin, "simulated": "simulated" in origin,
+        "checkpoint": os.path.basename(path) if path else "model in memory", **about,
+        "date": time.strftime("%Y-%m-%d"), "keys": list(model.keys),
+        "condition": scored.condition, "origin": origin, "simulated": "simulated" in origin,
         "note": tk_utils.simulated_note(origin, checkpoint.get("provenance", {}).get("origin", "")),
-        "warning": chosen.warning,
         "loss_label": getattr(LOSSES.get(loss), "label", f"Loss, {loss}"),
-        "n_train_patients": len(split["train"]) if split and "train" in split else
-        chosen.train.n_patients if chosen.train is not None else None,
+        "n_train_patients": len(split["train"]) if split else train and train.n_patients,
         **score_all(segments, full)}
-    if split:
-        results["checks"]["patients_in_two_parts"] = patients_in_two_parts(split)
-    if chosen.train is not None and chosen.held_out:
-        results["checks"]["shared_seconds"] = shared_seconds(
-            chosen.scored, {"train": chosen.train, "tune": chosen.tune})
+    results["checks"].update(check_parts(split, scored, train, tune))
     if calibration:
         results["uncertainty"].update(
             n_calibration_patients=calibration["n_patients"],
-            has_features="novelty" in calibration, n_patients_of_calibration=chosen.calibrated)
-    results["problems"] = problems(results)
+            has_features="novelty" in calibration, n_patients_of_calibration=calibrated)
+    results["problems"] = problems(results["checks"])
     for line in report.warning_lines(results):
         print(f"WARNING: {line}", file=sys.stderr)
     if path:
-        fitted.results[path, full] = results, segments
+        fitted[path, full] = results, segments
     return results, segments
 
 
-def fit_or_reuse_baselines(chosen: Chosen, fields, keys, fitted: Fitted):
-    """({name: Baseline} of the run's train patients, name of the best on the tune patients), or
-    ({}, None) where their data are not here."""
-    if chosen.train is None or chosen.tune is None:
+def add_baselines(segments: Segments, train, tune, keys, fitted: dict) -> None:
+    """Predictions of the baselines, fitted on the train patients or taken from `fitted`."""
+    if train is None or tune is None:
         print("no baselines: the data of the train patients are not here")
-        return {}, None
+        return
     vitals = datasets.vitals_of(keys)
-    key = (tuple(vitals), tuple(sorted(fields)), *(
-        (tuple(index.paths), index.encounters.tobytes(), index.rows.tobytes())
-        for index in (chosen.train, chosen.tune)))
-    if key not in fitted.baselines:
-        train = read_segments(chosen.train, keys, fitted, MAX_BASELINE_SEGMENTS)
-        tune = read_segments(chosen.tune, keys, fitted)
-        left_out = baselines.left_out_baselines(vitals, train.fields, tune.fields, fields)
+    key = joblib.hash((vitals, sorted(segments.fields), train, tune))
+    if key not in fitted:
+        of_train = read_segments(train, keys, MAX_BASELINE_SEGMENTS)
+        tuned = read_segments(tune, keys).fields
+        left_out = baselines.left_out_baselines(vitals, of_train.fields, tuned, segments.fields)
         for name, reason in left_out.items():
             print(f"baseline {name} left out: {reason}")
-        found = baselines.fit_baselines(train.fields, train.patients, vitals, left_out)
-        fitted.baselines[key] = found, baselines.choose_best(found, tune.fields)
-    return fitted.baselines[key]
+        found = baselines.fit_baselines(of_train.fields, of_train.patients, vitals, left_out)
+        fitted[key] = found, baselines.choose_best(found, tuned)
+    found, segments.best = fitted[key]
+    segments.baselines = {name: one.predict(segments.fields) for name, one in found.items()}
 
 
 # ---------------------------------------------------------------- scores
@@ -550,54 +420,50 @@ def score_all(scored: Segments, full: bool = False) -> dict:
     patients = metrics.PatientBootstrap(scored.patients)
     fields, truth, tpp = scored.fields, scored.truth, scored.tpp
     both = {"tpp": (truth, tpp), "p_crit": (fields["p_crit"], fields["map"] - tpp)}
-    by_patient = {key: metrics.confidence_intervals(patients, *pair, by_patient=True)
-                  for key, pair in both.items()}
+    own = {key: metrics.confidence_intervals(patients, *pair, by_patient=True)
+           for key, pair in both.items()}
     found = {
         "n_patients": patients.n_patients, "n_segments": len(scored),
         **{key: scores_with_intervals(patients, *pair) for key, pair in both.items()},
-        "per_patient": {"tpp": by_patient["tpp"], "p_crit_r2": by_patient["p_crit"]["r2"]},
+        "per_patient": {"tpp": own["tpp"], "p_crit_r2": own["p_crit"]["r2"]},
         "within_patient": {key: metrics.within_patient_correlation(patients, *pair)
                            for key, pair in both.items()},
         "trend": {key: metrics.trend_concordance(scored.patients, *pair, scored.series)
                   for key, pair in both.items()},
         "detection": metrics.detection(patients, truth, tpp),
         "standards": metrics.standards(patients, truth, tpp),
-        "bland_altman": metrics.bland_altman(patients, truth, tpp)}
+        "bland_altman": metrics.bland_altman(patients, truth, tpp),
+        "uncertainty": uncertainty_summary(scored, patients),
+        "checks": {"constant_output": len(scored) > 1 and bool(np.ptp(tpp) < MIN_CHANGE_MMHG)},
+        **{key: {name: score_other(scored, prediction, patients)
+                 for name, prediction in getattr(scored, key).items()}
+           for key in ("baselines", "compared")}, "skill": None}
     if "p_crit_true" in fields:
-        true_tpp = fields["map"] - fields["p_crit_true"]
-        found["true"] = dict(scores_with_intervals(patients, true_tpp, tpp),
-                             label=metrics.scores(true_tpp, truth))
-    for key in ("baselines", "compared"):
-        found[key] = {name: score_other(scored, prediction, patients)
-                      for name, prediction in getattr(scored, key).items()}
-    found["uncertainty"] = uncertainty_summary(scored, patients)
-    found["checks"] = check_predictions(scored, patients)
-    found["skill"] = None
+        true = fields["map"] - fields["p_crit_true"]
+        found["true"] = dict(scores_with_intervals(patients, true, tpp),
+                             label=metrics.scores(true, truth))
     if scored.best is not None:
-        best, others = found["baselines"][scored.best], found["baselines"]
+        others = found["baselines"]
         here = min(others, key=lambda name: others[name]["rmse"])
-        found.update(skill=dict(best["skill"], over=scored.best),
-                     skill_per_patient=dict(best["skill_per_patient"], over=scored.best),
+        found.update(skill=dict(others[scored.best]["skill"], over=scored.best),
                      skill_in_hindsight=dict(others[here]["skill"], over=here))
     if full:
         found["strata"] = strata(scored)
-        squares = patients.per_patient((tpp - truth) ** 2)
-        found["patients"] = {"rmse_quantiles": {
-            percent(share): float(np.quantile(np.sqrt(squares / patients.counts), share))
-            for share in (0.05, 0.25, 0.5, 0.75, 0.95)}}
-        if scored.swapped is not None:
-            found["swapped_ppg"] = score_other(scored, scored.swapped, patients)
-        if scored.good is not None:
-            found["good_signal"] = score_good_signal(scored)
+        rmse = np.sqrt(patients.per_patient((tpp - truth) ** 2) / patients.counts)
+        found["patients"] = {"rmse_quantiles": {percent(share): float(np.quantile(rmse, share))
+                                                for share in (0.05, 0.25, 0.5, 0.75, 0.95)}}
+        if "swapped" in fields:
+            found["swapped_ppg"] = score_other(scored, fields["swapped"], patients)
+            change = np.abs(tpp - fields["swapped"]).max()
+            found["checks"]["ignores_ppg"] = bool(change < MIN_CHANGE_MMHG)
     return found
 
 
 def scores_with_intervals(patients, truth, prediction) -> dict:
-    """`metrics.scores` without the count, and their 95 % intervals over patients as `ci95`."""
-    found = metrics.scores(truth, prediction)
-    found.pop("n")
+    """`metrics.scores`, and their 95 % intervals over patients as `ci95`."""
     intervals = metrics.confidence_intervals(patients, truth, prediction)
-    return dict(found, ci95={name: (one["low"], one["high"]) for name, one in intervals.items()})
+    return dict(metrics.scores(truth, prediction),
+                ci95={name: (one["low"], one["high"]) for name, one in intervals.items()})
 
 
 def score_other(scored: Segments, prediction, patients) -> dict:
@@ -614,142 +480,85 @@ def uncertainty_summary(scored: Segments, patients) -> Optional[dict]:
     """Coverage and width of the intervals, unusual inputs."""
     if not scored.intervals:
         return None
-    levels = {}
-    for level, bounds in scored.intervals.items():
-        if isinstance(bounds, str):
-            levels[percent(level)] = {"refused": bounds}
-        else:
-            held = metrics.coverage(patients, scored.truth, *bounds)
-            levels[percent(level)] = dict(held, half_width=held["mean_width"] / 2)
-    found = {"levels": levels}
-    if scored.unusual is not None:
-        error = scored.tpp - scored.truth
+    found = {"levels": {
+        percent(level): {"refused": bounds} if isinstance(bounds, str) else
+        metrics.coverage(patients, scored.truth, *bounds)
+        for level, bounds in scored.intervals.items()}}
+    if "unusual" in scored.fields:
+        error, unusual = scored.tpp - scored.truth, scored.fields["unusual"]
         found["novelty"] = {
-            "expected": 1 - metrics.NOVELTY_LEVEL, "rate": float(scored.unusual.mean()),
+            "expected": 1 - metrics.NOVELTY_LEVEL, "rate": float(unusual.mean()),
             **{name: metrics.rmse(scored.patients[mask], error[mask]) if mask.any() else None
-               for name, mask in (("rmse_new", scored.unusual), ("rmse_usual", ~scored.unusual))}}
+               for name, mask in (("rmse_new", unusual), ("rmse_usual", ~unusual))}}
     return found
 
 
 def strata(scored: Segments) -> List[dict]:
     """RMSE, bias and coverage of the 90 % interval by ranges of the fields."""
-    fields = dict(scored.fields, distance=scored.distance, spread=scored.spread)
     error, interval, found = scored.tpp - scored.truth, scored.intervals.get(0.9), []
-    held = None
-    if isinstance(interval, tuple):
-        held = (interval[0] <= scored.truth) & (scored.truth <= interval[1])
-    for keys, name, unit, edges in STRATA:
-        values = next((fields[key] for key in keys if fields.get(key) is not None), None)
+    held = (None if interval is None or isinstance(interval, str) else
+            (interval[0] <= scored.truth) & (scored.truth <= interval[1]))
+    for key, substitute, name, unit, edges in STRATA:
+        values = scored.fields.get(key, scored.fields.get(substitute))
         if values is None or not np.isfinite(values).any():
             continue
         if edges is None:
             edges = np.unique(np.nanquantile(values, (0.25, 0.5, 0.75)))
-        bounds = [-np.inf, *edges, np.inf]
-        for low, high in zip(bounds[:-1], bounds[1:]):
+        for low, high in zip([-np.inf, *edges], [*edges, np.inf]):
             inside = (values >= low) & (values < high)
-            if not inside.any():
-                continue
             text = (f"< {high:.4g}" if low == -np.inf else f"≥ {low:.4g}" if high == np.inf
                     else f"{low:.4g} to {high:.4g}")
-            found.append({
-                "of": name, "range": f"{text} {unit}".strip(), "n_segments": int(inside.sum()),
-                "n_patients": len(np.unique(scored.patients[inside])),
-                "rmse": metrics.rmse(scored.patients[inside], error[inside]),
-                "bias": float(error[inside].mean()),
-                "coverage_90": None if held is None else float(np.mean(held[inside]))})
+            if inside.any():
+                found.append({
+                    "of": name, "range": f"{text} {unit}".strip(), "n_segments": int(inside.sum()),
+                    "n_patients": len(np.unique(scored.patients[inside])),
+                    "rmse": metrics.rmse(scored.patients[inside], error[inside]),
+                    "bias": float(error[inside].mean()),
+                    "coverage_90": None if held is None else float(np.mean(held[inside]))})
     return found
 
 
-def score_good_signal(scored: Segments) -> dict:
-    """Scores of the same patients' segments of good signal, whatever the quality of the label.
-
-    The default gate's conditions on r² and Pcrit need the arterial line, and they narrow the range
-    of what is predicted.
-    """
-    good, patients = scored.good, metrics.PatientBootstrap(scored.good.patients)
-    network = score_other(good, good.tpp, patients)
-    found = {"n_segments": len(good), "n_patients": patients.n_patients,
-             "share_kept_by_gate": len(scored) / len(good), "tpp": network,
-             "p_crit_r2": network["p_crit_r2"]}
-    if good.best is not None:
-        found["baseline"] = dict(score_other(good, good.baselines[good.best], patients),
-                                 name=good.best)
+def check_parts(split, scored, train, tune) -> dict:
+    """Patients in two parts of a split, and segments of which another part has a second."""
+    found = {}
+    if split:
+        sets = {part: set(split.get(part, ())) for part in ("train", "tune", "test", "ancestors")}
+        seen = sets["train"] | sets["tune"] | sets["ancestors"]
+        found["patients_in_two_parts"] = len(sets["train"] & sets["tune"] | sets["test"] & seen)
+    if train is not None:
+        ours = second_hashes(scored)
+        found["shared_seconds"] = {
+            name: int((np.isin(ours, second_hashes(part)) & (ours != 0)).any(axis=1).sum())
+            for name, part in (("train", train), ("tune", tune))}
     return found
-
-
-# ---------------------------------------------------------------- checks
-
-def check_predictions(scored: Segments, patients) -> dict:
-    """Checks of the predictions alone; `problems` puts what is wrong into words."""
-    found = {"constant_output": len(scored) > 1 and bool(np.ptp(scored.tpp) < MIN_CHANGE_MMHG)}
-    if "start_s" in scored.fields:
-        _, gap = metrics.changes(scored.series, scored.fields["start_s"])
-        found["overlapping_windows"] = int(np.sum(np.abs(gap) < datasets.SEGMENT_SECONDS - 0.01))
-    if scored.best is not None:
-        mixed = np.random.default_rng(0).permutation(len(scored))
-        found["skill_with_shuffled_labels"] = metrics.skill(
-            scored.truth[mixed], scored.tpp, scored.baselines[scored.best][mixed], patients)
-    if scored.swapped is not None:
-        found["ignores_ppg"] = bool(np.abs(scored.tpp - scored.swapped).max() < MIN_CHANGE_MMHG)
-    return found
-
-
-def patients_in_two_parts(split: Dict[str, list]) -> int:
-    train, tune, test, older = (set(split.get(name, ()))
-                                for name in ("train", "tune", "test", "ancestors"))
-    return len((train & tune) | (test & (train | tune | older)))
 
 
 def second_hashes(index: DatasetIndex) -> np.ndarray:
-    """[S, seconds] uint64: a hash of each second of PPG, bit for bit, 0 where the second is flat.
-
-    Windows that overlap by whole seconds share hashes.
-    """
-    dataset, hashes = subsample(MAX_HASHED_SEGMENTS, index, ["ppg"]), []
+    """[S, seconds]: a hash of each second of PPG, which overlapping windows share; 0 where flat."""
     factors = np.random.default_rng(1).integers(1, 2 ** 63, datasets.FS).astype(np.uint64) * 2 + 1
-    for rows in blocks_of(len(dataset)):
-        bits = np.ascontiguousarray(dataset.waveform("ppg", rows)).view(np.uint32)
-        bits = bits.reshape(len(rows), datasets.SEGMENT_SECONDS, -1)
+    hashes = []
+    for ppg in read_ppg(subsample(MAX_HASHED_SEGMENTS, index, ["ppg"]), "comparing PPG"):
+        bits = np.ascontiguousarray(ppg).view(np.uint32)
+        bits = bits.reshape(len(ppg), datasets.SEGMENT_SECONDS, -1)
         flat = (bits == bits[..., :1]).all(axis=2)
         hashes.append(np.where(flat, 0, (bits * factors).sum(axis=2)))
     return np.concatenate(hashes)
 
 
-def shared_seconds(index: DatasetIndex, others: Dict[str, DatasetIndex]) -> Dict[str, int]:
-    """{name: segments of an index that share a second of PPG with those of another}."""
-    ours = second_hashes(index)
-    return {name: int((np.isin(ours, second_hashes(other)) & (ours != 0)).any(1).sum())
-            for name, other in others.items()}
-
-
-def problems(results: dict) -> List[str]:
+def problems(checks: dict) -> List[str]:
     """Lines on what the checks found wrong with the scores."""
-    checks, found = results["checks"], []
-    if checks.get("patients_in_two_parts"):
-        found.append(f"{counted(checks['patients_in_two_parts'], 'patient')} in two parts of the "
-                     "split: these scores are leaked")
-    if checks["constant_output"]:
-        found.append("CONSTANT OUTPUT: the network predicts the same TPP for every segment")
-    if checks.get("ignores_ppg"):
-        found.append("IGNORES THE PPG: it predicts the same with another patient's PPG")
-    return found + [f"{number:,} of {counted(results['n_segments'], 'segment')} share seconds of "
-                    f"PPG with {name} segments: these scores are leaked"
-                    for name, number in checks.get("shared_seconds", {}).items() if number]
+    return [text.format(checks[key]) for key, text in PROBLEMS.items() if checks.get(key)] + [
+        f"{counted(number, 'segment')} with seconds of PPG that {name} segments have, too: these "
+        "scores are leaked" for name, number in checks.get("shared_seconds", {}).items() if number]
 
 
 # ---------------------------------------------------------------- several runs
 
 def compare_runs(paths, **options) -> Tuple[dict, Segments]:
-    """Several runs, such as seeds or folds: ({'runs', 'summary', 'together'}, all segments).
-
-    Prints one line for each run, their mean and SD, and the table of all predictions together.
-    options: arguments of `evaluate_with_arrays`; runs already scored with the same `fitted` are not
-    scored again.
-    """
-    fitted = options["fitted"] = options.get("fitted") or Fitted()
-    full = options.get("full", False)
-    found = [fitted.results.get((path, full)) or evaluate_with_arrays(path, **options)
-             for path in paths]
+    """Several runs, such as seeds or folds: ({'runs', 'together'}, all segments). options: of
+    `evaluate_with_arrays`; runs that `fitted` has are not scored again."""
+    fitted, full = options.setdefault("fitted", Fitted()), options.get("full", False)
+    found = [fitted.get((path, full)) or evaluate_with_arrays(path, **options) for path in paths]
     runs = [results for results, _ in found]
     report.print_runs(runs)
     segments = pool([one for _, one in found])
@@ -763,50 +572,29 @@ def compare_runs(paths, **options) -> Tuple[dict, Segments]:
         **score_all(segments, full)}
     print(f"\nall predictions of the {len(runs)} runs together:")
     report.print_results(pooled)
-    return {"runs": runs, "summary": summarise(runs), "together": pooled}, segments
-
-
-def summarise(runs) -> Dict[str, dict]:
-    """Mean and SD of each number that all runs' results have: {'tpp.rmse': {'mean', 'sd', 'runs'}}.
-
-    Inner names are joined by dots.
-    """
-    table = pd.json_normalize(runs).select_dtypes("number").dropna(axis=1).astype(float)
-    return {name: {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
-                   "runs": values.tolist()} for name, values in table.items()}
+    return {"runs": runs, "together": pooled}, segments
 
 
 def pool(runs: List[Segments]) -> Segments:
-    """The predictions of several runs as one set, in which a patient is one patient in whichever
-    run: folds become all patients, seeds repeats of the same ones."""
-    def joined(parts):
-        return None if any(part is None for part in parts) else np.concatenate(parts)
-
-    def of_all(name):
-        """The dictionary `name` of what every run has."""
-        found = {key: joined([getattr(run, name).get(key) for run in runs])
-                 for key in getattr(runs[0], name)}
-        return {key: values for key, values in found.items() if values is not None}
-
-    names = joined([run.names for run in runs])
+    """All predictions of several runs; a patient is the same one in whichever run."""
+    names = np.concatenate([run.names for run in runs])
     begins = np.cumsum([0] + [run.series.max() + 1 for run in runs])
     pooled = Segments(
-        of_all("fields"), np.unique(names, return_inverse=True)[1],
-        joined([run.series + begin for run, begin in zip(runs, begins)]), names,
-        baselines=of_all("baselines"), compared=of_all("compared"), runs=tuple(runs),
-        **{name: joined([getattr(run, name) for run in runs])
-           for name in ("tpp", "spread", "distance", "unusual", "swapped")})
+        joined([run.fields for run in runs]), np.unique(names, return_inverse=True)[1],
+        np.concatenate([run.series + begin for run, begin in zip(runs, begins)]), names,
+        tpp=np.concatenate([run.tpp for run in runs]),
+        baselines=joined([run.baselines for run in runs]),
+        compared=joined([run.compared for run in runs]))
     for level in runs[0].intervals:
         bounds = [run.intervals.get(level, "not calibrated") for run in runs]
         refused = [one for one in bounds if isinstance(one, str)]
-        pooled.intervals[level] = refused[0] if refused else tuple(map(joined, zip(*bounds)))
+        pooled.intervals[level] = (refused[0] if refused else
+                                   tuple(map(np.concatenate, zip(*bounds))))
     if all(run.best is not None for run in runs):
-        pooled.best = EACH_BEST
-        pooled.baselines[EACH_BEST] = joined([run.baselines[run.best] for run in runs])
-    if all(run.good is not None for run in runs):
-        pooled.good = pool([run.good for run in runs])
+        pooled.best = "each run's best baseline"
+        pooled.baselines[pooled.best] = np.concatenate([run.baselines[run.best] for run in runs])
     return pooled
 
 
 if __name__ == "__main__":
-    sys.exit(tk_utils.run_script(main, CheckpointError, DataError, TrainingError))
+    sys.exit(tk_utils.run_script(main, checkpoints.CheckpointError, DataError, TrainingError))

@@ -426,7 +426,7 @@ def coverage(patients, truth, low, high) -> dict:
     return {"segments": bootstrap.share(inside),
             "patients": bootstrap.share(shares, by_patient=True),
             "lowest_tenth": float(np.quantile(shares, 0.1)),
-            "mean_width": float(np.mean(high - low))}
+            "half_width": float(np.mean(high - low)) / 2}
 
 
 def fit_novelty(train: np.ndarray) -> dict:

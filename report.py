@@ -96,7 +96,9 @@ def headline(results) -> list:
         f"{shown(results['per_patient']['tpp']['rmse'], 1)} mmHg.",
         scored_text(results)]
     if results["skill"]:
-        lines.append(skill_text(results["skill"], results["skill_in_hindsight"]))
+        own = results["baselines"][results["skill"]["over"]]["skill_per_patient"]
+        lines.append(skill_text(results["skill"], results["skill_in_hindsight"])
+                     + f" With equal weight for each patient: {shown(own)}.")
     return [*lines, interval_text(results),
             f"TPP below {low['threshold']:g} mmHg: sensitivity {percent(low['sensitivity'])}, "
             f"specificity {percent(low['specificity'])}, ROC area {shown(low['auc'])}."]
@@ -192,8 +194,10 @@ def runs_table(runs):
     """(rows, headers) of several runs' results."""
     table = pd.DataFrame(
         [[one["tpp"][name] for name in ("rmse", "mae", "bias", "r2")]
-         + [one["p_crit"]["r2"], one["skill"]["value"] if one["skill"] else None] for one in runs],
-        columns=["RMSE", "MAE", "bias", "R²", "R² of Pcrit", "skill"], dtype=float)
+         + [one["p_crit"]["r2"], one["skill"]["value"] if one["skill"] else None,
+            interval_90(one).get("segments", {}).get("value")] for one in runs],
+        columns=["RMSE", "MAE", "bias", "R²", "R² of Pcrit", "skill", "in the 90 % interval"],
+        dtype=float)
     rows = [[os.path.splitext(one["checkpoint"])[0], one["n_patients"], *numbers]
             for one, numbers in zip(runs, table.to_numpy())]
     if len(runs) > 1:
@@ -355,7 +359,9 @@ def loss(results, arrays):
 
 
 def worst(results, arrays, count=8, seconds=15):
-    """The PPG of the segments with the largest errors."""
+    """The PPG of the segments with the largest errors; not of several runs."""
+    if arrays.dataset is None:
+        return None
     rows = np.argsort(-np.abs(arrays.tpp - arrays.truth), kind="stable")[:count]
     titles = []
     for row in rows:

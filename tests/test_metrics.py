@@ -1,4 +1,6 @@
 """Scores, intervals over patients and prediction intervals against independent implementations."""
+import json
+
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -51,14 +53,13 @@ def test_what_is_undefined_is_nan():
     assert metrics.skill(truth, truth, prediction, patients)["low"] == 1.0
 
 
-@pytest.mark.parametrize("bad", [np.nan, -np.inf])
-def test_values_that_are_not_finite_missing_or_unequal_in_number_are_refused(bad):
+def test_values_that_are_not_finite_missing_or_unequal_in_number_are_refused():
     with pytest.raises(ValueError, match="prediction: not all of the 3 values"):
-        metrics.scores([1, 2, 3], [1, bad, 3])
+        metrics.scores([1, 2, 3], [1, -np.inf, 3])
     with pytest.raises(ValueError, match="truth: not all"):
-        metrics.confidence_intervals([0, 0, 1], [1, bad, 3], [1, 2, 3])
+        metrics.confidence_intervals([0, 0, 1], [1, np.nan, 3], [1, 2, 3])
     with pytest.raises(ValueError, match="errors: not all"):
-        metrics.fit_calibration([1, bad, 3], [0, 0, 1])
+        metrics.fit_calibration([1, np.nan, 3], [0, 0, 1])
     for truth in ([], [1, 2, 3]):
         with pytest.raises(ValueError):
             metrics.scores(truth, truth[:-1])
@@ -79,43 +80,47 @@ def test_a_score_added_to_the_table_has_its_value_and_interval_everywhere(monkey
 
 # ---------------------------------------------------------------- bootstrap
 
-def segments_of_each_draw(bootstrap, patients):
-    """The naive way: the row numbers of the drawn patients' segments, patient by patient."""
-    names = np.unique(patients)
-    for weights in bootstrap.weights():
-        for draw in weights.astype(int):
-            drawn = np.repeat(names, draw)
-            yield np.concatenate([np.flatnonzero(patients == name) for name in drawn])
+def rows_of_draws(bootstrap, patients):
+    """(rows, patients) of each draw, the naive way: a patient drawn twice is two patients."""
+    for draw in bootstrap.drawn:
+        rows = [np.flatnonzero(patients == name) for name in np.repeat(np.unique(patients), draw)]
+        yield np.concatenate(rows), np.repeat(np.arange(len(rows)), list(map(len, rows)))
 
 
-@pytest.mark.parametrize("n_patients", [5, 40])
-def test_intervals_equal_a_loop_that_scores_the_same_draws_segment_by_segment(n_patients):
-    patients, truth, prediction = noisy_predictions(n_patients, seed=n_patients)
-    bootstrap = metrics.PatientBootstrap(patients, 100, seed=7)
-    found = metrics.confidence_intervals(bootstrap, truth, prediction)
-    draws = [metrics.scores(truth[rows], prediction[rows])
-             for rows in segments_of_each_draw(bootstrap, patients)]
-    value = metrics.scores(truth, prediction)
-    assert list(found) == list(metrics.SCORES)
-    reach = (stats.t.ppf(0.975, n_patients - 1) * np.sqrt(n_patients / (n_patients - 1))
-             * np.array([-1, 1]))
-    for name, interval in found.items():
-        values = np.array([draw[name] for draw in draws])
-        if name == "bias":
-            expected = value[name] + reach * np.std(values)
-        elif name == "r2":
-            expected = 1 - (1 - value[name]) * np.exp(-reach * np.std(np.log(1 - values)))
-        else:
-            expected = value[name] * np.exp(reach * np.std(np.log(values)))
-        assert (interval["low"], interval["high"]) == pytest.approx(tuple(expected), rel=1e-9,
-                                                                    abs=1e-9), name
+PLAIN, LOG, SHARE = (np.array, np.array), (np.log, np.exp), (special.logit, special.expit)
+UNEXPLAINED = (lambda x: np.log1p(-np.array(x)), lambda x: -np.expm1(x))
+
+
+@pytest.mark.parametrize("score, scale", [
+    *((lambda *a, name=name: metrics.confidence_intervals(*a)[name], scale) for name, scale in (
+        ("rmse", LOG), ("mae", LOG), ("mead", LOG), ("r2", UNEXPLAINED), ("bias", PLAIN),
+        ("sd", LOG))),
+    (lambda *a: metrics.confidence_intervals(*a, by_patient=True)["rmse"], LOG),
+    (lambda p, y, x: metrics.rmse(p, x - y), LOG),
+    (lambda p, y, x: metrics.skill(y, x, np.full_like(y, 36), p), UNEXPLAINED),
+    (lambda p, y, x: metrics.skill(y, x, np.full_like(y, 36), p, by_patient=True), UNEXPLAINED),
+    (metrics.within_patient_correlation, (np.arctanh, np.tanh)),
+    (lambda *a: metrics.bland_altman(*a)["upper"], PLAIN),
+    (lambda *a: metrics.detection(*a)["sensitivity"], SHARE),
+    (lambda *a: metrics.detection(*a)["auc"], SHARE),
+    (lambda p, y, x: metrics.coverage(p, y, x - 6, x + 6)["segments"], SHARE),
+    (lambda p, y, x: metrics.coverage(p, y, x - 6, x + 6)["patients"], SHARE)])
+def test_every_interval_is_made_of_the_scores_of_the_draws_segment_by_segment(score, scale):
+    patients, truth, prediction = noisy_predictions(20, seed=11)
+    bootstrap, (to, back) = metrics.PatientBootstrap(patients, 60, seed=5), scale
+    found = score(bootstrap, truth, prediction)
+    draws = [score(metrics.PatientBootstrap(drawn, 1), truth[rows], prediction[rows])["value"]
+             for rows, drawn in rows_of_draws(bootstrap, patients)]
+    reach = stats.t.ppf(0.975, 19) * np.sqrt(20 / 19) * np.std(to(draws))
+    assert sorted((found["low"], found["high"])) == pytest.approx(
+        sorted(back(to(found["value"]) + np.array([-reach, reach]))), rel=1e-9)
 
 
 def test_where_the_scale_cannot_hold_a_draw_the_interval_is_made_of_percentiles():
     bootstrap = metrics.PatientBootstrap(np.arange(40), 1000)
     hit = np.r_[np.ones(39), 0]                     # a third of the draws has every patient right
     found = bootstrap.share(hit)
-    draws = np.concatenate(list(bootstrap.weights())) @ hit / 40
+    draws = bootstrap.drawn @ hit / 40
     reach = stats.t.ppf(0.975, 39) * np.sqrt(40 / 39)
     assert (draws == 1).mean() > 0.2 and found["value"] == 39 / 40
     assert (found["low"], found["high"]) == pytest.approx(
@@ -125,11 +130,9 @@ def test_where_the_scale_cannot_hold_a_draw_the_interval_is_made_of_percentiles(
 def test_the_median_of_each_draw_is_exact_with_ties_and_with_few_values():
     rng = np.random.default_rng(1)
     for n, n_patients in ((1, 1), (2, 2), (7, 3), (500, 20), (3001, 4)):
-        patients = rng.integers(0, n_patients, n)
-        values = rng.integers(0, 30, n) / 2
+        patients, values = rng.integers(0, n_patients, n), rng.integers(0, 30, n) / 2
         bootstrap = metrics.PatientBootstrap(patients, 50, seed=3)
-        expected = [np.median(values[rows]) for rows in
-                    segments_of_each_draw(bootstrap, patients)]
+        expected = [np.median(values[rows]) for rows, _ in rows_of_draws(bootstrap, patients)]
         np.testing.assert_array_equal(bootstrap.medians(values), expected)
 
 
@@ -157,64 +160,16 @@ def test_too_few_patients_give_no_interval_instead_of_an_absurd_one(patients):
     assert all(np.isnan([one["low"], one["high"]]).all() for one in interval.values())
 
 
-def drawn_patients(bootstrap, patients):
-    """(rows, patients) of each draw: a patient drawn twice is two patients."""
-    for weights in bootstrap.weights():
-        for draw in weights.astype(int):
-            rows = [np.flatnonzero(patients == name) for name in np.repeat(np.unique(patients),
-                                                                           draw)]
-            yield np.concatenate(rows), np.repeat(np.arange(len(rows)), list(map(len, rows)))
-
-
-@pytest.mark.parametrize("score, to, back", [
-    (metrics.within_patient_correlation, np.arctanh, np.tanh),
-    (lambda *a: metrics.bland_altman(*a)["upper"], np.array, np.array),
-    (lambda *a: metrics.detection(*a)["sensitivity"], special.logit, special.expit),
-    (lambda *a: metrics.detection(*a)["auc"], special.logit, special.expit),
-    (lambda *a: metrics.confidence_intervals(*a, by_patient=True)["mae"], np.log, np.exp),
-    (lambda p, y, x: metrics.coverage(p, y, x - 6, x + 6)["patients"], special.logit,
-     special.expit),
-    (lambda p, y, x: metrics.skill(y, x, np.full_like(y, 36), p, by_patient=True),
-     lambda x: np.log1p(-np.array(x)), lambda x: -np.expm1(x))])
-def test_every_other_interval_is_made_of_the_scores_of_its_draws(score, to, back):
-    patients, truth, prediction = noisy_predictions(20, seed=11)
-    bootstrap = metrics.PatientBootstrap(patients, 60, seed=5)
-    found = score(bootstrap, truth, prediction)
-    draws = [score(metrics.PatientBootstrap(drawn, 1), truth[rows], prediction[rows])["value"]
-             for rows, drawn in drawn_patients(bootstrap, patients)]
-    reach = stats.t.ppf(0.975, 19) * np.sqrt(20 / 19) * np.std(to(draws))
-    assert sorted((found["low"], found["high"])) == pytest.approx(
-        sorted(back(to(found["value"]) + np.array([-reach, reach]))), rel=1e-9)
-
-
-# ---------------------------------------------------------------- skill
-
-def test_skill_and_its_interval_equal_a_paired_loop():
-    patients, truth, prediction = noisy_predictions(20)
-    baseline, bootstrap = np.full_like(truth, 36.0), metrics.PatientBootstrap(patients, 100, seed=4)
-    found = metrics.skill(truth, prediction, baseline, bootstrap)
-
-    def unexplained(rows):
-        return (sklearn_metrics.mean_squared_error(truth[rows], prediction[rows])
-                / sklearn_metrics.mean_squared_error(truth[rows], baseline[rows]))
-
-    draws = [unexplained(rows) for rows in segments_of_each_draw(bootstrap, patients)]
-    value, reach = unexplained(slice(None)), stats.t.ppf(0.975, 19) * np.sqrt(20 / 19)
-    assert found["value"] == pytest.approx(1 - value, rel=1e-12)
-    assert (found["low"], found["high"]) == pytest.approx(tuple(
-        1 - value * np.exp([reach * np.std(np.log(draws)), -reach * np.std(np.log(draws))])))
-
+# ---------------------------------------------------------------- what the scores say
 
 def test_shuffled_labels_show_no_skill_over_the_mean():
     rng = np.random.default_rng(0)
     patients, truth, prediction = noisy_predictions(60, seed=1)
     mean = np.full_like(truth, truth.mean())
     assert metrics.skill(truth, prediction, mean, patients)["low"] > 0.5
-    for _ in range(20):
+    for _ in range(9):
         assert metrics.skill(rng.permutation(truth), prediction, mean, patients)["low"] <= 0
 
-
-# ---------------------------------------------------------------- patients, changes, low TPP
 
 def test_scores_by_patient_equal_weighted_ones():
     patients, truth, prediction = noisy_predictions(15, seed=3)
@@ -248,27 +203,13 @@ def test_within_patient_correlation_is_the_published_one_of_ph_and_paco2():
     assert found["value"] == pytest.approx(-0.5067697, abs=1e-7)
 
 
-def test_trend_concordance_equals_a_loop_over_the_segments():
-    patients, truth, prediction = noisy_predictions(12, seed=6)
-    series = patients * 2 + (np.arange(len(patients)) % 7 > 3)
-    order = np.argsort(series, kind="stable")
-    patients, series, truth, prediction = (x[order] for x in (patients, series, truth, prediction))
-    right, counted, everything = np.zeros(12), np.zeros(12), 0
-    for i in range(1, len(truth)):
-        if series[i] == series[i - 1]:
-            a, b = truth[i] - truth[i - 1], prediction[i] - prediction[i - 1]
-            everything += 1
-            if abs(a) >= 5 or abs(b) >= 5:
-                counted[patients[i]] += 1
-                right[patients[i]] += a * b > 0
-    found = metrics.trend_concordance(patients, truth, prediction, series)
-    assert (found["n"], found["n_changes"], found["zone"]) == (counted.sum(), everything, 5.0)
-    assert found["value"] == pytest.approx(right.sum() / counted.sum())
-    weights = np.concatenate(list(metrics.PatientBootstrap(patients).weights()))
-    draws = special.logit(weights @ right / (weights @ counted))
-    reach = stats.t.ppf(0.975, 11) * np.sqrt(12 / 11) * np.std(draws) * np.array([-1, 1])
-    assert (found["low"], found["high"]) == pytest.approx(
-        tuple(special.expit(special.logit(found["value"]) + reach)), rel=1e-9)
+def test_trend_concordance_counts_changes_beyond_the_zone_within_a_series():
+    series = np.array([0, 0, 0, 0, 1, 1, 1])
+    truth = np.array([30., 36, 33, 20, 50, 58, 50])         # changes + 6, - 3, - 13; + 8, - 8
+    prediction = np.array([31., 35, 34, 40, 50, 51, 49])    # changes + 4, - 1, + 6; + 1, - 2
+    found = metrics.trend_concordance(series * 2, truth, prediction, series)
+    assert (found["n"], found["n_changes"], found["zone"]) == (4, 5, 5.0)
+    assert found["value"] == 3 / 4
 
 
 @pytest.mark.parametrize("digits", [9, 0])              # 0: many ties
@@ -287,20 +228,15 @@ def test_detection_equals_scikit_learn(digits):
     assert found["n_low"] == event.sum()
     bootstrap = metrics.PatientBootstrap(patients, 60, seed=1)
     areas = [sklearn_metrics.roc_auc_score(event[rows], -prediction[rows])
-             for rows in segments_of_each_draw(bootstrap, patients)]
+             for rows, _ in rows_of_draws(bootstrap, patients)]
     assert bootstrap.areas_under_roc(event, -prediction) == pytest.approx(areas, abs=1e-9)
 
-
-# ---------------------------------------------------------------- borrowed standards
 
 def test_the_limit_of_criterion_2_is_the_printed_one():
     # the table of ISO 81060-2 at mean errors of 0 to 5 mmHg; its last value is not quite the rule's
     for mean_error, printed in enumerate((6.95, 6.87, 6.65, 6.25, 5.64)):
         assert metrics.aami_limit(-mean_error) == pytest.approx(printed, abs=0.0051)
     assert metrics.aami_limit(5) == pytest.approx(4.79, abs=0.02)
-    for mean_error in (0, 1.3, -4, 9):
-        normal = stats.norm(mean_error, metrics.aami_limit(mean_error))
-        assert normal.cdf(10) - normal.cdf(-10) == pytest.approx(0.85, abs=1e-9)
     assert metrics.aami_limit(12) == 0
 
 
@@ -328,29 +264,8 @@ def test_criterion_2_is_about_patients_means():
     patients, within = np.repeat(np.arange(85), 40), rng.normal(0, 7.5, 3400)
     assert errors_as_predictions(within, patients)["aami_2"]["passed"]
     own = rng.normal(0, 7.5, 85)[patients]
-    found = errors_as_predictions(own, patients)
-    assert not found["aami_2"]["passed"]
-    assert found["aami_2"]["sd"] == pytest.approx(stats.tstd(own[::40]))
-
-
-def test_limits_of_agreement_are_those_of_the_variance_components():
-    import pandas
-    from statsmodels.formula.api import ols
-    from statsmodels.stats.anova import anova_lm
-    patients, truth, prediction = noisy_predictions(13, seed=9)
-    error = prediction - truth
-    table = anova_lm(ols("e ~ C(p)", pandas.DataFrame({"e": error, "p": patients})).fit())
-    within, between = table.mean_sq["Residual"], table.mean_sq["C(p)"]
-    n = np.bincount(patients)
-    mean_n = (n.sum() - (n ** 2).sum() / n.sum()) / (len(n) - 1)
-    variance = within + max((between - within) / mean_n, 0)
-    found = metrics.bland_altman(patients, truth, prediction)
-    assert found["bias"]["value"] == pytest.approx(error.mean())
-    assert found["sd_within"] == pytest.approx(np.sqrt(within), rel=1e-9)
-    reach = stats.norm.ppf(0.975) * np.sqrt(variance)
-    assert (found["lower"]["value"], found["upper"]["value"]) == pytest.approx(
-        (error.mean() - reach, error.mean() + reach), rel=1e-9)
-    assert found["lower"]["low"] < found["lower"]["value"] < found["lower"]["high"]
+    found = errors_as_predictions(own, patients)["aami_2"]
+    assert not found["passed"] and found["sd"] == pytest.approx(stats.tstd(own[::40]))
 
 
 def test_limits_of_agreement_are_the_published_ones_of_cardiac_output():
@@ -393,6 +308,7 @@ def test_levels_that_need_more_tune_patients_are_refused(n_patients, known):
     rng = np.random.default_rng(1)
     found = metrics.fit_calibration(rng.normal(0, 5, 20 * n_patients),
                                     np.repeat(np.arange(n_patients), 20))
+    assert json.loads(json.dumps(found)) == found       # numbers and lists, for the checkpoint
     for level in metrics.LEVELS:
         if level in known:
             low, high = metrics.interval([30., 40.], found, level)
@@ -402,34 +318,10 @@ def test_levels_that_need_more_tune_patients_are_refused(n_patients, known):
                 metrics.interval([30.], found, level)
 
 
-def test_each_tune_patient_weighs_the_same_however_many_segments_it_has():
-    error, patients = np.r_[np.full(1000, 9.0), np.arange(1, 20) / 10], np.r_[np.zeros(1000),
-                                                                             np.arange(1, 20)]
-    found = metrics.fit_calibration(error, patients)
-    assert found["half_widths"][:3] == pytest.approx([1.1, 1.7, 1.9])
-    assert found["half_widths"][3] == 9.0
-
-
-def test_ninety_percent_intervals_hold_for_segments_of_new_patients():
-    # 200 draws of 100 calibration patients, unequal numbers of segments, unequal patients
-    rng = np.random.default_rng(2)
-    held = []
-    for _ in range(200):
-        own, spread = rng.normal(0, 4, 200), rng.gamma(4, 1.2, 200)
-        patients = np.repeat(np.arange(200), rng.integers(1, 40, 200))
-        error = own[patients] + rng.normal(size=len(patients)) * spread[patients]
-        tune, new = patients < 100, patients >= 100
-        calibration = metrics.fit_calibration(error[tune], patients[tune])
-        low, high = metrics.interval(error[new], calibration, 0.9)
-        held.append(metrics.coverage(metrics.PatientBootstrap(patients[new], 2),
-                                     np.zeros(new.sum()), low, high)["patients"]["value"])
-    assert 0.88 <= np.mean(held) <= 0.92
-
-
 def test_intervals_in_units_of_a_spread_hold_as_often_and_are_narrower_where_it_is_true():
-    # patients differ in how sure one can be and in bias, their segments too; 200 draws
+    # patients differ in how sure one can be and in bias, their segments too; 100 draws of 100
     rng, found = np.random.default_rng(8), {"none": [], "true": [], "unrelated": []}
-    for _ in range(200):
+    for _ in range(100):
         patients = np.repeat(np.arange(200), rng.integers(1, 40, 200))
         own, n = rng.lognormal(1, 0.5, 200)[patients], len(patients)
         spread = own * rng.lognormal(0, 0.5, n)
@@ -443,23 +335,11 @@ def test_intervals_in_units_of_a_spread_hold_as_often_and_are_narrower_where_it_
             held = metrics.coverage(metrics.PatientBootstrap(patients[new], 2), np.zeros(new.sum()),
                                     low, high)
             where_wide = np.mean(((low <= 0) & (high >= 0))[wide])
-            found[name].append((held["patients"]["value"], held["mean_width"], where_wide))
+            found[name].append((held["patients"]["value"], held["half_width"], where_wide))
     found = {name: np.mean(values, axis=0) for name, values in found.items()}
     assert all(0.88 <= held <= 0.92 for held, _, _ in found.values())
     assert found["true"][1] < 0.9 * found["none"][1] < 0.9 * found["unrelated"][1]
     assert 0.88 <= found["true"][2] <= 0.92 and found["none"][2] < 0.75
-
-
-def test_a_calibration_lies_in_a_checkpoint_that_is_safe_to_load(tmp_path):
-    import torch
-    rng = np.random.default_rng(5)
-    calibration = dict(metrics.fit_calibration(rng.normal(size=90), np.repeat(np.arange(9), 10)),
-                       novelty=metrics.novelty_threshold(
-                           metrics.fit_novelty(rng.normal(size=(50, 3))), rng.normal(size=(20, 3)),
-                           range(20)))
-    torch.save(calibration, tmp_path / "c.pth")
-    assert torch.load(tmp_path / "c.pth", weights_only=True) == calibration
-    assert calibration["half_widths"][3] is None
 
 
 def test_novelty_is_the_distance_of_mahalanobis_and_flags_what_is_unlike():

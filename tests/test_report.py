@@ -31,10 +31,10 @@ def make_segments(n_patients=40, each=6, seed=0, intervals=True):
     tpp = fields["tpp"] + rng.normal(0, 5, n)
     found = Segments(
         fields, patients, patients, patients.astype(str), WAVES, tpp, best="ridge",
-        baselines={"ridge": fields["tpp"] + rng.normal(0, 9, n), "mean_tpp": np.full(n, 36.0)},
-        swapped=tpp + rng.normal(0, 9, n), unusual=rng.random(n) < 0.05, distance=rng.random(n))
+        baselines={"ridge": fields["tpp"] + rng.normal(0, 9, n), "mean_tpp": np.full(n, 36.0)})
+    fields.update(swapped=tpp + rng.normal(0, 9, n), unusual=rng.random(n) < 0.05,
+                  distance=rng.random(n))
     found.intervals = {0.9: (tpp - 9, tpp + 9) if intervals else "calibrated on other data"}
-    found.good = make_segments(n_patients, each + 1, seed=9) if seed == 0 else None
     return found
 
 
@@ -115,7 +115,7 @@ def test_the_page_says_what_tpp_is_four_numbers_and_shows_values_under_the_point
 def test_a_page_of_few_segments_and_no_intervals_can_be_written_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     segments = make_segments(3, 2, seed=1, intervals=False)
-    segments.best, segments.baselines, segments.swapped = None, {}, None
+    segments.best, segments.baselines = None, {}
     results = make_results(segments, note=None, simulated=False, origin="recordings")
     report.write_report(results, segments, "r.html", {"runs/a.pth": CHECKPOINT})
     text = words((tmp_path / "r.html").read_text(encoding="utf-8"))
