@@ -289,9 +289,9 @@ def place(path, patient, encounter):
 
 def groups_of(parent):
     """[(number, name, group)] of an h5py group, without links: they would double a patient."""
-    return [(number, name, parent[name]) for number, name in enumerate(parent)
-            if parent.get(name, getclass=True, getlink=True) is h5py.HardLink
-            and isinstance(parent[name], h5py.Group)]
+    return [(number, name, item) for number, (name, item) in enumerate(parent.items())
+            if isinstance(item, h5py.Group)
+            and parent.get(name, getclass=True, getlink=True) is h5py.HardLink]
 
 
 def scan(path, wanted=None):
@@ -314,7 +314,7 @@ def scan(path, wanted=None):
 
 def find_fields(group):
     """{field: h5py dataset} of an encounter, checked; {} where a group holds no fields."""
-    found = {key: group[key] for key in FIELDS if key in group}
+    found = {key: item for key, item in group.items() if key in FIELDS}
     if found and "ppg" not in found:
         raise DataError("no field 'ppg'")
     for key, item in found.items():
@@ -695,22 +695,22 @@ class TPP_PPG_dataset(Dataset):
     def _rows(self, key, segments, samples):
         """[B, samples] float32: a field's rows of segments [B]. Where they lie in a file as plain
         float32, they are one gather from a memory map; all else is read by h5py."""
-        index, row_bytes = self.index, 4 * samples
+        index, out = self.index, np.empty((len(segments), samples), np.float32)
         encounters = np.searchsorted(index.starts, segments, "right") - 1
-        files, rows = index.encounter_file[encounters], index.rows[segments].astype(np.int64)
-        offsets = index.stored[index.fields == key][0][encounters]
-        out = np.empty((len(segments), samples), np.float32)
-        for number in np.unique(files):
+        files, rows = index.encounter_file[encounters], index.rows[segments]
+        first = index.stored[index.fields == key][0][encounters]
+        offsets = first + 4 * samples * rows.astype(np.int64)
+        for number in np.flatnonzero(np.bincount(files)):
             check_unchanged(index, [number])    # a file cut short under its map ends the process
-            path, mine = index.paths[number], np.flatnonzero(files == number)
-            plain, encoded = mine[offsets[mine] >= 0], mine[offsets[mine] < 0]
-            if len(plain):
+            path, mine = index.paths[number], files == number
+            plain, encoded = mine & (first >= 0), np.flatnonzero(mine & (first < 0))
+            if plain.any():
                 with reading(path):
-                    data = map_rows(path, *index.stamps[number], row_bytes)
-                    found = data[offsets[plain] + row_bytes * rows[plain]]
-                if len(plain) == len(segments):
-                    return found.view("<f4").reshape(-1, samples)
-                out[plain] = found.view("<f4").reshape(-1, samples)
+                    data = map_rows(path, *index.stamps[number], 4 * samples)
+                    found = data[offsets[plain]].view("<f4").reshape(-1, samples)
+                if len(found) == len(out):
+                    return found
+                out[plain] = found
             if len(encoded):
                 with open_file(path) as file:
                     for e in np.unique(encounters[encoded]):
