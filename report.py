@@ -98,7 +98,7 @@ def headline(results) -> list:
     if results["skill"]:
         own = results["baselines"][results["skill"]["over"]]["skill_per_patient"]
         lines.append(skill_text(results["skill"], results["skill_in_hindsight"])
-                     + f" With equal weight for each patient: {shown(own)}.")
+                     + f" Skill with equal weight for each patient: {shown(own)}.")
     return [*lines, interval_text(results),
             f"TPP below {low['threshold']:g} mmHg: sensitivity {percent(low['sensitivity'])}, "
             f"specificity {percent(low['specificity'])}, ROC area {shown(low['auc'])}."]
