@@ -234,6 +234,8 @@ def prepare_missing(records, prepared, problems, options, parts):
     """Makes the pieces that are not there yet."""
     missing = [record for record in records
                if record.key not in prepared and record.key not in problems.failed]
+    if missing:
+        print(f"reading {counted(len(missing), 'record')}", flush=True)
     results = tk_utils.in_processes(partial(prepare_record, options=options, parts=parts), missing,
                                     options.workers)
     for record, rows in tk_utils.progress(results, total=len(missing), desc="records",

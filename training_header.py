@@ -637,7 +637,8 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
             if rank == 0 and on_epoch is not None:
                 on_epoch(run.log)
             if rank == 0 and verbose:
-                print(run.log[-1], flush=True)
+                print("epoch {epoch}/{}: train loss {train_loss:.4g}, tune loss {tune_loss:.4g} "
+                      "(best: epoch {best_epoch})".format(total_epochs, **run.log[-1]), flush=True)
             if any_rank(len(signals), device) and run.epoch < total_epochs and not run.stopped:
                 raise Interrupted(f"interrupted after epoch {run.epoch}; {goes_on}")
     model.load_state_dict(run.best_weights)
