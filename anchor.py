@@ -9,7 +9,7 @@ of a PPG that was shown to say more than the vitals do (docs/real-recordings.md)
 
 Needs datasets.py; `pulse_statistics` needs PyTorch alone.
 """
-from typing import List
+from typing import List, Optional
 
 import numpy as np
 import torch
@@ -116,34 +116,44 @@ def moving_mean(x, width):
     return F.avg_pool1d(padded, width, 1)[:, 0]
 
 
-def fit_anchor(dataset, keys: List[str]) -> dict:
+def fit_anchor(dataset, keys: List[str], with_pulse: bool = False) -> dict:
     """The ridge of the label on the vitals over a (train) dataset: `NormalisedModel(anchor=…)`.
 
     {'coefficients': {vital: mmHg per unit}, 'intercept': mmHg, 'sd': SD of its residuals, mmHg}.
-    Where the PPG is among the keys, 'with_pulse' is the same on vitals and `pulse_statistics`, with
-    'statistics': {'low', 'high': limits to which they are clipped, 'coefficients'}; `fit_blend`
-    decides how much of it is used. More than MOST_ANCHORED segments: a random choice of them.
+    with_pulse: also on `pulse_statistics`; then also 'statistics': {'low', 'high': limits to which
+    they are clipped, 'coefficients'}. More than MOST_ANCHORED segments: a random choice of them.
     """
-    vitals, some = vitals_of(keys), np.arange(len(dataset.index))
+    names, some = vitals_of(keys), np.arange(len(dataset.index))
     if len(some) > MOST_ANCHORED:
         some = np.random.default_rng(0).choice(some, MOST_ANCHORED, replace=False)
-    label, *values = (dataset.column(key).numpy()[some].astype(np.float64)
-                      for key in (keys[-1], *vitals))
-    anchor = fit_ridge(vitals, np.stack(values, 1), label)
-    if keys[0] == "ppg":
-        pulse = np.concatenate([
-            pulse_statistics(torch.from_numpy(dataset.waveform("ppg", part)).unsqueeze(1))
-            for part in np.array_split(some, -(-len(some) // 256))]).astype(np.float64)
-        low, high = np.quantile(pulse, (0.005, 0.995), axis=0)
-        inputs = np.stack([*values, *pulse.clip(low, high).T], 1)
-        found = fit_ridge([*vitals, *PULSE_STATISTICS], inputs, label)
-        coefficients = found["coefficients"]
-        anchor["with_pulse"] = {
-            "coefficients": {key: coefficients[key] for key in vitals},
-            "intercept": found["intercept"], "sd": found["sd"],
-            "statistics": {"low": low.tolist(), "high": high.tolist(),
-                           "coefficients": [coefficients[key] for key in PULSE_STATISTICS]}}
-    return anchor
+    label, *inputs = (dataset.column(key).numpy()[some].astype(np.float64)
+                      for key in (keys[-1], *names))
+    if not with_pulse:
+        return fit_ridge(names, np.stack(inputs, 1), label)
+    pulse = read_pulse(dataset, some)
+    low, high = np.quantile(pulse, (0.005, 0.995), axis=0)
+    anchor = fit_ridge([*names, *PULSE_STATISTICS],
+                       np.stack([*inputs, *pulse.clip(low, high).T], 1), label)
+    weights = [anchor["coefficients"].pop(name) for name in PULSE_STATISTICS]
+    return dict(anchor, statistics={"low": low.tolist(), "high": high.tolist(),
+                                    "coefficients": weights})
+
+
+def read_pulse(dataset, segments) -> np.ndarray:
+    """[S, 12] float64: `pulse_statistics` of segments [S] of a dataset."""
+    return np.concatenate([
+        pulse_statistics(torch.from_numpy(dataset.waveform("ppg", part)).unsqueeze(1))
+        for part in np.array_split(segments, -(-len(segments) // 256))]).astype(np.float64)
+
+
+def predict_with_anchor(anchor: dict, dataset) -> np.ndarray:
+    """What an anchor alone says of the segments of a dataset, [N] mmHg."""
+    found = anchor["intercept"] + sum(weight * dataset.column(key).numpy().astype(np.float64)
+                                      for key, weight in anchor["coefficients"].items())
+    if "statistics" in anchor:
+        pulse, known = read_pulse(dataset, np.arange(len(dataset.index))), anchor["statistics"]
+        found = found + pulse.clip(known["low"], known["high"]) @ known["coefficients"]
+    return found
 
 
 def fit_ridge(names, inputs, label) -> dict:
@@ -170,18 +180,20 @@ def shown_share(missing, added, patients) -> float:
     return float(np.clip(share - error ** 2 / share, 0, 1)) if share > 0 else 0.0
 
 
-def blend(anchor: dict, pulse_share: float, share: float) -> dict:
+def blend(anchor: dict, with_pulse: Optional[dict], pulse_share: float, share: float) -> dict:
     """The anchor of a model that keeps these shares of the pulse statistics and of the network.
 
-    anchor: the one that the network was trained on; the model's estimate is then
+    anchor: the one that the network was trained on, kept as 'trained_on' for further training;
+    with_pulse: the one with statistics, or None. The model's estimate is then
     (1 - share) * (anchor + pulse_share * (with_pulse - anchor)) + share * (anchor + network).
     """
     weight = (1 - share) * pulse_share
-    other = anchor.get("with_pulse", anchor)
+    other = with_pulse or anchor
     mixed = {"intercept": anchor["intercept"] + weight * (other["intercept"] - anchor["intercept"]),
              "coefficients": {key: one + weight * (other["coefficients"][key] - one)
                               for key, one in anchor["coefficients"].items()},
-             "sd": share * anchor["sd"], "pulse_share": pulse_share, "blend": share}
+             "sd": share * anchor["sd"], "pulse_share": pulse_share, "blend": share,
+             "trained_on": anchor}
     if weight:
         statistics = other["statistics"]
         mixed["statistics"] = dict(statistics, coefficients=[weight * one for one

@@ -311,6 +311,7 @@ def build(options, recipe, train, parent):
     header.reset_all_seeds(options.seed)
     if parent:
         model = header.load_model(parent, network=options.own_network)
+        model.set_anchor((model.anchor or {}).get("trained_on", model.anchor))  # before its blend
         described = {key: parent[key] for key in ("spec", "model_args")}
     else:
         vitals = datasets.vitals_of(options.keys)
@@ -365,7 +366,7 @@ def loop_arguments(recipe, loader, model) -> dict:
 
 def train(options, recipe, model, loaders, files, description, place):
     """(the model with its best weights, trajectories); a row of the log after each epoch."""
-    loss, tune = header.choose_loss(options.loss), loaders[1].dataset
+    loss = header.choose_loss(options.loss)
 
     def on_epoch(log):
         for loader in loaders:
@@ -384,7 +385,7 @@ def train(options, recipe, model, loaders, files, description, place):
         on_epoch=on_epoch, resume_path=files.resume, experiment=description,
         **loop_arguments(recipe, loaders[0], model))
     if model.anchor and model.outputs == 1 and is_first():
-        header.fit_blend(model, tune)
+        header.fit_blend(model, *(loader.dataset for loader in loaders))
     return model, trajectory
 
 

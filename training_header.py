@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import (
     CosineAnnealingLR, LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR)
 
 import kernels
-from anchor import blend, fit_anchor, pulse_statistics, shown_share
+from anchor import blend, fit_anchor, predict_with_anchor, pulse_statistics, shown_share
 from checkpoint import (
     CheckpointError, build_network, load_by_name, load_checkpoint, load_tensors, read_salt,
     save_checkpoint, save_tensors)
@@ -296,26 +296,23 @@ def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0,
             torch.cat(features).numpy() if features else None)
 
 
-def fit_blend(model, dataset) -> float:
+def fit_blend(model, train, tune) -> float:
     """How much the PPG adds to the model's anchor, the ridge on the vitals, as far as it is shown.
 
-    First the ridge on vitals and `pulse_statistics`, then the network: of each the share, 0 to 1,
-    that `shown_share` finds on a (tune) dataset is kept. Sets the model's anchor; returns the
-    network's share. So a model never leaves its ridge without evidence.
+    First the ridge on vitals and `pulse_statistics`, fitted on the train dataset, then the network:
+    of each the share, 0 to 1, that `shown_share` finds on the tune dataset is kept. Sets the
+    model's anchor; returns the network's share. So a model never leaves its ridge without evidence.
     """
-    def predict(anchor):
-        model.set_anchor(anchor)
-        return predict_dataset(model, dataset, device=model.scale.device).astype(np.float64)
-
-    label, patients = dataset.column(model.keys[-1]).numpy(), dataset.index.segment_patients()
-    anchor, pulse_share = model.anchor, 0.0
-    with_network, base = predict(anchor), predict(dict(anchor, sd=0.0))
-    if "with_pulse" in anchor:
-        added = predict(dict(anchor["with_pulse"], sd=0.0)) - base
+    label, patients = tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
+    base, with_pulse, pulse_share = predict_with_anchor(model.anchor, tune), None, 0.0
+    if model.with_ppg:
+        with_pulse = fit_anchor(train, model.keys, with_pulse=True)
+        added = predict_with_anchor(with_pulse, tune) - base
         pulse_share = shown_share(label - base, added, patients)
         base = base + pulse_share * added
-    share = shown_share(label - base, with_network - base, patients)
-    model.set_anchor(blend(anchor, pulse_share, share))
+    network = predict_dataset(model, tune, device=model.scale.device).astype(np.float64)
+    share = shown_share(label - base, network - base, patients)
+    model.set_anchor(blend(model.anchor, with_pulse, pulse_share, share))
     return share
 
 

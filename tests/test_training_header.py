@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from training_header import (
     LOSSES, CheckpointError, CosineAnnealingLR, DataError, Interrupted, NonFiniteLoss,
     NormalisedModel, ReduceLROnPlateau, StepLR, TPP_PPG_dataset, TrainingError, choose_loss,
-    create_dataset_index, distributed, fit_anchor, fit_normaliser, get_model_v3, load_model,
-    make_loader, predict_dataset, predict_with_spread, reset_all_seeds, save_checkpoint,
-    training_loop)
+    create_dataset_index, distributed, fit_anchor, fit_blend, fit_normaliser, get_model_v3,
+    load_model, make_loader, predict_dataset, predict_with_anchor, predict_with_spread,
+    reset_all_seeds, save_checkpoint, training_loop)
 
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 SMALL = {"num_discrete": 3, "widths": (4, 4, 8), "kernel_sizes": 5}
@@ -449,6 +449,22 @@ def test_with_an_anchor_the_network_adds_to_the_ridge_on_the_vitals(index):
     with torch.no_grad():
         added = anchor["sd"] * network(*model.normalise(batch[:-1]))[:, 0]
         assert np.allclose(model(*batch[:-1])[:, 0], fitted[:20] + added.numpy(), atol=1e-3)
+
+
+def test_the_blend_is_of_both_ridges_and_the_network(index):
+    train = TPP_PPG_dataset(index, "segment", KEYS)
+    anchor = fit_anchor(train, KEYS)
+    model = NormalisedModel(small_model(), KEYS, fit_normaliser(train, KEYS[1:]), anchor=anchor)
+    with_network = predict_dataset(model, train)
+    share = fit_blend(model, train, train)
+    pulse_share = model.anchor["pulse_share"]
+    assert 0 <= share <= 1 and 0 < pulse_share <= 1     # on train segments it always explains more
+    ridge, with_pulse = (predict_with_anchor(one, train) for one in (
+        anchor, fit_anchor(train, KEYS, with_pulse=True)))
+    base = ridge + pulse_share * (with_pulse - ridge)
+    assert np.allclose(predict_dataset(model, train), base + share * (with_network - base),
+                       atol=2e-3)
+    assert model.anchor["trained_on"] == anchor
 
 
 def test_the_normalisation_of_the_ppg_is_chosen_by_name():
