@@ -114,8 +114,10 @@ class LayoutWriter:
     def write(self, patient: str, encounter: str, fields: Dict[str, np.ndarray]) -> None:
         """Writes the N rows of one encounter, {field: [N] or [N, 3600]}, 'ppg' and 'reason' among
         them. Raises DataError before anything of the encounter is written."""
-        if "/" in f"{patient}{encounter}" or not {"ppg", "reason"} <= set(fields):
-            raise DataError("expected names without '/', and the fields 'ppg' and 'reason'")
+        if any(name in ("", ".") or "/" in name for name in (patient, encounter)):
+            raise DataError("expected names of patient and encounter without '/', and not empty")
+        if f"{patient}/{encounter}" in self.file or not {"ppg", "reason"} <= set(fields):
+            raise DataError("expected each encounter once, with the fields 'ppg' and 'reason'")
         arrays, rows = {}, len(fields["ppg"])
         for key, values in fields.items():
             expected = (rows, SEGMENT_SAMPLES) if key in WAVEFORMS else (rows,)
@@ -371,7 +373,8 @@ def look_up():
             names.update({str(i): patient, hash_patients([patient], salt)[0]: patient})
             names.update((f"{i}/{j}", f"{patient}/{name}") for j, name, _ in groups_of(group))
     for who in options.who:
-        print(f"{who}: {names.get(who, 'not in this file')}")
+        name = names.get(who, "not in this file")
+        print(f"{who}: {name if name.isprintable() else repr(name)}")   # a terminal would obey it
 
 
 # -------------------------------------------------------------------------------------------- index
@@ -860,4 +863,5 @@ if __name__ == "__main__":
     try:
         look_up()
     except DataError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -38,7 +38,6 @@ SCORED = ["map", "p_crit", "tpp"]           # fields without which there are no 
 MAX_BASELINE_SEGMENTS = 100_000             # train segments for the baselines: more adds nothing
 MAX_NOVELTY_SEGMENTS = 20_000               # train segments that define usual inputs
 MAX_HASHED_SEGMENTS = 200_000               # segments of a part searched for shared seconds
-MAX_TPP_MMHG = 500                          # a network that exceeds this is broken
 MIN_CHANGE_MMHG = 0.01                      # predictions that vary by less are constant
 Fitted = dict       # what several evaluations share (baselines, results): pass the same to each
 # Runs that train_resnet.py --ablate trains in addition, by the endings of their names.
@@ -225,10 +224,10 @@ def predict_tpp(model, dataset, device=None, features=False):
     tpp = estimate.astype(np.float64)
     if model.keys[-1] == "p_crit":
         tpp = dataset.column("map").numpy().astype(np.float64) - tpp
-    absurd = np.flatnonzero(~(np.abs(tpp) <= MAX_TPP_MMHG))
+    absurd = np.flatnonzero(~(np.abs(tpp) <= metrics.MAX_TPP))
     if len(absurd):
         raise DataError(f"{dataset.place(absurd[0])}: the network predicts {tpp[absurd[0]]:.4g} "
-                        f"mmHg; {len(absurd):,} of {len(tpp):,} are beyond ± {MAX_TPP_MMHG}")
+                        f"mmHg; {len(absurd):,} of {len(tpp):,} are beyond ± {metrics.MAX_TPP:g}")
     return tpp, spread, found
 
 

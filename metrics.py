@@ -23,6 +23,7 @@ FEW_PATIENTS = 30       # below it intervals are too narrow (benchmarks/evaluati
 LEAST_PATIENTS = 5      # no confidence interval below it
 MIN_VARIANCE = 1e-9     # mmHg²; float32 truths that vary less are constant, and R² is undefined
 LOW_TPP = 34.0          # mmHg, the published system's cut-off for risk
+MAX_TPP = 500.0         # mmHg; a larger answer is not a perfusion pressure
 TREND_ZONE = 5.0        # mmHg, smaller changes do not count: the label's own SD between minutes
 
 

@@ -37,7 +37,6 @@ from recordings import RecordingError
 from tk_utils import counted
 
 MAX_AGE_S = 30 * 60.0           # how long a reading or a monitor's number is held
-MAX_TPP = 500.0                 # mmHg; a larger answer is not a perfusion pressure
 EXPORT_LEVEL = 0.9
 EXPORT_TOLERANCE = 1e-3         # mmHg
 EXPORT_SEGMENTS = 64            # that an export is checked with
@@ -287,7 +286,7 @@ class Predictor:
                 away = metrics.novelty(features.cpu().numpy(), novelty) > novelty["threshold"]
                 unlike[fine] = np.where(away, "yes", "no")
         tpp = vitals["map"] - answer[:, 0] if self.gives_p_crit else answer[:, 0]
-        absurd = tpp[fine & ~(np.abs(tpp) <= MAX_TPP)]
+        absurd = tpp[fine & ~(np.abs(tpp) <= metrics.MAX_TPP)]
         if absurd.size:
             raise header.CheckpointError(
                 f"{self.name}: answers {absurd[0]:.6g} mmHg, which is no tissue perfusion pressure")

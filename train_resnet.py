@@ -12,6 +12,7 @@ the same command goes on where the run was saved, and ends in the same weights.
 """
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import os
 import re
@@ -94,8 +95,10 @@ def parse_args(arguments=None):
     add("--fresh", action="store_true", help="start again where a run of this name is there")
     add("--tensorboard", action="store_true", help="also log to runs/<name>/tensorboard")
     options = parser.parse_args(arguments)
-    for name, least in (("epochs", 1), ("batch_size", 1), ("lr", 0), ("weight_decay", 0),
-                        ("seed", 0), ("workers", 0), ("threads", 1), ("seeds", 2), ("folds", 3)):
+    if options.lr is not None and not options.lr > 0:
+        parser.error(f"--lr {options.lr}: expected more than 0")
+    for name, least in (("epochs", 1), ("batch_size", 1), ("weight_decay", 0), ("seed", 0),
+                        ("workers", 0), ("threads", 1), ("seeds", 2), ("folds", 3)):
         value = getattr(options, name)
         if value is not None and not value >= least:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
@@ -106,6 +109,8 @@ def parse_args(arguments=None):
         parser.error("--ablate: expected --keys with ppg and vitals, to leave out either")
     if not re.fullmatch(r"[\w.+-]*\w", options.name):
         parser.error(f"--name {options.name!r}: expected letters, digits and any of . _ + -")
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs a package: pip install tensorboard")
     options.own_network = None if options.model in (None, *header.MODELS) else options.model
     options.fold = None
     return options

@@ -134,6 +134,10 @@ def test_the_writer_makes_a_file_that_reads_back_and_refuses_what_does_not_fit(t
         out.write("p", "e", fields)
         with pytest.raises(DataError, match="without '/'"):
             out.write("p", "e/4", fields)
+        with pytest.raises(DataError, match="not empty"):
+            out.write("", "e", fields)
+        with pytest.raises(DataError, match="once"):
+            out.write("p", "e", fields)
         with pytest.raises(DataError, match="'ppg' and 'reason'"):
             out.write("p", "e2", {"ppg": fields["ppg"]})
         with pytest.raises(DataError, match="'sodium'"):

@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_file
-from small_train_resnet import small_models
+from small_train_resnet import little_work
 
-import baselines
 import checkpoint as checkpoints
 import evaluate
 import metrics
@@ -57,11 +56,7 @@ def save_run(data, name="a", network=None, calibrated=True, seed=0):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Small networks, and few rounds of boosting."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "BOOSTING_ROUNDS", 10)
-        for name, build in small_models().items():
-            patch.setitem(models.MODELS, name, build)
+    with little_work(10):
         yield
 
 

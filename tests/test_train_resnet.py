@@ -16,10 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, children, make_file, needs_children
-from small_train_resnet import small_models
+from small_train_resnet import little_work
 
-import baselines
-import models
 import train_resnet
 from checkpoint import CheckpointError, load_checkpoint, read_salt
 from datasets import DataError, TPP_PPG_dataset, create_dataset_index, hash_patients, split_index
@@ -53,12 +51,9 @@ def same_weights(one, other):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def little_work():
-    """In this process as in those that run SCRIPT; from some dozen segments nothing is learned."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "BOOSTING_ROUNDS", 5)
-        for name, builder in small_models().items():
-            patch.setitem(models.MODELS, name, builder)
+def small():
+    """In this process as in those that run SCRIPT."""
+    with little_work(5):
         yield
 
 
@@ -555,7 +550,8 @@ def spoil(folder, kind):
     ("good", ("--model", "absent.py:Net"), "--model absent.py:Net: expected resnet_v3"),
     ("good", ("--loss", "hubris"), "--loss hubris: expected mse"),
     ("good", ("--batch-size", "-3"), "--batch-size -3: expected at least 1"),
-    ("good", ("--lr", "nan"), "--lr nan: expected at least 0"),
+    ("good", ("--lr", "nan"), "--lr nan: expected more than 0"),
+    ("good", ("--lr", "0"), "--lr 0.0: expected more than 0"),
     ("good", ("--folds", "2"), "--folds 2: expected at least 3"),
     ("good", ("--keys", "ppg", "tpp", "--ablate"), "expected --keys with ppg and vitals"),
     ("good", ("--init-from", "a.pth"), "a.pth: no such checkpoint"),
