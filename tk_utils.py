@@ -291,10 +291,11 @@ def _start_worker():
 
 def exit_when_parent_dies() -> None:
     """End this process as soon as its parent is gone: a worker, or a rank of torchrun (POSIX)."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()   # it may have ended while this process was starting
+    pid = parent.pid if parent else os.getppid()
 
     def wait():
-        while os.getppid() == parent:
+        while os.getppid() == pid:
             time.sleep(1)
         os._exit(1)
 
