@@ -4,9 +4,9 @@
     best = choose_best(baselines, tune_fields)
     tpp = baselines[best].predict(test_fields)                  # [N] mmHg
 
-Fields are dicts of arrays [N] with the layout's names and units, and `signals.ppg_features`. The
+Fields are dicts of arrays [N] with the layout's names and units, and `anchor.PULSE_STATISTICS`. The
 regressions' only hyper-parameter (penalty, number of rounds) is chosen by cross-validation over
-patients. Copy metrics.py and signals.py with it.
+patients. Copy anchor.py, datasets.py and metrics.py with it.
 """
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Optional, Sequence, Tuple
@@ -19,8 +19,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from anchor import PULSE_STATISTICS
 from metrics import scores
-from signals import PPG_FEATURES
 
 # The inputs of the label's own regression; pp*hr is its regressor, k·CO (Chandrasekhar et al., Nat
 # Med 2023, doi 10.1038/s41591-023-02474-6).
@@ -46,7 +46,8 @@ def _baseline_inputs(vitals):
     vitals = tuple(vitals)
     return {"mean_tpp": (), "map_minus_mean_pcrit": ("map",),
             "ridge": vitals, "gradient_boosting": vitals,
-            "gradient_boosting_ppg": vitals + PPG_FEATURES,
+            "ridge_ppg": vitals + PULSE_STATISTICS,
+            "gradient_boosting_ppg": vitals + PULSE_STATISTICS,
             "ridge_all": ALL_INPUTS, "gradient_boosting_all": ALL_INPUTS}
 
 
@@ -60,7 +61,7 @@ def left_out_baselines(vitals: Iterable[str], *parts: Dict[str, np.ndarray]) -> 
         for field in (one for one in inputs if one != "pp*hr"):
             if not all(field in part for part in parts):
                 reasons.setdefault(name, f"{field} is not in the data")
-            elif field not in PPG_FEATURES:     # NaN without beats, which boosting accepts
+            else:
                 bad = sum(np.count_nonzero(~np.isfinite(part[field])) for part in parts)
                 if bad:
                     reasons.setdefault(name, f"{field} is not finite in {bad} segments")
@@ -72,8 +73,8 @@ def fit_baselines(train_fields: Dict[str, np.ndarray], patients: np.ndarray, vit
     """Fit the baselines on the train patients: {name: Baseline}, without those in `left_out`.
 
     train_fields: dict of fields [N], with `tpp` (the target) and what there is of map, sbp, dbp,
-    pp, hr and PPG_FEATURES. patients: [N]. vitals: the vitals that the network gets, e.g. ['map',
-    'dbp', 'hr']. left_out: names; by default left_out_baselines(vitals, train_fields).
+    pp, hr and PULSE_STATISTICS. patients: [N]. vitals: the vitals that the network gets, e.g.
+    ['map', 'dbp', 'hr']. left_out: names; by default left_out_baselines(vitals, train_fields).
     """
     target = np.asarray(train_fields["tpp"], np.float64)
     if left_out is None:
@@ -103,12 +104,12 @@ def choose_best(baselines: Dict[str, Baseline], tune_fields: Dict[str, np.ndarra
 
 
 def _columns(fields, inputs):
-    """[N, inputs] float64; pp*hr is the product of two fields. Only PPG features may be NaN."""
+    """[N, inputs] float64; pp*hr is the product of two fields."""
     columns = np.empty((len(next(iter(fields.values()))), len(inputs)))
     for i, name in enumerate(inputs):
         columns[:, i] = np.prod([fields[field] for field in name.split("*")], axis=0, dtype=float)
         bad = np.count_nonzero(~np.isfinite(columns[:, i]))
-        if bad and name not in PPG_FEATURES:
+        if bad:
             raise ValueError(f"{name}: {bad} of {len(columns)} values are not finite")
     return columns
 

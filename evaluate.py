@@ -28,9 +28,9 @@ import datasets
 import metrics
 import report
 import tk_utils
+from anchor import PULSE_STATISTICS, read_pulse
 from datasets import DataError, DatasetIndex, TPP_PPG_dataset, create_dataset_index
 from report import percent
-from signals import ppg_features
 from tk_utils import counted
 from training_header import LOSSES, TrainingError, choose_device, load_model, predict_with_spread
 
@@ -186,7 +186,7 @@ def subsample(most: float, index: DatasetIndex, keys) -> TPP_PPG_dataset:
 
 
 def read_segments(index: DatasetIndex, keys, most=np.inf) -> Segments:
-    """The fields of an index that baselines, strata and scores need, PPG features included."""
+    """The fields of an index that baselines, strata and scores need, pulse statistics included."""
     dataset = subsample(most, index, keys)
     index, fields = dataset.index, {}
     for key in dict.fromkeys((*datasets.VITALS, *datasets.LABELS, *datasets.vitals_of(keys),
@@ -196,8 +196,7 @@ def read_segments(index: DatasetIndex, keys, most=np.inf) -> Segments:
         except DataError:           # an encounter lacks it
             continue
         fields[key] = dataset.column(key).numpy().astype(np.float64)
-    fields.update(joined([ppg_features(ppg, datasets.FS)
-                          for ppg in read_ppg(dataset, "PPG features")]))
+    fields.update(zip(PULSE_STATISTICS, read_pulse(dataset, np.arange(len(dataset))).T))
     patients = index.segment_patients()
     return Segments(fields, patients, index.per_segment(np.arange(len(index.encounters))),
                     index.patients[patients], dataset)

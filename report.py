@@ -29,7 +29,8 @@ TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates"
 NAMES = {"mean_tpp": "mean TPP of the train patients", "map_minus_mean_pcrit": "MAP - mean Pcrit",
          "ridge": "ridge, network's vitals",
          "gradient_boosting": "gradient boosting, network's vitals",
-         "gradient_boosting_ppg": "gradient boosting, vitals and PPG features",
+         "ridge_ppg": "ridge, vitals and pulse statistics",
+         "gradient_boosting_ppg": "gradient boosting, vitals and pulse statistics",
          "ridge_all": "ridge, arterial line's vitals",
          "gradient_boosting_all": "gradient boosting, arterial line's vitals"}
 

@@ -1,4 +1,4 @@
-"""Beats, signal quality and features of arterial pressure (ABP) and photoplethysmogram (PPG).
+"""Beats and signal quality of arterial pressure (ABP) and photoplethysmogram (PPG).
 
     from signals import find_feet, signal_quality
     foot, row = find_feet(abp, fs=60)           # abp [N, samples] in mmHg, finite
@@ -20,11 +20,6 @@ REASONS = (
     "ppg_missing", "ppg_flat", "ppg_clipped", "ppg_no_pulse", "abp_saturated", "ppg_saturated",
     "rate_mismatch")
 QUALITY_FIELDS = ("beat_irregularity", "upstroke_s", "ppg_hr", "ppg_quality", "ppg_skewness")
-PPG_FEATURES = (
-    "pulse_rate", "pulse_irregularity", "pulse_rise_s", "pulse_width_25_s", "pulse_width_50_s",
-    "pulse_width_75_s", "pulse_area", "pulse_b_a", "pulse_skewness", "pulse_kurtosis",
-    "pulse_amplitude_variation", "pulse_baseline_variation", "pulse_harmonic_2", "pulse_harmonic_3",
-    "pulse_quality")
 
 MIN_FS_HZ = 40            # below it the upstroke has too few samples to time a beat
 BLOCK_SAMPLES = 1_000_000  # processed at once: bounds memory, fits the cache
@@ -36,7 +31,7 @@ MIN_RISE_SHARE = 0.25     # of the segment's usual largest rise; weak beats of A
 # A dicrotic wave follows its beat within the ejection time (0.2-0.4 s) and rises less than it did.
 DICROTIC_SECONDS, DICROTIC_RISE_SHARE = 0.45, 0.6
 FOOT_SEARCH_SECONDS = 0.2  # from foot to steepest upstroke; 0.1 s is usual, damped lines are slower
-MIN_BEATS, MIN_FEATURE_BEATS, MIN_DELAY_BEATS = 10, 5, 20       # ten beats define a line
+MIN_BEATS, MIN_DELAY_BEATS = 10, 20     # ten beats define a line
 ABP_RANGE_MMHG = (-30.0, 330.0)  # transducers end at 300 or 320; anything outside is no pressure
 CLIP_SECONDS = 0.067      # 4 steps at 60 Hz; a natural top stays within 0.25 mmHg for 0.02-0.04 s
 SATURATED_SECONDS = 0.5   # clipped beats stay at the end of the scale for less
@@ -51,7 +46,7 @@ RATE_TOLERANCE_SHARE, RATE_TOLERANCE_BPM = 0.10, 5.0    # whichever is more: AAM
 ARRHYTHMIC = 0.1          # RMSSD / mean interval, as for fibrillation in Dash, Ann Biomed Eng 2009
 PULSE_DEFICIT = 0.5       # share of weak beats that may not reach the finger in arrhythmia
 PPG_HEIGHT_MMHG = 60.0    # the PPG's pulse is scaled to this height for `find_feet`
-TEMPLATE_SAMPLES, SHAPE_SAMPLES = 40, 64    # of a beat, for `ppg_quality` and for features
+TEMPLATE_SAMPLES = 40     # of a beat, for `ppg_quality`
 MIN_SLOPE_SKEWNESS, POLARITY_SECONDS = 0.4, 10.0    # at 0.3, 1 of 766 records would turn
 DELAY_RANGE_S = (-0.25, 1.75)   # of the PPG behind the ABP: real monitors show 0.06 to 1.0 s
 DELAY_STEP_S, DELAY_BLUR_S, OTHER_BEAT_S = 0.0025, 0.01, 0.25   # further apart: another beat
@@ -111,6 +106,7 @@ def find_feet(abp: np.ndarray, fs: float) -> Tuple[np.ndarray, np.ndarray]:
 
     A beat is a peak of the slope sum. Its foot is where the tangent at the steepest point of the
     upstroke meets the level of the minimum before it, which is finer than the sampling interval.
+    An upstroke that had begun before the row has no foot.
     """
     n, samples = abp.shape
     smooth = gaussian_filter1d(abp, SMOOTH_SECONDS * fs, axis=1, mode="nearest")
@@ -118,15 +114,18 @@ def find_feet(abp: np.ndarray, fs: float) -> Tuple[np.ndarray, np.ndarray]:
     climbed = np.cumsum(np.maximum(rise, 0.0), axis=1)
     window = max(2, int(round(SLOPE_SUM_SECONDS * fs)))
     slope_sum = climbed - np.pad(climbed, ((0, 0), (window, 0)))[:, :samples]
-    # As one long signal. No peak spans rows, but one may hide a lower one early in the next row.
-    slope_sum[:, [0, -1]] = -1.0
     # The segment's usual largest rise: median of the maxima of 2-s pieces, each with a beat in it.
     piece = min(int(2 * fs), samples)
     pieces = samples // piece
     usual = np.median(slope_sum[:, :pieces * piece].reshape(n, pieces, piece).max(2), axis=1)
-    threshold = np.repeat(np.maximum(MIN_RISE_SHARE * usual, MIN_RISE_MMHG), samples)
-    peak, _ = find_peaks(slope_sum.ravel(), height=threshold, distance=MIN_BEAT_SECONDS * fs)
-    row, height = peak // samples, slope_sum.ravel()[peak]
+    # All rows as one signal, so far apart that no peak hides one of the next row.
+    apart = int(np.ceil(MIN_BEAT_SECONDS * fs))
+    joined = np.pad(slope_sum, ((0, 0), (0, apart)), constant_values=-1.0)
+    threshold = np.repeat(np.maximum(MIN_RISE_SHARE * usual, MIN_RISE_MMHG), samples + apart)
+    peak, _ = find_peaks(joined.ravel(), height=threshold, distance=MIN_BEAT_SECONDS * fs)
+    row = peak // (samples + apart)
+    peak -= row * apart
+    height = slope_sum.ravel()[peak]
     for _ in range(2):              # a second, smaller dicrotic wave shows once the first is gone
         dicrotic = np.zeros(len(peak), dtype=bool)
         dicrotic[1:] = ((row[1:] == row[:-1]) & (np.diff(peak) < DICROTIC_SECONDS * fs)
@@ -137,13 +136,15 @@ def find_feet(abp: np.ndarray, fs: float) -> Tuple[np.ndarray, np.ndarray]:
         return np.maximum(position[:, None] + np.arange(1 - length, 1), (row * samples)[:, None])
 
     smooth, rise, upstroke = smooth.ravel(), rise.ravel(), before(peak, window + 1)
-    steepest = upstroke[np.arange(len(peak)), rise[upstroke].argmax(1)]
-    level = smooth[before(steepest, int(round(FOOT_SEARCH_SECONDS * fs)))].min(1)
+    beat = np.arange(len(peak))
+    steepest = upstroke[beat, rise[upstroke].argmax(1)]
+    search = before(steepest, int(round(FOOT_SEARCH_SECONDS * fs)))
+    lowest = search[beat, smooth[search].argmin(1)]
     # rise[i] is the slope half a sample before i; there the pressure is the mean of i and i - 1
     middle = smooth[steepest] - 0.5 * rise[steepest]
-    foot = steepest - 0.5 - (middle - level) / rise[steepest] - row * samples
-    inside = (foot >= 0) & (foot <= samples - 1)
-    return foot[inside], row[inside]
+    foot = steepest - row * samples - 0.5 - (middle - smooth[lowest]) / rise[steepest]
+    whole = (foot >= 0) & (foot <= samples - 1) & (lowest > row * samples)
+    return foot[whole], row[whole]
 
 
 def measure_beats(wave: Wave, with_invalid: bool = False) -> Beats:
@@ -292,8 +293,10 @@ def _rhythm(wave):
 
 def _template_match(wave):
     """(N,) mean correlation of a segment's beats, stretched to one length, with their mean."""
-    n = len(wave.abp)
-    segment, beat, _ = _stretched_beats(wave, TEMPLATE_SAMPLES)
+    n, segment, begin = len(wave.abp), wave.row[wave.first], wave.foot[wave.first]
+    length = wave.foot[wave.first + 1] - begin
+    time = begin[:, None] + np.linspace(0, 1, TEMPLATE_SAMPLES) * length[:, None]
+    beat = wave.interpolate(segment[:, None], time)
     beat -= beat.mean(1, keepdims=True)
     norm = np.linalg.norm(beat, axis=1, keepdims=True)
     beat /= np.where(norm > 0, norm, 1.0)
@@ -301,14 +304,6 @@ def _template_match(wave):
     template /= np.linalg.norm(template, axis=1, keepdims=True)
     match = segment_mean((beat * template[segment]).sum(1), segment, n)
     return np.where(np.bincount(segment, minlength=n) < MIN_BEATS, np.nan, match)
-
-
-def _stretched_beats(wave, samples):
-    """Beats stretched to so many samples: their segment, [beats, samples], length in the wave."""
-    segment, begin = wave.row[wave.first], wave.foot[wave.first]
-    length = wave.foot[wave.first + 1] - begin
-    time = begin[:, None] + np.linspace(0, 1, samples) * length[:, None]
-    return segment, wave.interpolate(segment[:, None], time), length
 
 
 def ppg_reasons(ppg: np.ndarray, fs: float) -> np.ndarray:
@@ -375,56 +370,10 @@ def ppg_polarity(ppg: np.ndarray, fs: float) -> int:
     """1 where a recording's PPG, [samples] or [N, samples], is upright (more blood, larger value),
     -1 inverted, 0 unsure. A pulse rises faster than it falls: the slope is skewed to the right."""
     ppg, missing = fill_missing(np.atleast_2d(ppg))
-    slope = np.diff(_in_pulse_band(ppg, fs), axis=1)
+    band = butter(2, PPG_PULSE_HZ, "bandpass", fs=fs, output="sos")
+    slope = np.diff(sosfiltfilt(band, ppg - ppg.mean(1, keepdims=True), axis=1), axis=1)
     n = max(1, round(slope.shape[1] / (POLARITY_SECONDS * fs)))
     pieces = zip(np.array_split(slope, n, axis=1), np.array_split(missing, n, axis=1))
     found = np.concatenate([skew(piece[gap.mean(1) <= 0.5], axis=1) for piece, gap in pieces])
     middle = np.median(found[np.isfinite(found)]) if np.isfinite(found).any() else 0.0
     return int(np.sign(middle)) if abs(middle) >= MIN_SLOPE_SKEWNESS else 0
-
-
-def _in_pulse_band(ppg, fs):
-    band = butter(2, PPG_PULSE_HZ, "bandpass", fs=fs, output="sos")
-    return sosfiltfilt(band, ppg - ppg.mean(1, keepdims=True), axis=1)
-
-
-def ppg_features(ppg: np.ndarray, fs: float = 60) -> Dict[str, np.ndarray]:
-    """{name: [N]} of PPG_FEATURES from waveforms [N, samples] of any gain and offset: rates in
-    beats/min, times in s. NaN with under MIN_FEATURE_BEATS beats or a sample that is not finite."""
-    return in_blocks(lambda block: _features_block(*fill_missing(block), fs), ppg=ppg)
-
-
-def _features_block(ppg, missing, fs):
-    n = len(ppg)
-    smooth = _in_pulse_band(ppg, fs)
-    smooth -= smooth.mean(1, keepdims=True)
-    smooth /= smooth.std(1, keepdims=True)
-    squared = smooth ** 2
-    wave = Wave(np.nan_to_num(smooth * (PPG_HEIGHT_MMHG / 3)), missing, fs)     # 3 SD: a pulse
-    segment, beat, length = _stretched_beats(wave, SHAPE_SAMPLES)       # beat [beats, 64]
-    interval_s, count = length / fs, np.bincount(segment, minlength=n)
-    height, foot = np.ptp(beat, axis=1), wave.interpolate(wave.row, wave.foot)
-
-    def spread(value, of):          # (n,) SD over the beats of a segment
-        return np.sqrt(segment_mean((value - segment_mean(value, of, n)[of]) ** 2, of, n))
-
-    beat = (beat - beat.min(1, keepdims=True)) / height[:, None]
-    shape = segment_sum(beat, segment, n) / count[:, None]              # [n, 64], the mean beat
-    duration_s = segment_quantile(interval_s, segment, n)
-    bend = np.gradient(np.gradient(shape, axis=1), axis=1)
-    a = bend[:, :24].argmax(1)[:, None]         # the a wave is in the upstroke, b follows it
-    b_wave = np.take_along_axis(bend, a + np.arange(16), axis=1).min(1)
-    power = np.abs(np.fft.rfft(shape, axis=1))[:, 1:4] ** 2
-    beat -= beat.mean(1, keepdims=True)
-    template = (shape - shape.mean(1, keepdims=True))[segment]
-    match = (beat * template).sum(1) / np.sqrt((beat ** 2).sum(1) * (template ** 2).sum(1))
-    values = (
-        60.0 / duration_s, spread(interval_s, segment) / segment_mean(interval_s, segment, n),
-        shape.argmax(1) / (SHAPE_SAMPLES - 1) * duration_s,
-        *((shape > share).mean(1) * duration_s for share in (0.25, 0.5, 0.75)), shape.mean(1),
-        b_wave / np.take_along_axis(bend, a, axis=1)[:, 0], (squared * smooth).mean(1),
-        (squared ** 2).mean(1) - 3.0, spread(height, segment) / segment_mean(height, segment, n),
-        spread(foot, wave.row) * (3 / PPG_HEIGHT_MMHG), power[:, 1] / power[:, 0],
-        power[:, 2] / power[:, 0], segment_mean(match, segment, n))
-    known = (count >= MIN_FEATURE_BEATS) & ~missing.any(1)
-    return {name: np.where(known, value, np.nan) for name, value in zip(PPG_FEATURES, values)}

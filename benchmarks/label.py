@@ -8,8 +8,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # before NumPy starts its threads
 
 import numpy as np
+import torch
 from common import alternate, print_machine
 
+import anchor
 import labels
 import signals
 import simulate
@@ -31,7 +33,7 @@ def main():
     runs = {**{f"labels, {method}": lambda method=method: labels.label_segments(abp, 60, method)
                for method in labels.METHODS},
             "signal quality": lambda: signals.signal_quality(abp, ppg, 60),
-            "PPG features": lambda: signals.ppg_features(ppg, 60),
+            "pulse statistics": lambda: anchor.pulse_statistics(torch.from_numpy(ppg[:, None])),
             "simulated, labels included": lambda: simulate.simulate_patient(0, 1, simulated)}
     counts = {name: len(abp) for name in runs}
     counts["simulated, labels included"] = simulated

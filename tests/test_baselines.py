@@ -5,11 +5,11 @@ from sklearn.linear_model import LinearRegression
 
 import baselines
 import metrics
-from signals import PPG_FEATURES
+from anchor import PULSE_STATISTICS
 
 PPG = "gradient_boosting_ppg"
-NAMES = ["mean_tpp", "map_minus_mean_pcrit", "ridge", "gradient_boosting", PPG, "ridge_all",
-         "gradient_boosting_all"]
+NAMES = ["mean_tpp", "map_minus_mean_pcrit", "ridge", "gradient_boosting", "ridge_ppg", PPG,
+         "ridge_all", "gradient_boosting_all"]
 BOOSTING = {"gradient_boosting", "gradient_boosting_all", PPG}
 
 
@@ -29,7 +29,7 @@ def cohort(n_patients=40, per_patient=4, seed=0, noise=1.0):
     fields["p_crit"] = (10 + 0.3 * fields["map"] + 0.2 * fields["dbp"] - 0.1 * fields["hr"]
                         + rng.normal(0, noise, n))
     fields["tpp"] = fields["map"] - fields["p_crit"]
-    fields.update({name: rng.normal(size=n) for name in PPG_FEATURES})
+    fields.update({name: rng.normal(size=n) for name in PULSE_STATISTICS})
     return np.repeat(np.arange(n_patients), per_patient), fields
 
 
@@ -84,27 +84,23 @@ def test_a_small_train_part_still_gives_finite_baselines(n_patients, per_patient
 
 def test_a_baseline_whose_field_is_absent_or_not_finite_in_a_part_is_left_out_with_its_reason():
     (patients, train), vitals = cohort(), ["map", "hr"]
-    absent, gap, without_beats = (cohort(seed=1)[1] for _ in range(3))
+    absent, gap = (cohort(seed=1)[1] for _ in range(2))
     del absent["pp"]
     gap["hr"][:3] = np.nan
-    without_beats["pulse_rise_s"][:] = np.nan
     assert baselines.left_out_baselines(vitals, train, absent) == dict.fromkeys(
         ["ridge_all", "gradient_boosting_all"], "pp is not in the data")
     reasons = baselines.left_out_baselines(vitals, train, gap)
     assert reasons == dict.fromkeys(NAMES[2:], "hr is not finite in 3 segments")
     assert list(baselines.fit_baselines(train, patients, vitals, reasons)) == NAMES[:2]
-    assert baselines.left_out_baselines(vitals, train, without_beats) == {}
     assert baselines.left_out_baselines([], train) == dict.fromkeys(
         ["ridge", "gradient_boosting"], "the network gets no vitals")
     with pytest.raises(ValueError, match="hr: 3 of 160 values are not finite"):
         baselines.fit_baselines(gap, patients, vitals, left_out=BOOSTING)
 
 
-def test_the_baseline_on_ppg_features_uses_them_and_takes_segments_without_beats():
+def test_the_baselines_on_pulse_statistics_use_them():
     patients, train = cohort(seed=4)
-    train["tpp"] = 10 * np.sin(train["pulse_rise_s"]) + train["hr"] / 10
-    fitted = baselines.fit_baselines(train, patients, ["map", "hr"], {"ridge_all", "ridge"})
-    rmse = rmse_of(fitted, train)
-    assert rmse[PPG] < 0.5 * rmse["gradient_boosting"]
-    train["pulse_rise_s"][:] = np.nan
-    assert np.isfinite(fitted[PPG].predict(train)).all()
+    train["tpp"] = 10 * np.sin(train["kurtosis"]) + 5 * train["slow waves"] + train["hr"] / 10
+    rmse = rmse_of(baselines.fit_baselines(train, patients, ["map", "hr"]), train)
+    assert rmse[PPG] < 0.5 * rmse["gradient_boosting"] and rmse[PPG] < rmse["ridge_ppg"]
+    assert rmse["ridge_ppg"] < 0.9 * rmse["ridge"]

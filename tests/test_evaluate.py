@@ -21,7 +21,7 @@ from training_header import NormalisedModel, load_model, predict_dataset
 
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 BASELINES = {"mean_tpp", "map_minus_mean_pcrit", "ridge", "gradient_boosting",
-             "gradient_boosting_ppg", "ridge_all", "gradient_boosting_all"}
+             "ridge_ppg", "gradient_boosting_ppg", "ridge_all", "gradient_boosting_all"}
 
 
 class MyNet(torch.nn.Module):

@@ -126,10 +126,23 @@ def test_real_beats_are_counted_once_with_strong_dicrotic_waves():
 
 def test_no_segments_give_no_results_and_a_pair_of_unequal_length_is_refused():
     none = np.zeros((0, 3600))
-    for found in (signals.signal_quality(none, none, FS), signals.ppg_features(none, FS)):
-        assert all(len(value) == 0 for value in found.values())
+    assert all(len(value) == 0 for value in signals.signal_quality(none, none, FS).values())
     with pytest.raises(ValueError, match=r"abp and ppg .* \(1, 600\) and \(1, 601\)"):
         signals.signal_quality(np.zeros(600), np.zeros(601), FS)
+
+
+def test_each_row_is_searched_alone_and_an_upstroke_cut_by_its_start_has_no_foot():
+    wave, first = pulses(75, seconds=240)[0], []
+    rows = wave[:75 * 192].reshape(75, 192)     # 3.2 s: the cut falls anywhere within a beat
+    foot, row = signals.find_feet(rows, FS)
+    for number in range(len(rows)):
+        np.testing.assert_array_equal(signals.find_feet(rows[number:number + 1], FS)[0],
+                                      foot[row == number])
+        first.append(foot[row == number][0])
+    assert min(first) >= 0.5
+    whole, _ = signals.find_feet(wave[None], FS)
+    nearest = np.abs(whole[:, None] - (foot + 192 * row)).min(0)
+    assert nearest.max() < 0.2
 
 
 def test_runs_are_those_of_a_loop():
@@ -168,25 +181,6 @@ def test_a_rhythm_without_variation_leaves_a_beat_open_and_that_is_said():
     assert delay(steady, 15)[1] < signals.SURE_DELAY
     unknown = signals.ppg_delay(varied[60:].reshape(6, 3600), np.full((6, 3600), np.nan), FS)
     assert np.isnan(unknown[0]) and unknown[1] == 0 and np.isnan(unknown[2]).all()
-
-
-@pytest.mark.parametrize("rate", [50, 75, 180])
-def test_features_show_rate_and_rhythm_whatever_gain_and_offset_are(rate):
-    wave = pulses(rate)[0][None]
-    found = signals.ppg_features(np.concatenate([wave, 40 + 3000 * wave]))
-    assert found["pulse_rate"] == pytest.approx([rate, rate], rel=0.03)
-    assert (found["pulse_irregularity"] < 0.08).all() and (found["pulse_quality"] > 0.95).all()
-    assert signals.ppg_features(pulses(rate, jitter=0.15)[0][None])["pulse_irregularity"] > 0.1
-    for name, (plain, scaled) in found.items():
-        assert plain == pytest.approx(scaled, rel=1e-6, abs=1e-9), name
-
-
-def test_a_wide_pulse_shows_in_the_features_and_without_beats_there_are_none():
-    wave = pulses(75)[0] - 60
-    found = signals.ppg_features(np.stack([wave, wave.clip(0) ** 0.5, 0 * wave]))
-    change = {name: (wide - narrow) / narrow for name, (narrow, wide, _) in found.items()}
-    assert change["pulse_width_50_s"] > 0.1 and change["pulse_area"] > 0
-    assert change["pulse_harmonic_2"] < 0 and all(np.isnan(value[2]) for value in found.values())
 
 
 def test_inverted_ppgs_of_virtual_patients_are_told_from_upright_ones():
