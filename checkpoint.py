@@ -3,9 +3,12 @@
     save_checkpoint("runs/mine.pth", model)             # a NormalisedModel; the rest is optional
     network = build_network(load_checkpoint("runs/mine.pth"))
 
+    python checkpoint.py FILE --who 17/2 3f2a…  # look up the patient behind a message (private)
+
 A checkpoint holds tensors and plain values, never code, and patients as salted hashes: the salt
 stays with the data. Needs models.py, datasets.py and tk_utils.py.
 """
+import argparse
 import hashlib
 import importlib.util
 import inspect
@@ -16,14 +19,15 @@ import sys
 import zipfile
 from contextlib import suppress
 from functools import lru_cache
-from typing import Callable, Optional, Set, Tuple
+from typing import Callable, List, Optional, Set, Tuple
 
 import filelock
 import numpy as np
 import torch
 from torch import nn
 
-from datasets import LABELS, DataError, hash_patients
+import datasets
+from datasets import LABELS, DataError, DatasetIndex
 from models import MODELS, ConvBlock, MyFirstResNet, SpreadResNet
 from tk_utils import atomic_file, atomic_path, printable
 
@@ -215,6 +219,11 @@ def saved_salt(path) -> Optional[str]:
     return text.strip() if len(text) >= 32 else None
 
 
+def hash_patients(patients, salt) -> List[str]:
+    """Patients' names as salted hashes, which may leave the hospital."""
+    return [hashlib.sha256(f"{salt}/{patient}".encode()).hexdigest()[:16] for patient in patients]
+
+
 def salt_mark(salt: str) -> str:
     """Shows whether two salts are the same without giving them away; kept in the checkpoint."""
     return hashlib.sha256(f"salt {salt}".encode()).hexdigest()[:16]
@@ -247,3 +256,44 @@ def weights_fingerprint(checkpoint: dict) -> str:
     """Identifies a parent's weights in the checkpoint of a fine-tuned network."""
     weights = [one.numpy().tobytes() for one in checkpoint["model"].values()]
     return hashlib.sha256(b"".join(weights)).hexdigest()
+
+
+def fingerprint(index: DatasetIndex, keys: List[str]) -> str:
+    """A checksum of what a run reads, also of copies of the files: their sizes, the index, every
+    column among the keys, and 4,096 rows (59 MB) of each waveform, spread over the data."""
+    found = hashlib.sha256(repr((index.stamps[:, 0].tolist(), list(keys))).encode())
+    for name in ("patients", "encounters", "encounter_patient", "encounter_file", "starts", "rows"):
+        found.update(np.ascontiguousarray(getattr(index, name)))
+    dataset = datasets.TPP_PPG_dataset(index, "segment", keys)
+    sample = np.unique(np.linspace(0, len(index) - 1, 4096).astype(np.int64))
+    for key in keys:
+        found.update(dataset.waveform(key, sample) if key in datasets.WAVEFORMS else
+                     dataset.column(key).numpy())
+    return found.hexdigest()
+
+
+def look_up():
+    """`python checkpoint.py FILE --who …`: prints names."""
+    parser = argparse.ArgumentParser(description="Private: for those who may see the data.")
+    parser.add_argument("file", help="an HDF5 file of the layout")
+    parser.add_argument("--who", nargs="+", required=True, help="17 (patient), 17/2 (patient and "
+                        "encounter), or a patient's hash, by tpp_ppg.salt next to the file")
+    options, salt, names = parser.parse_args(), "", {}
+    with suppress(OSError), open(os.path.join(os.path.dirname(options.file), "tpp_ppg.salt")) as f:
+        salt = f.read().strip()
+    with datasets.open_file(options.file) as file:
+        for i, patient, group in datasets.groups_of(file):
+            names.update({str(i): patient, hash_patients([patient], salt)[0]: patient})
+            names.update((f"{i}/{j}", f"{patient}/{name}")
+                         for j, name, _ in datasets.groups_of(group))
+    for who in options.who:
+        name = names.get(who, "not in this file")
+        print(f"{who}: {name if name.isprintable() else repr(name)}")   # a terminal would obey it
+
+
+if __name__ == "__main__":
+    try:
+        look_up()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

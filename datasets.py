@@ -1,21 +1,16 @@
-"""The data: HDF5 layout, quality gate, index, patient split, `TPP_PPG_dataset` and its loader.
+"""The data: HDF5 layout, quality gate, index, patient split and `TPP_PPG_dataset`.
 
     index = create_dataset_index(path="data/icu.h5")            # the default quality gate
     parts = split_index(index, split_seed=0)                    # train, tune, test by patient
     train = TPP_PPG_dataset(parts["train"], "segment", ["ppg", "map", "dbp", "hr", "tpp"])
-    for ppg, map_, dbp, hr, tpp in make_loader(train, 256, shuffle=True): ...
-
-    python datasets.py FILE --who 17/2 3f2a…    # look up the patient behind a message (private)
+    ppg, map_, dbp, hr, tpp = train[np.arange(256)]             # loaders.py makes batches
 
 Can be copied out alone; needs NumPy, h5py and PyTorch.
 """
-import argparse
 import glob
 import hashlib
 import os
 import re
-import signal
-import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,7 +19,7 @@ from typing import Dict, List, NamedTuple, Optional
 import h5py
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 FS, SEGMENT_SECONDS = 60, 60            # Hz, s
 SEGMENT_SAMPLES = FS * SEGMENT_SECONDS
@@ -247,12 +242,6 @@ def as_paths(path) -> List[str]:
     return [os.fspath(one) for one in (path if isinstance(path, (list, tuple)) else [path])]
 
 
-def find_files(names) -> List[str]:
-    """The files of names and globs; '~' is expanded."""
-    names = [os.path.expanduser(name) for name in names]
-    return [path for name in names for path in sorted(glob.glob(name)) or [name]]
-
-
 @contextmanager
 def reading(where):
     """Makes errors one line that says where; without h5py's own words, which may name patients."""
@@ -286,7 +275,7 @@ def origin_of(paths, name: str = "origin") -> str:
 def place(path, patient, encounter):
     """For messages: where in a file, by numbers, and how to get the names."""
     return (f"{path}: patient {patient}, encounter {encounter} "
-            f"(names: python datasets.py {path} --who {patient}/{encounter})")
+            f"(names: python checkpoint.py {path} --who {patient}/{encounter})")
 
 
 def groups_of(parent):
@@ -352,29 +341,6 @@ def apply_gate(gate, fields, where):
                 block = fields["ppg"][a:a + 256].astype(np.float32)
                 finite[a:a + 256] = np.isfinite(block).reshape(len(block), -1).all(1)
         return list(gate_rules(gate, values, finite))
-
-
-def hash_patients(patients, salt) -> List[str]:
-    """Patients' names as salted hashes, which may leave the hospital."""
-    return [hashlib.sha256(f"{salt}/{patient}".encode()).hexdigest()[:16] for patient in patients]
-
-
-def look_up():
-    """`python datasets.py FILE --who …`: prints names."""
-    parser = argparse.ArgumentParser(description="Private: for those who may see the data.")
-    parser.add_argument("file", help="an HDF5 file of the layout")
-    parser.add_argument("--who", nargs="+", required=True, help="17 (patient), 17/2 (patient and "
-                        "encounter), or a patient's hash, by tpp_ppg.salt next to the file")
-    options, salt, names = parser.parse_args(), "", {}
-    with suppress(OSError), open(os.path.join(os.path.dirname(options.file), "tpp_ppg.salt")) as f:
-        salt = f.read().strip()
-    with open_file(options.file) as file:
-        for i, patient, group in groups_of(file):
-            names.update({str(i): patient, hash_patients([patient], salt)[0]: patient})
-            names.update((f"{i}/{j}", f"{patient}/{name}") for j, name, _ in groups_of(group))
-    for who in options.who:
-        name = names.get(who, "not in this file")
-        print(f"{who}: {name if name.isprintable() else repr(name)}")   # a terminal would obey it
 
 
 # -------------------------------------------------------------------------------------------- index
@@ -536,20 +502,6 @@ def check_unchanged(index: DatasetIndex, files=None) -> None:
             raise DataError(f"{path}: gone or changed since the index was made; make it again")
 
 
-def fingerprint(index: DatasetIndex, keys: List[str]) -> str:
-    """A checksum of what a run reads, also of copies of the files: their sizes, the index, every
-    column among the keys, and 4,096 rows (59 MB) of each waveform, spread over the data."""
-    found = hashlib.sha256(repr((index.stamps[:, 0].tolist(), list(keys))).encode())
-    for name in ("patients", "encounters", "encounter_patient", "encounter_file", "starts", "rows"):
-        found.update(np.ascontiguousarray(getattr(index, name)))
-    dataset = TPP_PPG_dataset(index, "segment", keys)
-    sample = np.unique(np.linspace(0, len(index) - 1, 4096).astype(np.int64))
-    for key in keys:
-        found.update(dataset.waveform(key, sample) if key in WAVEFORMS else
-                     dataset.column(key).numpy())
-    return found.hexdigest()
-
-
 # -------------------------------------------------------------------------------------------- split
 
 def split_hash(patients, split_seed):
@@ -607,7 +559,7 @@ def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, Dataset
     return parts
 
 
-# ------------------------------------------------------------------------------- dataset and loader
+# ------------------------------------------------------------------------------------------ dataset
 
 class TPP_PPG_dataset(Dataset):
     """Segments as tuples of float32 tensors: `dataset[i]` is ppg [1, 3600] and scalars in the order
@@ -634,7 +586,7 @@ class TPP_PPG_dataset(Dataset):
                                                       shuffle=False)] = True
             index = index.select_segments(chosen[item])
         self.index, self._columns = index, {}
-        self.epoch = torch.full((1,), -1, dtype=torch.int64)    # `Loader` shares it
+        self.epoch = torch.full((1,), -1, dtype=torch.int64)    # a loader shares it
 
     def __len__(self):
         return len(self.index) if self.level == "segment" else self.index.n_patients
@@ -734,117 +686,6 @@ def map_rows(path, size, time_ns, row_bytes):
     return np.ndarray(max(0, len(data) - row_bytes + 1), f"V{row_bytes}", data, strides=1)
 
 
-class BatchOrder(Sampler):
-    """The order of an epoch as batches of item numbers: a function of (seed, epoch), whatever the
-    number of workers. drop_last drops an incomplete batch only after a full one. Of several
-    processes, each (rank of world) takes its slice of every batch, so that a step sees what one
-    process would. Without `set_epoch`, each pass is the next epoch."""
-
-    def __init__(self, dataset, batch_size, shuffle, seed=0, drop_last=False, rank=0, world=1):
-        self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
-        self.drop_last, self.rank, self.world = drop_last, rank, world
-        self.epoch, self.first_batch = 0, 0
-
-    def set_epoch(self, epoch, first_batch=0):
-        self.epoch, self.first_batch = epoch, first_batch
-        self.dataset.set_epoch(epoch)
-
-    def __len__(self):
-        full, rest = divmod(len(self.dataset), self.batch_size)
-        return full + (rest > 0 and not (self.drop_last and full > 0))
-
-    def __iter__(self):
-        count = len(self.dataset)
-        kind = torch.int32 if count < 2 ** 31 else torch.int64
-        order = torch.arange(count, dtype=kind)
-        if self.shuffle:
-            seed = int(np.random.default_rng([self.seed, self.epoch]).integers(2 ** 62))
-            source = torch.Generator().manual_seed(seed)
-            order = torch.randperm(count, dtype=kind, generator=source)
-        for batch in range(self.first_batch, len(self)):
-            items = order[batch * self.batch_size:(batch + 1) * self.batch_size]
-            yield np.array_split(items.numpy(), self.world)[self.rank]
-        self.epoch, self.first_batch = self.epoch + 1, 0
-
-
-class Loader:
-    """The batches of a `BatchOrder` as tuples of tensors: read by workers, or gathered on `device`,
-    which then holds all the data."""
-
-    def __init__(self, order, device, workers, **options):
-        self.sampler, self.dataset, self.device = order, order.dataset, device
-        self.workers = workers
-        if device is None:
-            self.batches = DataLoader(
-                order.dataset, batch_size=None, sampler=order, num_workers=workers,
-                persistent_workers=workers > 0, collate_fn=tuple, worker_init_fn=quiet_worker,
-                **options)
-            return
-        count = len(self.dataset.index)
-        self.held = [torch.empty((count, *one.shape[1:]), device=device)
-                     for one in self.dataset.read(np.arange(1))]
-        for segments in np.array_split(np.arange(count), 1 + count // 1024):
-            for values, part in zip(self.held, self.dataset.read(segments)):
-                values[segments[0]:segments[-1] + 1] = part
-
-    def __len__(self):
-        return len(self.sampler)
-
-    def __iter__(self):
-        if self.device is not None:
-            for items in self.sampler:
-                segments = torch.from_numpy(self.dataset.segments(items)).to(self.device)
-                yield tuple(values.index_select(0, segments) for values in self.held)
-            return
-        try:
-            if self.workers:
-                self.dataset.epoch.share_memory_()      # so that workers see `set_epoch`
-            batches = iter(self.batches)
-            if self.workers:
-                with suppress(ValueError, AttributeError):          # in a thread; on Windows
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # PyTorch's raises anywhere
-            yield from batches
-        except (RuntimeError, OSError, DataError) as error:
-            if not self.workers:
-                raise
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            if isinstance(error, DataError):            # a worker's carries its traceback
-                raise DataError(lines[-1].split("DataError: ")[-1]) from None
-            raise DataError(f"a loader worker failed ({lines[0][:150]}); where memory or /dev/shm "
-                            "is full: use fewer --workers, or enlarge /dev/shm") from None
-
-
-def make_loader(dataset, batch_size, shuffle=False, seed=0, workers=0, drop_last=None,
-                pin_memory=False, rank=0, world=1, device_cache=None) -> Loader:
-    """A `Loader`. drop_last: default as shuffle. device_cache: a device; if the data fit in half of
-    its free memory, they are kept and batches made there (`loader.device` is then the device, else
-    None). `loader.sampler.set_epoch(epoch, first_batch)` chooses where to begin."""
-    order = BatchOrder(dataset, batch_size, shuffle, seed,
-                       shuffle if drop_last is None else drop_last, rank, world)
-    if device_cache is not None:
-        device = torch.device(device_cache)
-        size = 4 * len(dataset.index) * sum(one.numel() for one in dataset.read(np.arange(1)))
-        if device.type != "cuda" or 2 * size <= torch.cuda.mem_get_info(device)[0]:
-            return Loader(order, device, 0)
-        pin_memory = True
-    slow = dataset.index.stored[dataset.index.fields == "ppg"][0] == ENCODED
-    if shuffle and rank == 0 and "ppg" in dataset.keys_to_load and slow.any():
-        path = dataset.index.paths[dataset.index.encounter_file[slow.argmax()]]
-        print(f"WARNING: {path}: PPG that is compressed, in chunks or not float32 is slow to read "
-              f"shuffled; rewrite it once: h5repack -l CONTI -f NONE {path} NEW", file=sys.stderr)
-    for key in set(dataset.keys_to_load) - set(WAVEFORMS):
-        dataset.column(key)                         # before workers start: they share it with us
-    own = torch.Generator().manual_seed(seed)       # else dropout would depend on the workers
-    return Loader(order, None, workers, generator=own, pin_memory=pin_memory)
-
-
-def quiet_worker(_):
-    """The parent acts on Ctrl-C and says why it ends; a worker adds no traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.excepthook = lambda *error: None
-
-
 def fit_normaliser(dataset, keys) -> Dict[str, dict]:
     """{key: {'mean', 'sd', 'unit'}} over the (train) segments. Raises DataError for a constant."""
     normaliser = {}
@@ -857,11 +698,3 @@ def fit_normaliser(dataset, keys) -> Dict[str, dict]:
         variance = sum(float(((block - mean) ** 2).sum()) for block in blocks) / len(values)
         normaliser[key] = {"mean": mean, "sd": variance ** 0.5, "unit": FIELDS[key].unit}
     return normaliser
-
-
-if __name__ == "__main__":
-    try:
-        look_up()
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

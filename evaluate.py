@@ -46,15 +46,13 @@ PROBLEMS = {    # checks, in words
     "patients_in_two_parts": "{:,} patients are in two parts of the split: these scores are leaked",
     "constant_output": "CONSTANT OUTPUT: the network predicts the same TPP for every segment",
     "ignores_ppg": "IGNORES THE PPG: it predicts the same with another patient's PPG"}
-STRATA = (      # field or its substitute, name, unit, inner edges or None for quarters
-    ("tpp", "", "TPP", "mmHg", (20, 34, 50)), ("map", "", "MAP", "mmHg", (65, 74, 90)),
-    ("hr", "", "Heart rate", "/min", (60, 80, 100)),
-    ("pp", "", "Pulse pressure", "mmHg", (40, 60, 80)),
-    ("r2", "", "Label's r²", "", (0.7, 0.8, 0.9)),
-    ("ppg_quality", "pulse_quality", "PPG quality", "", None),
-    ("beat_irregularity", "pulse_irregularity", "Beat irregularity", "", (0.05, 0.1, 0.2)),
-    ("distance", "", "Distance from training inputs", "", None),
-    ("spread", "", "Network's own SD", "mmHg", None))
+STRATA = (      # field, name, unit, inner edges or None for quarters
+    ("tpp", "TPP", "mmHg", (20, 34, 50)), ("map", "MAP", "mmHg", (65, 74, 90)),
+    ("hr", "Heart rate", "/min", (60, 80, 100)), ("pp", "Pulse pressure", "mmHg", (40, 60, 80)),
+    ("r2", "Label's r²", "", (0.7, 0.8, 0.9)), ("ppg_quality", "PPG quality", "", None),
+    ("beat_irregularity", "Beat irregularity", "", (0.05, 0.1, 0.2)),
+    ("distance", "Distance from training inputs", "", None),
+    ("spread", "Network's own SD", "mmHg", None))
 
 
 def parse_args(arguments=None):
@@ -140,7 +138,7 @@ def choose_segments(path, checkpoint, data, split, condition):
     run, warning = read_run(path), None
     if data is None and not run:
         raise DataError(f"{path}: no record here of its data; name them with --data")
-    files = datasets.find_files(data or run["data"])
+    files = tk_utils.find_files(data or run["data"])
     own_data = data is None or list(map(os.path.realpath, files)) == run.get("data")
     index, parts, salt_path = read_parts(path, checkpoint, files, condition)
     if parts is None:
@@ -309,14 +307,14 @@ def make_calibration(model, train, tune, device=None, novelty=None) -> dict:
 def calibrate(path, data, condition=None, network=None, device=None) -> dict:
     """Fit the intervals of a checkpoint on the patients of `data` that it was neither trained nor
     tested on, and store them in it. Returns the new calibration."""
-    saved, files = checkpoints.load_checkpoint(path), datasets.find_files(data)
+    saved, files = checkpoints.load_checkpoint(path), tk_utils.find_files(data)
     model, split = load_model(saved, device, network), dict(saved["split"])
     index, parts, salt_path = read_parts(path, saved, files, condition)
     if parts is not None:
         free = ~np.isin(parts, ["train", "ancestors", "test"])
         if not free.any():
             raise DataError(f"{files[0]}: intervals need patients not trained or tested on")
-        split["calibration"] = datasets.hash_patients(
+        split["calibration"] = checkpoints.hash_patients(
             index.patients[free & (parts != "tune")].tolist(), checkpoints.read_salt(salt_path))
         index = index.select(free[index.encounter_patient])
     found = make_calibration(model, None, TPP_PPG_dataset(index, "segment", model.keys), device,
@@ -496,8 +494,8 @@ def strata(scored: Segments) -> List[dict]:
     error, interval, found = scored.tpp - scored.truth, scored.intervals.get(0.9), []
     held = (None if interval is None or isinstance(interval, str) else
             (interval[0] <= scored.truth) & (scored.truth <= interval[1]))
-    for key, substitute, name, unit, edges in STRATA:
-        values = scored.fields.get(key, scored.fields.get(substitute))
+    for key, name, unit, edges in STRATA:
+        values = scored.fields.get(key)
         if values is None or not np.isfinite(values).any():
             continue
         if edges is None:

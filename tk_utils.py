@@ -28,7 +28,7 @@ import time
 import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from importlib import metadata
-from typing import Callable, Dict, Iterable, Iterator, Optional, Sequence
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import filelock
 import numpy as np
@@ -60,6 +60,12 @@ def atomic_path(path) -> Iterator[str]:
         if full and isinstance(error, RuntimeError):    # how torch and h5py report a full disk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
         raise
+
+
+def find_files(names) -> List[str]:
+    """The files of names and globs; '~' is expanded."""
+    names = [os.path.expanduser(name) for name in names]
+    return [path for name in names for path in sorted(glob.glob(name)) or [name]]
 
 
 @contextlib.contextmanager

@@ -192,7 +192,7 @@ def list_runs(options):
 def find_data(options):
     """The data files: those named (globs expanded), or the default ones, simulated once."""
     if options.data:
-        return datasets.find_files(options.data)
+        return tk_utils.find_files(options.data)
     if os.environ.get("RANK", "0") == "0":      # torchrun's other processes wait to be joined
         print("no --data: training on SIMULATED patients")
         if not os.path.exists(SIMULATED_FILE):
@@ -226,7 +226,7 @@ class DataSet:
         self.provenance = {
             "origin": datasets.origin_of(files), "beats": datasets.origin_of(files, "beats"),
             "label_method": datasets.origin_of(files, "label_method"),
-            "data_fingerprint": datasets.fingerprint(self.index, options.keys),
+            "data_fingerprint": checkpoint.fingerprint(self.index, options.keys),
             "n_patients": self.index.n_patients, "n_segments": len(self.index),
             "salt": checkpoint.salt_mark(self.salt), "versions": tk_utils.versions(),
             "git_revision": tk_utils.git_revision()}
@@ -418,7 +418,7 @@ def patients_of(loader, problem, salt) -> str:
     segments = loader.dataset.segments(items)
     patients = index.patients[np.unique(index.segment_patients()[segments])]
     return (f"Its patients: {', '.join(header.hash_patients(patients.tolist(), salt))} "
-            "(python datasets.py FILE --who HASH names them)")
+            "(python checkpoint.py FILE --who HASH names them)")
 
 
 # --------------------------------------------------------------------------------------- results

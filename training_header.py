@@ -11,7 +11,7 @@
 
 A network is any `nn.Module` with `forward(ppg [B, 1, 3600], *vitals [B]) -> [B, 1]`, a loss any
 callable `(prediction [B], label [B]) -> [B]` or a scalar. Needs anchor.py, checkpoint.py,
-models.py, kernels.py, cuda_graph.py, datasets.py and tk_utils.py.
+models.py, kernels.py, cuda_graph.py, datasets.py, loaders.py and tk_utils.py.
 """
 # ruff: noqa: F401, I001 - imported names are exported, too, for `from training_header import *`
 import math
@@ -36,11 +36,12 @@ from torch.optim.lr_scheduler import (
 import kernels
 from anchor import blend, fit_anchor, predict_with_anchor, pulse_statistics, shown_share
 from checkpoint import (
-    CheckpointError, build_network, load_by_name, load_checkpoint, load_tensors, read_salt,
-    save_checkpoint, save_tensors)
+    CheckpointError, build_network, hash_patients, load_by_name, load_checkpoint, load_tensors,
+    read_salt, save_checkpoint, save_tensors)
 from datasets import (
     FS, PARTS, SEGMENT_SAMPLES, DataError, TPP_PPG_dataset, create_dataset_index, fit_normaliser,
-    hash_patients, load_dataset_index, make_loader, split_index, vitals_of)
+    load_dataset_index, split_index, vitals_of)
+from loaders import make_loader
 from models import (
     MODELS, ConvBlock, MyFirstResNet, ResBlockV1, ResBlockV2, ResBlockV3, get_model_v3)
 from tk_utils import printable, progress, reset_all_seeds

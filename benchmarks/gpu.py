@@ -384,7 +384,8 @@ def pieces(bench):
 
 def end_to_end(bench):
     """`training_loop` from an HDF5 file: segments/s of the third epoch, and of the loader alone."""
-    from datasets import TPP_PPG_dataset, create_dataset_index, make_loader
+    from datasets import TPP_PPG_dataset, create_dataset_index
+    from loaders import make_loader
     from training_header import training_loop
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,8 @@ from common import alternate, print_machine
 from published_style import PlainDataset
 from torch.utils.data import DataLoader
 
-from datasets import LayoutWriter, TPP_PPG_dataset, create_dataset_index, make_loader
+from datasets import LayoutWriter, TPP_PPG_dataset, create_dataset_index
+from loaders import make_loader
 from tk_utils import print_table
 
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]

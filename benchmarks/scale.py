@@ -27,6 +27,7 @@ OPEN = """
 import sys, time; sys.path.insert(0, {root!r})
 import torch
 from datasets import *
+from loaders import make_loader
 start = time.time()
 index = create_dataset_index(condition="any", path={path!r}); loaded = time.time()
 parts = split_index(index, 0); split = time.time()
@@ -129,8 +130,9 @@ def measure_ranks(folder, repeats):
 def measure_wait(folder, repeats):
     import torch
 
-    from datasets import TPP_PPG_dataset, create_dataset_index, fit_normaliser, make_loader
+    from datasets import TPP_PPG_dataset, create_dataset_index, fit_normaliser
     from kernels import keep_freed_memory
+    from loaders import make_loader
     from models import get_model_v3
     from training_header import NormalisedModel
     keep_freed_memory()

@@ -14,6 +14,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 
+import torch  # noqa: E402 - after the number of threads is set
+
+from datasets import TPP_PPG_dataset, create_dataset_index  # noqa: E402
+
 
 def pytest_configure(config):
     """Files in their order (newer xdist begins with those of most tests): faults/, the longest,
@@ -112,3 +116,21 @@ def make_file(path, patients=6, encounters=2, rows=8, seed=0, ppg_rank=3, layout
                 for key in fields:
                     group.create_dataset(key, data=values[key].astype("f4"))
     return str(path)
+
+
+KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
+
+
+@pytest.fixture
+def published(tmp_path):
+    return make_file(tmp_path / "published.h5")
+
+
+@pytest.fixture
+def dataset(published):
+    return TPP_PPG_dataset(create_dataset_index(path=published), "segment", KEYS)
+
+
+def serials(batches):
+    """Sample 0 of the PPG, a row's own number, of all batches."""
+    return torch.cat([batch[0][:, 0, 0] for batch in batches]).tolist()

@@ -14,6 +14,7 @@ from checkpoint import (
     CheckpointError,
     default_salt_path,
     describe_network,
+    hash_patients,
     new_network,
     patient_parts,
     read_salt,
@@ -22,7 +23,7 @@ from checkpoint import (
     save_tensors,
     seen_by,
 )
-from datasets import DataError, create_dataset_index, hash_patients
+from datasets import DataError, create_dataset_index
 from training_header import NormalisedModel, get_model_v3, load_model
 
 

@@ -214,7 +214,7 @@ def test_ci_runs_exactly_the_commands_of_readme_and_contributing():
 def test_the_pages_commands_are_found():
     scripts = {word for command in COMMANDS for word in re.findall(r"[\w/]+\.py", command)}
     assert scripts >= {"train_resnet.py", "evaluate.py", "predict.py", "prepare.py", "simulate.py",
-                       "datasets.py"}
+                       "checkpoint.py"}
 
 
 def test_the_two_set_up_and_run_commands_stand_first():

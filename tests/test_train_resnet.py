@@ -19,8 +19,8 @@ from conftest import ROOT, children, make_file, needs_children
 from small_train_resnet import little_work
 
 import train_resnet
-from checkpoint import CheckpointError, load_checkpoint, read_salt
-from datasets import DataError, TPP_PPG_dataset, create_dataset_index, hash_patients, split_index
+from checkpoint import CheckpointError, hash_patients, load_checkpoint, read_salt
+from datasets import DataError, TPP_PPG_dataset, create_dataset_index, split_index
 from tk_utils import run_script
 from training_header import TrainingError, load_model
 

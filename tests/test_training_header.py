@@ -538,8 +538,8 @@ assert states() == before and not torch.cuda.is_initialized()
 
 
 def test_modules_need_what_their_docstrings_name_and_importing_them_does_no_work(tmp_path):
-    names = {"checkpoint", "training_header", "anchor", "models", "datasets", "tk_utils", "kernels",
-             "cuda_graph"}
+    names = {"checkpoint", "training_header", "anchor", "models", "datasets", "loaders", "tk_utils",
+             "kernels", "cuda_graph"}
     for name in names:
         shutil.copy(os.path.join(ROOT, f"{name}.py"), tmp_path)
     environment = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}

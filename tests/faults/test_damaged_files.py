@@ -20,6 +20,7 @@ import models
 import prepare
 import tk_utils
 import training_header
+from loaders import make_loader
 from recordings import RecordingError
 
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
@@ -67,7 +68,7 @@ def damage(path, rng, where=None):
 def read_all(path):
     index = datasets.create_dataset_index(path=str(path))
     dataset = datasets.TPP_PPG_dataset(index, "segment", KEYS)
-    for batch in datasets.make_loader(dataset, 8):
+    for batch in make_loader(dataset, 8):
         assert len(batch) == 5
 
 

@@ -1,0 +1,118 @@
+"""loaders.py: every segment once, whatever reads them; what a full disk or memory does."""
+import os
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import KEYS, ROOT, make_file, serials
+
+import loaders
+from datasets import TPP_PPG_dataset, create_dataset_index
+from loaders import make_loader
+
+
+@pytest.mark.parametrize("storage", ["contiguous", "lzf"])
+def test_a_shuffled_epoch_holds_every_segment_once_and_the_next_differs(tmp_path, capsys, storage):
+    path = make_file(tmp_path / "f.h5", layout=storage)
+    dataset = TPP_PPG_dataset(create_dataset_index(path=path), "segment", KEYS)
+    loader = make_loader(dataset, 10, shuffle=True, drop_last=False)
+    said = f"h5repack -l CONTI -f NONE {path} NEW" in capsys.readouterr().err
+    assert said == (storage == "lzf")                   # slow to shuffle
+    epochs = [serials(loader) for _ in range(2)]        # without set_epoch, each pass is the next
+    loader.sampler.set_epoch(0)
+    epochs.append(serials(loader))
+    assert all(sorted(epoch) == list(range(96)) for epoch in epochs)
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_only_an_incomplete_train_batch_behind_a_full_one_is_dropped(dataset):
+    assert [len(b[0]) for b in make_loader(dataset, 90, shuffle=True)] == [90]
+    assert [len(b[0]) for b in make_loader(dataset, 100, shuffle=True)] == [96]
+    tune = make_loader(dataset, 20)
+    assert serials(tune) == list(range(96)) and len(tune) == 5
+
+
+@pytest.mark.parametrize("level", ["segment", "patient"])
+def test_batches_made_on_a_device_are_those_of_the_plain_loader(dataset, level):
+    dataset = TPP_PPG_dataset(dataset.index, level, KEYS)
+    how = {"shuffle": True, "seed": 3, "rank": 1, "world": 2}
+    plain, cached = (make_loader(dataset, 10, **how, device_cache=device)
+                     for device in (None, "cpu"))
+    assert plain.device is None and cached.device.type == "cpu" and len(plain) == len(cached)
+    for epoch, first_batch in ((0, 0), (1, len(plain) - 1)):
+        for loader in (plain, cached):
+            loader.sampler.set_epoch(epoch, first_batch)
+        batches = list(plain), list(cached)
+        assert len(batches[0]) == len(batches[1]) == len(plain) - first_batch
+        assert all(torch.equal(a, b) for one, other in zip(*batches) for a, b in zip(one, other))
+
+
+def run_here(code, path, *shell):
+    """All that Python code prints in a shell with these preparations."""
+    code = (f"import sys; sys.path[:0] = [{ROOT!r}]\nfrom datasets import *\n"
+            f"from loaders import *\nP = {path!r}\n{code}")
+    shell = "; ".join([*shell, f'exec {sys.executable} -c "$CODE"'])
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True,
+                          env=dict(os.environ, CODE=code))
+    return (done.stdout + done.stderr).strip()
+
+
+READ_ALL = """
+data = TPP_PPG_dataset(create_dataset_index(path=P), 'segment', ['ppg', 'map', 'tpp'])
+for workers in WORKERS:
+    try:
+        loader = make_loader(data, 32, drop_last=False, workers=workers)
+        print(sum(int(batch[0][:, 0, 0].sum()) for epoch in range(2) for batch in loader))
+    except DataError as error:
+        print('DataError:', error)
+"""
+MAP_FEW = """
+import datasets, functools
+datasets.map_rows = functools.lru_cache(5)(datasets.map_rows.__wrapped__)
+"""
+
+
+def test_more_files_than_may_be_open_are_read(tmp_path):
+    paths = []
+    for number in range(40):
+        paths.append(str(tmp_path / f"{number}.h5"))
+        make_file(paths[-1], 1, 1, 4, layout=("contiguous", "lzf")[number % 2])
+        with h5py.File(paths[-1], "r+") as file:
+            file.move("MRN000", f"p{number}")
+    code = MAP_FEW + READ_ALL.replace("WORKERS", "[0]")
+    assert run_here(code, paths, "ulimit -n 30") == "480"
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not os.path.exists("/dev/shm"), reason="needs mount")
+def test_a_full_dev_shm_is_one_line_and_no_matter_without_workers(published):
+    fill = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/x"
+    script = f"unshare -m bash -c '{fill}; exec {sys.executable} -c \"$CODE\"' && exit"
+    if subprocess.run(["unshare", "-m", "true"]).returncode:
+        pytest.skip("needs unshare")
+    plain, failed = run_here(READ_ALL.replace("WORKERS", "(0, 2)"), published, script).splitlines()
+    assert plain == "9120" and failed.startswith("DataError: a loader worker")
+
+
+def test_workers_change_neither_the_order_nor_the_random_numbers_of_the_network(dataset):
+    before = torch.random.get_rng_state()
+    orders = [serials(make_loader(dataset, 10, shuffle=True, workers=n)) for n in (0, 2)]
+    assert orders[0] == orders[1] and torch.equal(before, torch.random.get_rng_state())
+
+
+def test_ranks_share_each_batch_without_loss_or_doubling(dataset):
+    one, *ranks = (list(loaders.BatchOrder(dataset, 20, shuffle=True, rank=rank, world=world))
+                   for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3)))
+    for whole, *shares in zip(one, *ranks):
+        assert np.array_equal(np.concatenate(shares), whole)
+
+
+def test_the_draw_of_patients_follows_the_epoch_into_workers(dataset):
+    patients = TPP_PPG_dataset(dataset.index, "patient", KEYS, seed=3)
+    loaders = [make_loader(patients, 4, shuffle=True, workers=workers) for workers in (0, 2)]
+    for epoch in (0, 1):
+        for loader in loaders:
+            loader.sampler.set_epoch(epoch)
+        assert serials(loaders[0]) == serials(loaders[1])
