@@ -4,8 +4,8 @@
     statistics = pulse_statistics(ppg)                  # [B, 1, 3600] -> [B, 12]
 
 `NormalisedModel` adds the network to an anchor; `fit_blend` (both in training_header.py) chooses
-after training how much of each is kept. On real patients the pulse statistics are the first thing
-of a PPG that was shown to say more than the vitals do (docs/real-recordings.md).
+after training how much of each is kept. On real patients the pulse statistics are the first PPG
+features that were shown to add to the vitals (docs/real-recordings.md).
 
 Needs datasets.py; `pulse_statistics` needs PyTorch alone.
 """
@@ -17,9 +17,9 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
-from datasets import FS, vitals_of
+from datasets import FS, TPP_PPG_dataset, vitals_of
 
-MOST_ANCHORED = 50_000          # segments that an anchor is fitted to
+MOST_ANCHORED = 50_000          # segments that anchor and blend are fitted to
 
 PULSE_STATISTICS = (    # of the beats of a minute; variations and loudness as logarithms
     "variation of height x rate", "variation of height", "variation of rate", "variation of mean",
@@ -123,14 +123,12 @@ def fit_anchor(dataset, keys: List[str], with_pulse: bool = False) -> dict:
     with_pulse: also on `pulse_statistics`; then also 'statistics': {'low', 'high': limits to which
     they are clipped, 'coefficients'}. More than MOST_ANCHORED segments: a random choice of them.
     """
-    names, some = vitals_of(keys), np.arange(len(dataset.index))
-    if len(some) > MOST_ANCHORED:
-        some = np.random.default_rng(0).choice(some, MOST_ANCHORED, replace=False)
-    label, *inputs = (dataset.column(key).numpy()[some].astype(np.float64)
+    names, dataset = vitals_of(keys), some_segments(dataset)
+    label, *inputs = (dataset.column(key).numpy().astype(np.float64)
                       for key in (keys[-1], *names))
     if not with_pulse:
         return fit_ridge(names, np.stack(inputs, 1), label)
-    pulse = read_pulse(dataset, some)
+    pulse = read_pulse(dataset)
     low, high = np.quantile(pulse, (0.005, 0.995), axis=0)
     anchor = fit_ridge([*names, *PULSE_STATISTICS],
                        np.stack([*inputs, *pulse.clip(low, high).T], 1), label)
@@ -139,11 +137,19 @@ def fit_anchor(dataset, keys: List[str], with_pulse: bool = False) -> dict:
                                     "coefficients": weights})
 
 
-def read_pulse(dataset, segments) -> np.ndarray:
-    """[S, 12] float64: `pulse_statistics` of segments [S] of a dataset."""
+def some_segments(dataset) -> TPP_PPG_dataset:
+    """A dataset, or MOST_ANCHORED of its segments, drawn at random."""
+    count = len(dataset.index)
+    return dataset if count <= MOST_ANCHORED else TPP_PPG_dataset(
+        dataset.index, "segment", dataset.keys_to_load, 100 * MOST_ANCHORED / count)
+
+
+def read_pulse(dataset) -> np.ndarray:
+    """[N, 12] float64: the `pulse_statistics` of all segments of a dataset."""
+    count = len(dataset.index)
     return np.concatenate([
         pulse_statistics(torch.from_numpy(dataset.waveform("ppg", part)).unsqueeze(1))
-        for part in np.array_split(segments, -(-len(segments) // 256))]).astype(np.float64)
+        for part in np.array_split(np.arange(count), -(-count // 256))]).astype(np.float64)
 
 
 def predict_with_anchor(anchor: dict, dataset) -> np.ndarray:
@@ -151,7 +157,7 @@ def predict_with_anchor(anchor: dict, dataset) -> np.ndarray:
     found = anchor["intercept"] + sum(weight * dataset.column(key).numpy().astype(np.float64)
                                       for key, weight in anchor["coefficients"].items())
     if "statistics" in anchor:
-        pulse, known = read_pulse(dataset, np.arange(len(dataset.index))), anchor["statistics"]
+        pulse, known = read_pulse(dataset), anchor["statistics"]
         found = found + pulse.clip(known["low"], known["high"]) @ known["coefficients"]
     return found
 

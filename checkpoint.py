@@ -31,6 +31,8 @@ from datasets import LABELS, DataError, DatasetIndex
 from models import MODELS, ConvBlock, MyFirstResNet, SpreadResNet
 from tk_utils import atomic_file, atomic_path, printable
 
+SEEN = ["train", "tune", "ancestors"]       # parts of a split that shaped the weights
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line."""
@@ -236,7 +238,7 @@ def hash_split(parts: dict, salt: str) -> dict:
 
 def seen_by(checkpoint: dict) -> Set[str]:
     """Hashes of the patients that a checkpoint or its ancestors were trained or tuned on."""
-    return set().union(*(hashes for part, hashes in checkpoint["split"].items() if part != "test"))
+    return set().union(*(checkpoint["split"].get(part, ()) for part in SEEN))
 
 
 def patient_parts(index, checkpoint: dict, salt_path) -> Optional[np.ndarray]:

@@ -165,7 +165,8 @@ class Gate:
                  for key, sign, bound in self.comparisons]
         texts += [f"minutes >= {self.min_minutes}"] * (self.min_minutes > 0)
         text = ", ".join(texts) or "any"
-        return "default" + text[len(DEFAULT):] if (text + ",").startswith(DEFAULT + ",") else text
+        is_more = f"{text},".startswith(f"{DEFAULT},")      # begins with all of the default gate
+        return "default" + text[len(DEFAULT):] if is_more else text
 
 
 def get_gate(condition) -> Gate:
@@ -310,9 +311,8 @@ def find_fields(group):
         raise DataError("no field 'ppg'")
     for key, item in found.items():
         rows = len(found["ppg"])
-        shapes = [(rows,)]
-        if key in WAVEFORMS:
-            shapes = [(rows, SEGMENT_SAMPLES), (rows, 1, SEGMENT_SAMPLES)]
+        shapes = [(rows,)] if key not in WAVEFORMS else [
+            (rows, SEGMENT_SAMPLES), (rows, 1, SEGMENT_SAMPLES)]
         if item.shape not in shapes or item.dtype.kind not in "iuf":
             raise DataError(f"field {key!r}: {item.dtype} of shape {item.shape}, expected numbers "
                             f"of shape {shapes[0]}")
@@ -459,7 +459,7 @@ def index_files(paths, gate, mrn_to_csns):
     wanted = mrn_to_csns and {str(mrn): set(map(str, csns)) for mrn, csns in mrn_to_csns.items()}
     stamps, found = [], []
     for number, path in enumerate(paths):
-        open_file(path).close()
+        open_file(path).close()             # raises DataError where there is no such file
         stamps.append(stamp(path))          # before the scan: a change during it shows as well
         for patient, name, numbers, fields, where in scan(path, wanted):
             passed = np.logical_and.reduce([kept for _, kept in apply_gate(gate, fields, where)])

@@ -2,13 +2,13 @@
 
     python evaluate.py runs/M1.5.pth                        # the run's own data, its test patients
     python evaluate.py runs/M1.5.pth --report report.html   # everything, as one page
-    python evaluate.py runs/M1.5.pth --data FILE…           # other data: all patients not seen
+    python evaluate.py runs/M1.5.pth --data FILE…           # other data: all of its patients
     python evaluate.py runs/icu_fold?.pth --report icu.html # several runs: each, and all together
     python evaluate.py runs/M1.5.pth --calibrate FILE…      # prediction intervals for other data
 
 From Python: `evaluate(model_or_path, index)` returns the results as a dictionary. MAP is an input
 and part of TPP, so the error of TPP is that of Pcrit, and R² of TPP is inflated. Needs metrics.py,
-baselines.py, signals.py, report.py, templates/, training_header.py and what that needs.
+baselines.py, report.py, templates/, training_header.py and what that needs.
 """
 import json
 import os
@@ -111,7 +111,7 @@ class Segments:
     # 'spread', and 'swapped', predicted from another patient's PPG.
     fields: Dict[str, np.ndarray]
     patients: np.ndarray                    # numbers
-    series: np.ndarray                      # numbers of encounters
+    series: np.ndarray                      # numbers of uninterrupted series of minutes
     names: np.ndarray                       # of patients, to recognise them in several runs
     dataset: Any = None
     tpp: Optional[np.ndarray] = None        # the predictions
@@ -139,7 +139,7 @@ def choose_segments(path, checkpoint, data, split, condition):
     if data is None and not run:
         raise DataError(f"{path}: no record here of its data; name them with --data")
     files = tk_utils.find_files(data or run["data"])
-    own_data = data is None or list(map(os.path.realpath, files)) == run.get("data")
+    own_data = data is None or {*map(os.path.realpath, files)} == {*run.get("data", ())}
     index, parts, salt_path = read_parts(path, checkpoint, files, condition)
     if parts is None:
         if own_data or split not in (None, "all"):
@@ -149,7 +149,7 @@ def choose_segments(path, checkpoint, data, split, condition):
     chosen = (parts == split) | (split == "all")
     if not chosen.any():
         raise DataError(f"no {split} patient of the checkpoint is in these data; try --split all")
-    seen = int(np.isin(parts[chosen], ["train", "tune", "ancestors"]).sum())
+    seen = int(np.isin(parts[chosen], checkpoints.SEEN).sum())
     if seen:
         warning = (f"{seen:,} of {counted(np.sum(chosen), 'patient')} WERE SEEN IN TRAINING this "
                    "checkpoint; these scores flatter it: not a test of it")
@@ -194,10 +194,15 @@ def read_segments(index: DatasetIndex, keys, most=np.inf) -> Segments:
         except DataError:           # an encounter lacks it
             continue
         fields[key] = dataset.column(key).numpy().astype(np.float64)
-    fields.update(zip(PULSE_STATISTICS, read_pulse(dataset, np.arange(len(dataset))).T))
+    fields.update(zip(PULSE_STATISTICS, read_pulse(dataset).T))
     patients = index.segment_patients()
-    return Segments(fields, patients, index.per_segment(np.arange(len(index.encounters))),
-                    index.patients[patients], dataset)
+    encounter = index.per_segment(np.arange(len(index.encounters)))
+    start_s = (dataset.column("start_s").numpy() if "start_s" in index.fields
+               else index.rows * datasets.SEGMENT_SECONDS)
+    follows = (np.diff(encounter) == 0) & (np.diff(index.rows) == 1) & (
+        np.diff(start_s) < 2 * datasets.SEGMENT_SECONDS)
+    return Segments(fields, patients, np.append(0, np.cumsum(~follows)), index.patients[patients],
+                    dataset)
 
 
 def joined(dicts: List[Dict[str, np.ndarray]]) -> Dict[str, np.ndarray]:
@@ -266,14 +271,15 @@ def predict_with_swapped_ppg(model, segments: Segments, device) -> None:
     segments.fields["swapped"] = predict_tpp(model, dataset, device)[0]
 
 
-def predict_ablations(path, checkpoint, index, device) -> Dict[str, np.ndarray]:
+def predict_ablations(path, checkpoint, index, device, network) -> Dict[str, np.ndarray]:
     """{name in tables: TPP [N]} of the runs that --ablate trained in addition to this one."""
     found = {}
     for ending, name in ABLATIONS.items():
         other = os.path.splitext(path)[0] + ending + ".pth"
-        saved = checkpoints.load_checkpoint(other) if os.path.exists(other) else {}
-        if saved.get("split") == checkpoint["split"]:
-            model = load_model(saved, device)
+        saved = checkpoints.load_checkpoint(other) if os.path.exists(other) else {"split": {}}
+        if saved["split"] and all(saved["split"][part] == checkpoint["split"].get(part)
+                                  for part in datasets.PARTS):
+            model = load_model(saved, device, network)
             dataset = TPP_PPG_dataset(index, "segment", model.keys)
             found[name] = predict_tpp(model, dataset, device)[0]
     return found
@@ -363,7 +369,7 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     add_baselines(segments, train, tune, model.keys, fitted)
     predict_segments(model, segments, calibration, device)
     if path:
-        segments.compared = predict_ablations(path, checkpoint, scored, device)
+        segments.compared = predict_ablations(path, checkpoint, scored, device, network)
     if full and model.with_ppg:
         predict_with_swapped_ppg(model, segments, device)
 

@@ -290,7 +290,8 @@ class Vital:
             times = np.rint(times * NUMERICS_FS) / NUMERICS_FS
         elif track.fmt > 2:     # integers; in "packed" files an extreme one stands for a gap
             limits = np.iinfo(blocks[0].dtype)
-            gap = (limits.min or limits.max) if getattr(file, "packed", False) else None
+            lowest_or_highest = limits.min or limits.max        # unsigned ones have no minimum
+            gap = lowest_or_highest if getattr(file, "packed", False) else None
             blocks = [np.where(block == gap, np.nan, block * track.gain + track.offset)
                       for block in blocks]
         check_size(self.path, times[-1] * fs)

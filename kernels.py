@@ -320,7 +320,7 @@ class ResidualBlock(torch.autograd.Function):
 class FirstLayer(torch.autograd.Function):
     """`relu(norm(conv(ppg)))` written once, as padded rows: [B, L] -> [B, plan.length, C].
 
-    As `patches_norm_relu`: the filters are normalised instead of the output. The backward pass
+    The filters are normalised instead of the output. The backward pass
     computes the output again, which is cheaper than to read it. No gradient for the PPG.
     Gain of the whole step on CPU: 8 % at batch 16, 17 % at batch 32.
     """
@@ -430,7 +430,7 @@ class ZeroGradients(torch.autograd.Function):
         return (grad, *ctx.like.new_zeros(sum(ctx.sizes)).split(ctx.sizes))
 
 
-# The next five functions each have a plain form and, on CUDA, a Triton kernel.
+# Functions with a plain form and, on CUDA, a Triton kernel.
 
 def use_triton(x, samples=0):
     """Whether the Triton kernels take x (in Triton's interpreter they run on CPU, for tests)."""

@@ -18,7 +18,7 @@ from datasets import ENCODED, WAVEFORMS, DataError
 
 class BatchOrder(Sampler):
     """The order of an epoch as batches of item numbers: a function of (seed, epoch), whatever the
-    number of workers. drop_last drops an incomplete batch only after a full one. Of several
+    number of workers. drop_last drops an incomplete batch unless it is the only one. Of several
     processes, each (rank of world) takes its slice of every batch, so that a step sees what one
     process would. Without `set_epoch`, each pass is the next epoch."""
 
@@ -108,7 +108,7 @@ def make_loader(dataset, batch_size, shuffle=False, seed=0, workers=0, drop_last
         size = 4 * len(dataset.index) * sum(one.numel() for one in dataset.read(np.arange(1)))
         if device.type != "cuda" or 2 * size <= torch.cuda.mem_get_info(device)[0]:
             return Loader(order, device, 0)
-        pin_memory = True
+        pin_memory = True           # they go to the device batch by batch
     slow = dataset.index.stored[dataset.index.fields == "ppg"][0] == ENCODED
     if shuffle and rank == 0 and "ppg" in dataset.keys_to_load and slow.any():
         path = dataset.index.paths[dataset.index.encounter_file[slow.argmax()]]

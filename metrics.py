@@ -378,10 +378,11 @@ NOVELTY_LEVEL = 0.95                            # share of inputs that count as 
 
 
 def patient_quantile(values: np.ndarray, patients, level: float) -> float:
-    """The `level` quantile of values [N], patients weighing the same, one unknown patient allowed.
+    """The `level` quantile of values [N], with each of the K patients weighing 1 / (K + 1).
 
-    Each of K patients weighs 1 / (K + 1), the next one the rest: its segments lie at or below it
-    with probability `level` or more (Lee, Barber & Willett 2023, arXiv 2306.06342).
+    The last 1 / (K + 1) stands for the next patient, whose values may be arbitrarily large: so they
+    lie at or below it with probability `level` or more (Lee, Barber & Willett 2023, arXiv
+    2306.06342).
     """
     bootstrap, order = bootstrap_of(patients), np.argsort(values, kind="stable")
     reached = np.cumsum(1 / bootstrap.counts[bootstrap.owner[order]]) / (bootstrap.n_patients + 1)

@@ -147,7 +147,8 @@ class Predictor:
         self.inputs, self.remarks = list(model.keys[1:-1]), []
         unknown = [key for key in self.inputs if key not in VITALS]
         if unknown or not model.with_ppg:
-            raise DataError(f"{name}: takes no PPG, or vitals that no recording gives: evaluate.py")
+            raise DataError(f"{name}: predict.py needs a network of the PPG and the vitals of "
+                            "datasets.FIELDS; evaluate.py scores any other")
         self.gives_p_crit = model.keys[-1] == "p_crit"
         self.needed = list(dict.fromkeys(self.inputs + ["map"] * self.gives_p_crit))
         self.given = {key: value for key, value in given.items() if value is not None}

@@ -255,7 +255,7 @@ def prepare_record(record, options, parts) -> list:
     except RecordingError as error:
         return [*rows, ("error", error.what, error.detail)]
     except MemoryError:
-        return [("error", "not enough memory for it; fewer --workers leave more for each")]
+        return [*rows, ("error", "not enough memory; fewer --workers leave more for each", "")]
     except Exception as error:  # noqa: BLE001 - one record in an archive must not end the run
         return [("error", f"{type(error).__name__}, a bug in this program: please report what the "
                  "problems file says", traceback.format_exc())]

@@ -24,8 +24,9 @@ import formats
 from formats import MIN_WAVE_HZ, PRESSURE, RATE, Channel, RecordingError, plain_unit
 from tables import Table, read_readings
 
+# file ending -> reader; formats.py says what every reader has
 READERS = {".hea": formats.Wfdb, ".vital": formats.Vital, ".edf": formats.Edf, ".h5": formats.Hdf5,
-           ".hdf5": formats.Hdf5, ".csv": Table, ".parquet": Table}     # formats.py: what they have
+           ".hdf5": formats.Hdf5, ".csv": Table, ".parquet": Table}
 
 # Names that monitors and archives give to waveforms and numbers, best first, as `plain_name` makes
 # them. From MIMIC-III and -IV (physionet.org), VitalDB (vitaldb.net/dataset), Philips IntelliVue
@@ -153,7 +154,7 @@ def _reading(path):
 
 
 def open_reader(path, file_fs=None):
-    """The reader of a file, opened; what it has, formats.py says."""
+    """Opens the reader of a file; formats.py says what every reader has."""
     if not os.path.isfile(path):
         raise RecordingError(path, "not a regular file, or a folder that cannot be opened")
     reader = READERS.get(os.path.splitext(path)[1].lower())
@@ -177,7 +178,7 @@ def plain_name(name) -> str:
 
 
 def unit_factor(kind, unit, path, channel) -> float:
-    """From a channel's unit to mmHg or beats/min, which no unit means, too."""
+    """From a channel's unit to mmHg or beats/min; a missing unit counts as these."""
     key, unit = kind.replace("cuff_", ""), plain_unit(unit)
     known = RATE if key == "hr" else PRESSURE if key in ("abp", "map", "sbp", "dbp", "pp") else {}
     if known and unit and unit not in known:
@@ -258,7 +259,7 @@ def check_vitals(readings, limits):
 
     readings: {kind: (times_s [n], values [n] as read, factor to mmHg or beats/min)}; limits:
     {vital: (low, high)} of patients. Refused are sentinels such as -32768 or 2**23 - 1, values
-    outside their limits, and any two within 2 s that break DBP <= MAP <= SBP.
+    outside their limits, and those that break DBP <= MAP <= SBP with the nearest one, within 2 s.
     """
     values, refused = {}, {}
     for kind, (_, raw, factor) in readings.items():
@@ -271,8 +272,11 @@ def check_vitals(readings, limits):
             low, high = prefix + low, prefix + high
             if low in readings and high in readings and len(readings[high][0]):
                 t_low, t_high = readings[low][0], readings[high][0]
-                j = np.maximum(np.searchsorted(t_high, t_low + 1e-3, side="right") - 1, 0)
-                wrong = (np.abs(t_low - t_high[j]) < 2) & (values[low] > values[high][j])
+                later = np.minimum(np.searchsorted(t_high, t_low), len(t_high) - 1)
+                before = np.maximum(later - 1, 0)
+                away_s = np.abs(t_low - [t_high[before], t_high[later]])
+                j = np.where(away_s[0] < away_s[1], before, later)      # the nearest
+                wrong = (away_s.min(0) < 2) & (values[low] > values[high][j])
                 refused[low] |= wrong
                 refused[high][j[wrong]] = True
     return ({kind: (times[~refused[kind]], values[kind][~refused[kind]])
@@ -328,7 +332,7 @@ class Recorded:
     channels: {'abp': channel name or 'none', 'ppg': channel name}, instead of the usual names.
     units: {channel name: unit}, instead of the file's. file_fs: the rows of a table, or the samples
     of HDF5 datasets, are evenly spaced at this rate. polarity(ppg [n, samples], fs) -> -1 where the
-    PPG is inverted, 1 where it is not, 0 where unsure; the first block that has a majority decides.
+    PPG is inverted, 1 where it is not, 0 where unsure; the first block that is sure decides.
     """
 
     def __init__(self, path, *, fs: float, seconds: float, limits, channels=None, units=None,
@@ -365,16 +369,16 @@ class Recorded:
             starts = cut(ppg, abp, self.samples)
             numbers = self._by_window(readings, starts / self.fs)
         self.left_over_s = max(0.0, self.reader.end_s - len(starts) * self.samples / self.fs)
-        turn = 0
-        for first in range(0, len(starts), BLOCK_WINDOWS):
-            block = slice(first, first + BLOCK_WINDOWS)
-            rows = starts[block, None] + np.arange(self.samples)
-            waves = ppg[rows]
-            if self.polarity is not None and not turn:
-                turn = np.sign(np.nansum(np.sign(self.polarity(waves, self.fs))))
-                if turn < 0:
-                    self.notes.append("the PPG is inverted (its pulses point down); turned")
-            yield Minutes(starts[block] / self.fs, -waves if turn < 0 else waves, abp[rows], *(
+        blocks = [slice(i, i + BLOCK_WINDOWS) for i in range(0, len(starts), BLOCK_WINDOWS)]
+        samples = np.arange(self.samples)
+        signs = (self.polarity(ppg[starts[block, None] + samples], self.fs)
+                 for block in blocks if self.polarity)
+        if next((sign for sign in signs if sign), 1) < 0:
+            ppg = -ppg
+            self.notes.append("the PPG is inverted (its pulses point down); turned")
+        for block in blocks:
+            rows = starts[block, None] + samples
+            yield Minutes(starts[block] / self.fs, ppg[rows], abp[rows], *(
                 {kind: values[block] for kind, values in group.items()} for group in numbers))
 
     def _read(self):

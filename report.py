@@ -440,7 +440,7 @@ def write_page(path, template: str, **context) -> None:
 
 
 def write_report(results, arrays, path, checkpoints: dict) -> None:
-    """The page, its figures as PNG and PDF in figures_resnet/, of one run's test the model card.
+    """Writes the page, its figures as PNG and PDF and, for one run's test patients, the model card.
 
     results, arrays: of `evaluate_with_arrays(full=True)` or `compare_runs(full=True)`.
     checkpoints: {path: checkpoint}.
@@ -451,8 +451,8 @@ def write_report(results, arrays, path, checkpoints: dict) -> None:
     files = tk_utils.RunFiles(os.path.splitext(first_path)[0])
     if not runs and os.path.exists(files.log):
         results["log"] = pd.read_csv(files.log)
-    name = os.path.splitext(os.path.basename(os.path.commonprefix(list(checkpoints))))[0]
-    name = name.rstrip("_") or "runs"
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in checkpoints]
+    name = os.path.commonprefix(stems).rstrip("_") or "runs"
     figures = {}
     for key, draw in FIGURES.items():
         drawn = draw(results, arrays)

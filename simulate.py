@@ -6,7 +6,7 @@ The left ventricle ejects into a three-element Windkessel that empties towards P
 line shows the arterial pressure, which labels.py labels exactly as that of a recording. The blood
 volume of the finger follows the pressure through a sigmoid curve and becomes the PPG. The true
 Pcrit is stored as `p_crit_true`. These are not real patients: a network that does well on them has
-learnt the physics of this model. Needs labels.py, signals.py, datasets.py, layout.py, tk_utils.py.
+learnt the physics of this model. Needs labels.py, signals.py, datasets.py, tk_utils.py.
 """
 import os
 import sys

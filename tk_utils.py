@@ -310,7 +310,7 @@ def exit_when_parent_dies() -> None:
 
 def reset_all_seeds(seed: int) -> None:
     """Seed the global random generators of Python, NumPy and torch (CPU and GPU)."""
-    import torch  # takes seconds; workers that read recordings do without it
+    import torch  # takes seconds; importing this module does without it
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)

@@ -260,7 +260,7 @@ def open_parent(options, data, parts):
         raise header.DataError(f"{options.init_from}: its --keys are {' '.join(parent['keys'])}")
     for name in ("tune", "test"):       # a warning where the parent's salt is not here
         known = checkpoint.patient_parts(parts[name], parent, data.salt_path)
-        if np.isin(known, ["train", "tune", "ancestors"]).any():
+        if np.isin(known, checkpoint.SEEN).any():
             raise header.DataError(f"{options.init_from}: {name} patients were trained or tuned on "
                                    "by it; the --split-seed of that run keeps them apart")
     return parent
@@ -350,7 +350,7 @@ def make_loaders(options, recipe, sets):
 
 
 # -------------------------------------------------------------------------------------- training
-def loop_arguments(recipe, loader, model) -> dict:
+def loop_arguments(recipe, loader, model, loss=header.LOSSES["mse"]) -> dict:
     """The arguments of `training_loop` that a recipe stands for."""
     kind, *numbers = recipe["schedule"]
     if kind == "step":
@@ -361,7 +361,7 @@ def loop_arguments(recipe, loader, model) -> dict:
             "pct_start": numbers[0], "div_factor": 1 / numbers[1], "final_div_factor": 1e4,
             "cycle_momentum": False}]
     optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    clip = recipe["clip"] and recipe["clip"] * float(model.scale) ** 2      # the loss is in mmHg²
+    clip = recipe["clip"] and recipe["clip"] * float(model.scale) ** loss.power
     return {"total_epochs": recipe["epochs"], "lr": recipe["lr"],
             "weight_decay": recipe["weight_decay"], "l1_reg": recipe["l1"],
             "optimizer_type": optimizers[recipe["optimizer"]], "scheduler_and_args": scheduler,
@@ -381,16 +381,20 @@ def train(options, recipe, model, loaders, files, description, place):
         if options.tensorboard:
             log_to_tensorboard(files, recipe, loss, log)
         if not place:
-            print("epoch {epoch}/{epochs}: train loss {train_loss:.4g}, tune loss {tune_loss:.4g} "
+            busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() + 0.5
+            if busy and len(log) == 1 and torch.get_num_threads() > 1:
+                print("other programs keep this machine's cores busy: --threads 1 may be faster")
+            print("epoch {epoch}/{epochs}: train loss {train_loss:.4g}, tune loss {tune_loss:.4g}"
                   "{unit}, best epoch {best_epoch}, {seconds:.0f} s".format(
-                      **log[-1], epochs=recipe["epochs"], unit=loss.unit), flush=True)
+                      **log[-1], epochs=recipe["epochs"], unit=loss.unit and f" {loss.unit}"),
+                  flush=True)
 
     model, trajectory = header.training_loop(
         model, *loaders, criterion=loss, device=options.device, precision=options.precision,
         on_epoch=on_epoch, resume_path=files.resume, experiment=description,
-        **loop_arguments(recipe, loaders[0], model))
-    if model.anchor and model.outputs == 1 and is_first():
-        header.fit_blend(model, *(loader.dataset for loader in loaders))
+        **loop_arguments(recipe, loaders[0], model, loss))
+    if model.anchor and model.outputs == 1 and is_first():  # an own spread is of what was trained
+        header.fit_blend(model, *(loader.dataset for loader in loaders), device=options.device)
     return model, trajectory
 
 

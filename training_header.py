@@ -34,7 +34,8 @@ from torch.optim.lr_scheduler import (
     CosineAnnealingLR, LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR)
 
 import kernels
-from anchor import blend, fit_anchor, predict_with_anchor, pulse_statistics, shown_share
+from anchor import (
+    blend, fit_anchor, predict_with_anchor, pulse_statistics, shown_share, some_segments)
 from checkpoint import (
     CheckpointError, build_network, hash_patients, load_by_name, load_checkpoint, load_tensors,
     read_salt, save_checkpoint, save_tensors)
@@ -95,12 +96,14 @@ class Loss(NamedTuple):
     """What training minimises: function(prediction [B], label [B]) -> [B] or a scalar.
 
     unit: of the mean loss, for messages; label: for the plot. With outputs 2 the prediction is
-    [B, 2]: the estimate and its spread (SD).
+    [B, 2]: the estimate and its spread (SD). power: of the label's SD with which its gradient
+    grows, for clipping.
     """
     function: Callable
     unit: str
     label: str
     outputs: int = 1
+    power: int = 2
 
 
 def likelihood_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -117,7 +120,8 @@ def likelihood_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tens
 
 LOSSES = {
     "mse": Loss(partial(F.mse_loss, reduction="none"), "mmHg²", "Loss, MSE (mmHg²)"),
-    "l1": Loss(partial(F.l1_loss, reduction="none"), "mmHg", "Loss, mean absolute error (mmHg)"),
+    "l1": Loss(partial(F.l1_loss, reduction="none"), "mmHg", "Loss, mean absolute error (mmHg)",
+               power=1),
     # squared below 5 mmHg, about the network's error; beyond, outliers count linearly
     "huber": Loss(partial(F.huber_loss, reduction="none", delta=5.0), "mmHg²",
                   "Loss, Huber, δ = 5 mmHg (mmHg²)"),
@@ -174,7 +178,10 @@ class NormalisedModel(nn.Module):
         self.outputs = self.try_network()
 
     def set_anchor(self, anchor: Optional[dict]) -> None:
-        """label = output * scale + offset + slopes @ normalised vitals + pulse statistics' share"""
+        """Sets the anchor; without one, the network learns what is missing to the mean label.
+
+        estimate = output * scale + offset + slopes @ normalised vitals + pulse statistics' share
+        """
         vitals, label = vitals_of(self.keys), self.normaliser[self.keys[-1]]
         mean, sd = ([self.normaliser[key][what] for key in vitals] for what in ("mean", "sd"))
         ridge = anchor or {"coefficients": dict.fromkeys(vitals, 0.0), "intercept": label["mean"],
@@ -214,13 +221,13 @@ class NormalisedModel(nn.Module):
         return ([PPG_NORMALISATIONS[self.ppg_normalisation](one) for one in ppg]
                 + [(v - self.vital_mean[i]) / self.vital_sd[i] for i, v in enumerate(vitals)])
 
-    def to_mmhg(self, out, normalised):
+    def to_mmhg(self, out, inputs, normalised):
         estimate = out[:, :1] * self.scale + self.offset
         if self.anchor:
             for slope, vital in zip(self.slopes, normalised[self.with_ppg:]):
                 estimate = estimate + slope * vital.view(-1, 1)
             if len(self.pulse_low):
-                found = pulse_statistics(normalised[0]).clamp(self.pulse_low, self.pulse_high)
+                found = pulse_statistics(inputs[0]).clamp(self.pulse_low, self.pulse_high)
                 estimate = estimate + (found * self.pulse_coefficients).sum(1, keepdim=True)
         if out.shape[1] == 1:
             return estimate
@@ -228,7 +235,7 @@ class NormalisedModel(nn.Module):
 
     def forward(self, *inputs):
         normalised = self.normalise(inputs)
-        return self.to_mmhg(kernels.accelerate(self.network)(*normalised), normalised)
+        return self.to_mmhg(kernels.accelerate(self.network)(*normalised), inputs, normalised)
 
     def with_features(self, *inputs):
         """(output, the network's features [B, F] or None where it has none) of raw inputs."""
@@ -238,7 +245,7 @@ class NormalisedModel(nn.Module):
             out = self.network.mlp(self.network.projection(features))
         else:
             out = network(*normalised)
-        return self.to_mmhg(out, normalised), features
+        return self.to_mmhg(out, inputs, normalised), features
 
 
 def load_model(path_or_checkpoint, device=None, network=None) -> NormalisedModel:
@@ -297,13 +304,14 @@ def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0,
             torch.cat(features).numpy() if features else None)
 
 
-def fit_blend(model, train, tune) -> float:
+def fit_blend(model, train, tune, device=None) -> float:
     """How much the PPG adds to the model's anchor, the ridge on the vitals, as far as it is shown.
 
     First the ridge on vitals and `pulse_statistics`, fitted on the train dataset, then the network:
     of each the share, 0 to 1, that `shown_share` finds on the tune dataset is kept. Sets the
     model's anchor; returns the network's share. So a model never leaves its ridge without evidence.
     """
+    tune = some_segments(tune)
     label, patients = tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
     base, with_pulse, pulse_share = predict_with_anchor(model.anchor, tune), None, 0.0
     if model.with_ppg:
@@ -311,7 +319,7 @@ def fit_blend(model, train, tune) -> float:
         added = predict_with_anchor(with_pulse, tune) - base
         pulse_share = shown_share(label - base, added, patients)
         base = base + pulse_share * added
-    network = predict_dataset(model, tune, device=model.scale.device).astype(np.float64)
+    network = predict_dataset(model, tune, device=device).astype(np.float64)
     share = shown_share(label - base, network - base, patients)
     model.set_anchor(blend(model.anchor, with_pulse, pulse_share, share))
     return share
@@ -584,7 +592,9 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
                     shown = new if shown is None else (
                         pbar_momentum * shown + (1 - pbar_momentum) * new)
                     rate = optimizer.param_groups[0]["lr"]
-                    bar.set_postfix_str(f"loss {shown:.4g}, lr {rate:.2g}", refresh=False)
+                    speed = (bar.format_dict["rate"] or 0) * len(group[-1][-1]) * world
+                    bar.set_postfix_str(f"loss {shown:.4g}, lr {rate:.2g}, {speed:,.0f} segments/s",
+                                        refresh=False)
                     if at_end:              # saves and stops after tuning
                         continue
                     seconds, stop = time.monotonic() - started, any_rank(len(signals), device)

@@ -55,7 +55,7 @@ def measures(model, batch, decay):
     *inputs, label = batch
     normalised = model.normalise(inputs)
     features = network.features(*normalised)        # of models.py itself, where the norms are
-    estimate = model.to_mmhg(network.mlp(network.projection(features)), normalised)[:, 0]
+    estimate = model.to_mmhg(network.mlp(network.projection(features)), inputs, normalised)[:, 0]
     for handle in handles:
         handle.remove()
     ((estimate - label) ** 2).mean().backward()          # in mmHg², as the loop's loss

@@ -11,7 +11,7 @@ from conftest import ROOT, needs_children
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, run):
     folder = tmp_path_factory.mktemp("benchmarks")
-    run("simulate.py", "--out", "s.h5", "--patients", 12, "--segments", 2, "--workers", 1,
+    run("simulate.py", "--out", "s.h5", "--patients", 12, "--segments", 7, "--workers", 1,
         cwd=folder, check=0)
     return folder
 
@@ -24,7 +24,11 @@ def folder(tmp_path_factory, run):
     ("label.py", ["--segments", 10, "--repeats", 1], "segments/s"),
     ("label_error.py", ["--patients", 1, "--out", "study"], "wrote"),
     ("training.py", ["--data", "s.h5", "--seeds", 1, "--epochs", 1, "--only",
-                     "spread_anchor_6_epochs"], "features")])
+                     "spread_anchor_6_epochs"], "features"),
+    ("patients.py", ["--patients", 10, "--segments", 1, "--seeds", 1, "--cohort", 12, 2, "--unseen",
+                     6, "--", "--epochs", 1, "--threads", 1], "gradient_boosting_ppg"),
+    ("real.py", ["--data", "s.h5", "--folds", 3, "--seeds", 1, "--", "--epochs", 1, "--threads", 1],
+     "CALIBRATED")])
 def test_a_benchmark_prints_its_table(folder, script, arguments, printed):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "benchmarks", script),
                            *map(str, arguments)], cwd=folder, capture_output=True, text=True,

@@ -181,9 +181,11 @@ def test_the_part_of_each_patient_is_found_by_hash_in_any_file(tmp_path, capsys)
     salt_path = default_salt_path(index.paths[0])
     salt = read_salt(salt_path)
     hashes = hash_patients(index.patients.tolist(), salt)
-    saved = {"split": {"train": hashes[:2], "test": hashes[2:3], "ancestors": ["f" * 16]},
+    saved = {"split": {"train": hashes[:2], "test": hashes[2:3], "ancestors": ["f" * 16],
+                       "calibration": hashes[3:]},
              "provenance": {"salt": salt_mark(salt)}}
-    assert patient_parts(index, saved, salt_path).tolist() == ["train", "train", "test", None]
+    assert patient_parts(index, saved, salt_path).tolist() == ["train", "train", "test",
+                                                                     "calibration"]
     assert seen_by(saved) == {*hashes[:2], "f" * 16}
     saved["provenance"]["salt"] = "another"
     assert patient_parts(index, saved, salt_path) is None

@@ -263,3 +263,16 @@ def test_the_command_line_refuses_before_any_work(data, capsys, monkeypatch):
         assert said in capsys.readouterr().err + str(refused.value)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         call(monkeypatch, "runs/none.pth")
+
+
+def test_a_series_of_minutes_ends_at_a_refused_minute_and_at_a_gap_in_time(tmp_path):
+    path = make_file(tmp_path / "f.h5", 3, 1, 8)
+    with h5py.File(path, "r+") as file:
+        group = file["MRN001/CSN0010"]
+        group["r2"][3] = 0.1
+        for one in file.values():
+            for encounter in one.values():
+                start_s = 60.0 * np.arange(8)
+                encounter["start_s"] = start_s + 3600 * (np.arange(8) >= 6)
+    segments = evaluate.read_segments(create_dataset_index(path=path), KEYS)
+    assert np.bincount(segments.series).tolist() == [6, 2, 3, 2, 2, 6, 2]

@@ -329,3 +329,14 @@ def test_the_page_stands_alone_is_repeatable_and_names_nobody(tmp_path):
         attributes = [str(dict(file.attrs))]
         file.visititems(lambda _, item: attributes.append(str(dict(item.attrs))))
     assert "MRN" not in "".join(attributes) and "abp-channel" not in "".join(attributes)
+
+
+def test_a_record_that_takes_too_much_memory_is_a_problem_of_that_record_alone(
+        tmp_path, monkeypatch):
+    def no_memory(path, options, rows):
+        raise MemoryError
+    monkeypatch.setattr(prepare, "read_segments", no_memory)
+    (tmp_path / "a.csv").write_text("time_s,abp,ppg\n0,80,1\n")
+    done = run(tmp_path / "a.csv", "--out", tmp_path / "d.h5")
+    assert done.returncode == 2 and "none of the records could be used" in done.stderr
+    assert "not enough memory" in (tmp_path / "d_problems.csv").read_text()

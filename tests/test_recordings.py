@@ -209,6 +209,11 @@ def test_readings_that_contradict_each_other_are_both_refused(prefix):
         _, refused = check_vitals(dict(zip(keys, (
             (t, dbp, 1), (map_times, map_, 1), (t, sbp, 1)))), LIMITS)
         assert [refused[key].tolist() for key in keys] == expected
+    keys = [prefix + "dbp", prefix + "map"]
+    times = np.array([10.0]), np.array([0.0, 11.0])
+    _, refused = check_vitals({keys[0]: (times[0], np.array([90.0]), 1),
+                               keys[1]: (times[1], np.array([95.0, 70.0]), 1)}, LIMITS)
+    assert [refused[key].tolist() for key in keys] == [[10], [11]]      # also one that comes later
 
 
 def test_numbers_are_averaged_over_the_minute_and_a_cuff_s_reading_is_held_with_its_age(tmp_path):
@@ -301,9 +306,16 @@ def test_sentinels_in_a_waveform_are_missing_samples(tmp_path):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_an_inverted_ppg_is_turned_and_said(tmp_path, sign):
     path = write_csv(tmp_path / "a.csv", columns={"PPG": lambda t: sign * light(t)})
-    recorded = windows(path, polarity=lambda ppg, fs: np.full(len(ppg), np.sign(ppg.mean())))
+    recorded = windows(path, polarity=lambda ppg, fs: int(np.sign(ppg.mean())))
     assert joined(recorded).ppg.mean() == pytest.approx(1, abs=0.01)
     assert len(recorded.notes) == (sign < 0)
+
+
+def test_a_ppg_is_turned_as_a_whole_where_only_a_later_part_is_sure(tmp_path, monkeypatch):
+    monkeypatch.setattr(recordings, "BLOCK_WINDOWS", 1)
+    path = write_csv(tmp_path / "a.csv", 190, columns={"PPG": lambda t: -light(t) - (t > 60)})
+    recorded = windows(path, polarity=lambda ppg, fs: -int(ppg.mean() < -1.5))
+    assert [block.ppg.mean() > 0 for block in recorded] == [True, True, True]
 
 
 def test_a_long_recording_is_read_in_little_more_memory_than_its_windows_need(tmp_path):

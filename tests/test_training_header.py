@@ -17,11 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from training_header import (
-    LOSSES, CheckpointError, CosineAnnealingLR, DataError, Interrupted, NonFiniteLoss,
-    NormalisedModel, ReduceLROnPlateau, StepLR, TPP_PPG_dataset, TrainingError, choose_loss,
-    create_dataset_index, distributed, fit_anchor, fit_blend, fit_normaliser, get_model_v3,
-    load_model, make_loader, predict_dataset, predict_with_anchor, predict_with_spread,
-    reset_all_seeds, save_checkpoint, training_loop)
+    LOSSES, PPG_NORMALISATIONS, CheckpointError, CosineAnnealingLR, DataError, Interrupted,
+    NonFiniteLoss, NormalisedModel, ReduceLROnPlateau, StepLR, TPP_PPG_dataset, TrainingError,
+    choose_loss, create_dataset_index, distributed, fit_anchor, fit_blend, fit_normaliser,
+    get_model_v3, load_model, make_loader, predict_dataset, predict_with_anchor,
+    predict_with_spread, reset_all_seeds, save_checkpoint, training_loop)
 
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 SMALL = {"num_discrete": 3, "widths": (4, 4, 8), "kernel_sizes": 5}
@@ -451,7 +451,8 @@ def test_with_an_anchor_the_network_adds_to_the_ridge_on_the_vitals(index):
         assert np.allclose(model(*batch[:-1])[:, 0], fitted[:20] + added.numpy(), atol=1e-3)
 
 
-def test_the_blend_is_of_both_ridges_and_the_network(index):
+def test_the_blend_is_of_both_ridges_and_the_network(index, monkeypatch):
+    monkeypatch.setitem(PPG_NORMALISATIONS, "segment", lambda ppg: ppg.abs().log1p())
     train = TPP_PPG_dataset(index, "segment", KEYS)
     anchor = fit_anchor(train, KEYS)
     model = NormalisedModel(small_model(), KEYS, fit_normaliser(train, KEYS[1:]), anchor=anchor)

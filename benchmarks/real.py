@@ -1,0 +1,172 @@
+"""The reference on real patients: docs/real-recordings.md's protocol in one command.
+
+    python benchmarks/real.py --records ../shared/data/wfdb ../shared/data/patients/wfdb \\
+        --groups groups.csv --seeds 5           # about 2 hours a label on 2 cores
+    python benchmarks/real.py --data data/real.h5 --seeds 1 --folds 5           # prepared before
+
+For each label method it prepares the recordings (once), trains train_resnet.py's recipe with every
+fold and seed (after a kill the same command goes on), and prints two tables: patients never seen,
+against every baseline, by minute and with each patient weighing the same; and CALIBRATED patients,
+whose first KNOWN labelled minutes are known and whose later ones are to be followed. Results are
+also written to --out as JSON.
+"""
+import argparse
+import os
+import subprocess
+import sys
+
+import common
+import numpy as np
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import datasets
+import evaluate
+import labels
+import metrics
+import report
+import tk_utils
+
+KNOWN = 5           # labelled minutes of each patient in the calibrated setting
+VITALS = ("map", "dbp", "hr")
+
+
+def script(name, *arguments):
+    """Runs a script of the repository; what it wrote stays when it fails."""
+    subprocess.run([sys.executable, os.path.join(common.ROOT, name), *map(str, arguments)],
+                   check=True)
+
+
+def prepare(options):
+    """{label method: prepared file}, from --data or made from --records."""
+    if options.data:
+        return {datasets.origin_of([path], "label_method"): path for path in options.data}
+    files = {method: f"data/real_{method}.h5" for method in options.methods}
+    for method, path in files.items():
+        if not os.path.exists(path):
+            groups = ["--groups", options.groups] if options.groups else []
+            # some recordings of an archive are unusable; prepare.py lists them and exits with 1
+            subprocess.run([sys.executable, os.path.join(common.ROOT, "prepare.py"),
+                            *options.records, "--out", path, "--label-method", method, "--workers",
+                            str(os.cpu_count() or 1), *groups], check=False)
+    return files
+
+
+def estimates(truth, prediction, other, patients):
+    """[RMSE by minute, by patient, skill of `prediction` over `other` by minute, by patient]."""
+    found = [metrics.confidence_intervals(patients, truth, other, by_patient=by)["rmse"]
+             for by in (False, True)]
+    return found + [metrics.skill(truth, prediction, other, patients, by_patient=by)
+                    for by in (False, True)]
+
+
+def unseen_rows(segments):
+    """Rows of the table of patients never seen: the network, then each baseline."""
+    patients, truth, tpp = segments.patients, segments.truth, segments.tpp
+    rows = [["network", *estimates(truth, tpp, tpp, patients)[:2], None, None]]
+    return rows + [[report.named(name), *estimates(truth, tpp, one, patients)]
+                   for name, one in segments.baselines.items()]
+
+
+def changes(segments):
+    """For the minutes after each patient's first KNOWN ones: (their numbers, the change of each
+    vital from its mean over the known minutes [later, vitals], the means of the known [later] for
+    any column)."""
+    order = np.argsort(segments.patients, kind="stable")    # encounters and rows are in time order
+    owner = segments.patients[order]
+    place = np.arange(len(order)) - np.searchsorted(owner, owner)
+    later, known = order[place >= KNOWN], order[place < KNOWN]
+
+    def mean(column):
+        sums = np.bincount(segments.patients[known], column[known])
+        return (sums / KNOWN)[segments.patients[later]]
+
+    vitals = [segments.fields[key] for key in VITALS]
+    return later, np.stack([one[later] - mean(one) for one in vitals], 1), mean
+
+
+def follow(segments, train):
+    """(truth, {predictor: TPP}, patients) of the later minutes of calibrated patients."""
+    later, moved, mean = changes(segments)
+    of_train, moved_train, mean_train = changes(train)
+    ridge = make_pipeline(StandardScaler(), RidgeCV(10.0 ** np.arange(-2, 7))).fit(
+        moved_train, train.truth[of_train] - mean_train(train.truth))
+    base, order = mean(segments.truth), np.argsort(segments.patients, kind="stable")
+    owner = segments.patients[order]
+    last = np.full(owner.max() + 1, -1)
+    place = np.arange(len(order)) - np.searchsorted(owner, owner)
+    last[owner[place == KNOWN - 1]] = order[place == KNOWN - 1]
+    last = last[segments.patients[later]]
+    found = {"last known minute": segments.truth[last],
+             "mean of the known minutes": base,
+             "mean + change of MAP": base + moved[:, 0],
+             "ridge on changes of vitals": base + ridge.predict(moved),
+             "network, shifted": base + segments.tpp[later] - mean(segments.tpp)}
+    return segments.truth[later], found, segments.names[later]
+
+
+def calibrated_rows(runs, index, folds):
+    """Rows of the calibrated table. runs: [(fold, scored segments)]."""
+    train_of, parts = {}, []
+    for fold, segments in runs:
+        if fold not in train_of:
+            train = datasets.split_index(index, 0, fold, folds)["train"]
+            train_of[fold] = evaluate.read_segments(train, ["map", "dbp", "hr", "tpp"])
+        parts.append(follow(segments, train_of[fold]))
+    truth, patients = (np.concatenate([part[i] for part in parts]) for i in (0, 2))
+    found = {name: np.concatenate([part[1][name] for part in parts]) for name in parts[0][1]}
+    network = found["network, shifted"]
+    return len(np.unique(patients)), [
+        [name, *estimates(truth, network, one, patients)[:2 if one is network else 4]]
+        for name, one in found.items()]
+
+
+def print_estimates(rows):
+    tk_utils.print_table(
+        [[row[0], *(report.shown(one) for one in [*row[1:], None, None][:4])] for row in rows],
+        ["TPP, mmHg", "RMSE by minute", "by patient", "network's skill by minute", "by patient"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--records", nargs="+", help="folders of recordings")
+    parser.add_argument("--groups", help="CSV: record, split_group (prepare.py --groups)")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="prepared files, one a label")
+    parser.add_argument("--methods", nargs="+", choices=tuple(labels.METHODS),
+                        default=tuple(labels.METHODS))
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", default="real.json")
+    parser.add_argument("settings", nargs="*", help="after --, options of train_resnet.py")
+    options = parser.parse_args()
+    if not (options.data or options.records):
+        parser.error("--records or --data is required")
+    results = {}
+    for method, path in prepare(options).items():
+        name = f"real_{method}"
+        repeats = ["--seeds", options.seeds] if options.seeds > 1 else []
+        script("train_resnet.py", "--data", path, "--name", name, "--folds", options.folds,
+               *repeats, *options.settings)
+        seeds = [f"_seed{seed}" for seed in range(options.seeds)] if repeats else [""]
+        runs = [(fold, f"runs/{name}{seed}_fold{fold}.pth")
+                for seed in seeds for fold in range(options.folds)]
+        fitted = evaluate.Fitted()
+        scored, segments = evaluate.compare_runs([path for _, path in runs], fitted=fitted)
+        index = datasets.create_dataset_index(path=path)
+        unseen = unseen_rows(segments)
+        n_followed, followed = calibrated_rows(
+            [(fold, fitted[path, False][1]) for fold, path in runs], index, options.folds)
+        print(f"\nLabel {method}: {len(index):,} minutes of {index.n_patients:,} patients, none of "
+              f"them seen; {options.folds} folds, {tk_utils.counted(options.seeds, 'seed')}")
+        print_estimates(unseen)
+        print(f"\nCALIBRATED: the first {KNOWN} labelled minutes of each of {n_followed} patients "
+              "are known, the later ones are followed")
+        print_estimates(followed)
+        results[method] = {"unseen": unseen, "calibrated": followed, "n_segments": len(index),
+                           "n_patients": index.n_patients, "together": scored["together"]}
+        tk_utils.write_json(options.out, results)
+
+
+if __name__ == "__main__":
+    main()
