@@ -246,8 +246,10 @@ def patient_parts(index, checkpoint: dict, salt_path) -> Optional[np.ndarray]:
     hashes; or None, with a warning, without the run's salt."""
     salt = saved_salt(salt_path)
     if salt is None or salt_mark(salt) != checkpoint["provenance"].get("salt"):
-        print(f"WARNING: {salt_path}: {'not the salt of this run' if salt else 'no such file'}, so "
-              "whether these patients were trained on COULD NOT BE CHECKED", file=sys.stderr)
+        why = (f"{salt_path}: {'not the salt of this run' if salt else 'no such file'}"
+               if checkpoint["split"] else "the checkpoint was saved without its split")
+        print(f"WARNING: {why}, so whether these patients were trained on COULD NOT BE CHECKED",
+              file=sys.stderr)
         return None
     known = {one: part for part, hashes in checkpoint["split"].items() for one in hashes}
     hashes = hash_patients(index.patients.tolist(), salt)

@@ -269,7 +269,7 @@ def origin_of(paths, name: str = "origin") -> str:
     found = set()
     for path in paths:
         with open_file(path) as file, reading(path):
-            found.add(str(file.attrs.get(name, "unknown")))
+            found.add(str(np.asarray(file.attrs.get(name, "unknown")).astype(str)))    # bytes, too
     return ", ".join(sorted(found))
 
 

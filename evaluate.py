@@ -127,10 +127,6 @@ class Segments:
     def truth(self) -> np.ndarray:
         return self.fields["tpp"]
 
-    def waveform(self, rows) -> np.ndarray:
-        """PPG [rows, samples]."""
-        return self.dataset.waveform("ppg", rows).reshape(len(rows), -1)
-
 
 def choose_segments(path, checkpoint, data, split, condition):
     """[the index to score, those of the run's train and tune patients or None], what to say about
@@ -209,12 +205,6 @@ def joined(dicts: List[Dict[str, np.ndarray]]) -> Dict[str, np.ndarray]:
     """The arrays that all have, one after the other."""
     return {key: np.concatenate([one[key] for one in dicts]) for key in dicts[0]
             if all(key in one for one in dicts)}
-
-
-def read_ppg(dataset: TPP_PPG_dataset, description: str):
-    """Yield the PPG of a dataset in blocks [segments, samples]."""
-    for start in tk_utils.progress(range(0, len(dataset), 512), desc=description, leave=False):
-        yield dataset.waveform("ppg", np.arange(start, min(start + 512, len(dataset))))
 
 
 # ---------------------------------------------------------------- what the network predicts
@@ -538,8 +528,10 @@ def check_parts(split, scored, train, tune) -> dict:
 def second_hashes(index: DatasetIndex) -> np.ndarray:
     """[S, seconds]: a hash of each second of PPG, which overlapping windows share; 0 where flat."""
     factors = np.random.default_rng(1).integers(1, 2 ** 63, datasets.FS).astype(np.uint64) * 2 + 1
-    hashes = []
-    for ppg in read_ppg(subsample(MAX_HASHED_SEGMENTS, index, ["ppg"]), "comparing PPG"):
+    dataset, hashes = subsample(MAX_HASHED_SEGMENTS, index, ["ppg"]), []
+    blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 512))
+    for block in tk_utils.progress(blocks, desc="comparing PPG", leave=False):
+        ppg = dataset.waveform("ppg", block)
         bits = np.ascontiguousarray(ppg).view(np.uint32)
         bits = bits.reshape(len(ppg), datasets.SEGMENT_SECONDS, -1)
         flat = (bits == bits[..., :1]).all(axis=2)

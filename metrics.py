@@ -413,8 +413,9 @@ def interval(prediction: np.ndarray, calibration: dict, level: float = 0.9,
     """
     half = calibration["half_widths"][calibration["levels"].index(level)]
     if half is None:
-        raise ValueError(f"no {level:.0%} interval: {calibration['n_patients']} tune patients are "
-                         f"too few (at least {np.ceil(level / (1 - level) - 1e-9):.0f} needed)")
+        needed = np.ceil(level / (1 - level) - 1e-9)
+        raise ValueError(f"no {100 * level:.0f} % interval: {calibration['n_patients']} tune "
+                         f"patients are too few (at least {needed:.0f} needed)")
     if calibration["spread"]:
         half = half * np.asarray(spread, np.float64)
     prediction = np.asarray(prediction, np.float64)

@@ -182,7 +182,7 @@ class Predictor:
             self.remarks.append(f"no prediction intervals: {refusal}")
             return []
         halves = dict(zip(calibration["levels"], calibration["half_widths"]))
-        missing = [f"{level:.0%}" for level, half in halves.items() if half is None]
+        missing = [f"{100 * level:.0f} %" for level, half in halves.items() if half is None]
         if missing:
             self.remarks.append(f"no interval at {', '.join(missing)}: calibrated on too few "
                                 f"patients ({calibration['n_patients']})")
@@ -224,9 +224,9 @@ class Predictor:
         table = pd.concat(parts, ignore_index=True)
         missing = [key for key in self.needed if key != "hr" and table[key].isna().all()]
         if missing and "abp" not in recorded.chosen:
-            raise DataError(f"{item.typed}: no arterial pressure, and nothing that gives "
-                            f"{', '.join(missing).upper()}, which this network needs; add --map, "
-                            f"--dbp, or --vitals CSV with the columns time_s,{','.join(missing)}")
+            raise DataError(f"{item.typed}: no arterial pressure (--abp-channel), nothing that "
+                            f"gives {', '.join(missing).upper()}, which this network needs; add "
+                            f"--map, --dbp, or --vitals CSV of time_s,{','.join(missing)}")
         self.remarks += [f"{item.typed}: {note}" for note in recorded.notes]
         return table
 

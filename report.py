@@ -359,19 +359,19 @@ def loss(results, arrays):
         "on the tune patients are kept.")
 
 
-def worst(results, arrays, count=8, seconds=15):
+def worst(results, arrays):
     """The PPG of the segments with the largest errors; not of several runs."""
     if arrays.dataset is None:
         return None
-    rows = np.argsort(-np.abs(arrays.tpp - arrays.truth), kind="stable")[:count]
+    rows = np.argsort(-np.abs(arrays.tpp - arrays.truth), kind="stable")[:8]
     titles = []
     for row in rows:
         vitals = ", ".join(f"{key.upper()} {arrays.fields[key][row]:.0f}"
                            for key in ("map", "pp", "hr") if key in arrays.fields)
         titles.append(f"predicted {arrays.tpp[row]:.0f}, label {arrays.truth[row]:.0f} mmHg "
                       f"({vitals})")
-    return traces(arrays.waveform(rows), titles, seconds), (
-        f"{seconds} s of the PPG of the {len(rows)} segments with the largest errors.")
+    return traces(arrays.dataset.waveform("ppg", rows), titles, 15), (
+        f"15 s of the PPG of the {len(rows)} segments with the largest errors.")
 
 
 def traces(waves, titles, seconds):
@@ -404,16 +404,16 @@ def cloud(axes, x, y):
 
 # ---------------------------------------------------------------- pages
 
-def page_figure(figure, caption: str, alt: str = "") -> dict:
+def page_figure(figure, caption: str) -> dict:
     """A figure as inline SVG for `figure` of macros.html. The `gid` of an artist that begins with
-    'hover:' is shown under the pointer. alt: for readers who cannot see the figure."""
+    'hover:' is shown under the pointer."""
     from matplotlib import rc_context
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):
         figure.savefig(buffer, format="svg", dpi=160, facecolor="white", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg"):].replace(
-        "<svg", f'<svg role="img" aria-label="{html.escape(alt or caption)}"', 1)
+        "<svg", f'<svg role="img" aria-label="{html.escape(caption)}"', 1)
     svg = re.sub(r'<g id="hover:([^"]*)">', r"<g><title>\1</title>", svg)
     svg = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>| xmlns[:\w]*="[^"]*"', "", svg,
                  flags=re.S)
@@ -497,7 +497,8 @@ def quality_lines(found) -> list:
     passes = f"{counts.sum():,} of {len(segments):,} segments pass the default gate"
     if len(counts):
         passes += (f"; they come from {len(counts):,} of {segments['patient'].nunique():,} "
-                   f"patients, and the largest gives {counts.max() / counts.sum():.0%} of them")
+                   "patients, and the largest gives "
+                   f"{percent(counts.max() / counts.sum())} of them")
     delay = "PPG behind ABP: not known for any record"
     if len(delay_s):
         low, middle, high = np.percentile(delay_s, [5, 50, 95])
@@ -505,7 +506,7 @@ def quality_lines(found) -> list:
                  f"{low:.2f} to {high:.2f} s); certain in {len(delay_s):,} of "
                  f"{counted(found['n_records'], 'record')}")
     return [passes, delay,
-            f"{found['minutes_dropped']:.1f} minutes dropped, as they fill no segment"]
+            f"{found['minutes_dropped']:.1f} minutes at the ends and between gaps fill no segment"]
 
 
 def quality_tables(found) -> list:

@@ -378,7 +378,7 @@ def find_grid(path, times):
     moves = [(row, round(by * fs)) for row, by in jumps]
     missing = [by for _, by in moves if by > 0]
     repeated = -sum(by for _, by in moves if by < 0)
-    notes = [f"times: {fs:.6g} rows/s, {len(missing)} gaps of {sum(missing) / fs:.6g} s together "
+    notes = [f"times: {fs:.6g} rows/s; gaps: {len(missing)}, together {sum(missing) / fs:.6g} s "
              f"({sum(missing):,} rows missing)"] if missing else []
     if n_wild:
         notes.append(f"times: {n_wild:,} rows with odd stamps were placed by their neighbours")

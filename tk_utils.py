@@ -5,6 +5,7 @@
 Needs no other file of this project. matplotlib, tqdm and torch are imported where they are used.
 """
 import argparse
+import codecs
 import contextlib
 import errno
 import glob
@@ -147,6 +148,18 @@ _REMEDIES = {errno.ENOSPC: "free some disk space and run the command again",
              errno.EMFILE: "raise the limit of open files: ulimit -n 8192"}
 
 
+PLAIN = {"±": "+/-", "²": "2", "≥": ">=", "–": "-", "−": "-", "…": "...", "×": "x", "₂": "2"}
+
+
+def _plain_characters(error):
+    """For consoles that lack our characters: others in their place, or their escapes."""
+    return "".join(PLAIN.get(one) or one.encode("ascii", "backslashreplace").decode()
+                   for one in error.object[error.start:error.end]), error.end
+
+
+codecs.register_error("plain_characters", _plain_characters)
+
+
 def run_script(main: Callable[[], Optional[int]], *error_classes) -> int:
     """Run `main()` and return the script's exit code: `sys.exit(run_script(main, DataError))`.
 
@@ -155,7 +168,7 @@ def run_script(main: Callable[[], Optional[int]], *error_classes) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):      # a notebook's cannot, and shows any character
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="plain_characters")
     try:
         code = main()
         sys.stdout.flush()                      # a closed pipe or a full disk shows here
@@ -194,9 +207,9 @@ def printable(text) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def counted(n: int, noun: str, plural: Optional[str] = None) -> str:
+def counted(n: int, noun: str) -> str:
     """'1 patient', '1,200 patients'."""
-    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+    return f"{n:,} {noun if n == 1 else noun + 's'}"
 
 
 def print_table(rows: Iterable[Sequence], headers: Sequence[str]) -> None:
@@ -403,8 +416,7 @@ def loss_lr_figure(trajectory, title_note: Optional[str] = None,
     return finish_figure(figure, title_note)
 
 
-def histogram_figure(truth, prediction, scores, title_note: Optional[str] = None,
-                     label: str = "TPP"):
+def histogram_figure(truth, prediction, scores, title_note: Optional[str] = None):
     """2-D histogram of predicted against label values [N] (mmHg), equal axes, scores above it.
 
     scores: what metrics.scores returns, with `p_crit_r2` (R² of Pcrit) and `n_patients`.
@@ -427,7 +439,7 @@ def histogram_figure(truth, prediction, scores, title_note: Optional[str] = None
     axes.plot([low, high], [low, high], color="black", lw=1, ls="--", label="identity")
     axes.legend(loc="lower right", frameon=False, fontsize=FONT_POINTS)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal",
-             xlabel=f"Label {label} (mmHg)", ylabel=f"Predicted {label} (mmHg)")
+             xlabel="Label TPP (mmHg)", ylabel="Predicted TPP (mmHg)")
     title = ("RMSE {rmse:.2f}   MAE {mae:.2f}   MeAD {mead:.2f}   bias {bias:+.2f} ± {sd:.2f} mmHg"
              "\nR² {r2:.3f}   R² of Pcrit {p_crit_r2:.3f}\n").format(**scores)
     title += f"{counted(scores['n_patients'], 'patient')}   {counted(len(truth), 'segment')}"

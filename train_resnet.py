@@ -134,6 +134,8 @@ def main():
         train_and_score(one, data, fitted, place)
     if (options.seeds or options.folds) and is_first():
         summarise(options, [one for one in runs if one.keys == options.keys], fitted)
+    elif options.ablate and is_first():
+        show(options, RunFiles(f"runs/{options.name}"), "")
 
 
 def train_and_score(options, data, fitted, place):

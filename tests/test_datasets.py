@@ -133,6 +133,9 @@ def test_the_writer_makes_a_file_that_reads_back_and_refuses_what_does_not_fit(t
     with h5py.File(path, "r") as file:
         assert file.attrs["origin"] == "recordings" and file.attrs["fs"] == 60
         assert file["p/e/ppg"].chunks is None and file["p/e/reason"].dtype == np.uint32
+    with h5py.File(path, "r+") as file:
+        file.attrs["origin"] = np.bytes_("recordings")      # as other programs write it
+    assert datasets.origin_of([path]) == "recordings"
 
 
 def test_a_full_disk_is_an_error_in_one_line_and_not_a_crash(tmp_path):

@@ -136,7 +136,7 @@ def test_swapping_gives_each_segment_the_ppg_of_another_patient(data):
     evaluate.predict_with_swapped_ppg(model, segments, None)
     assert segments.fields["swapped"] == pytest.approx(segments.fields["map"], rel=1e-6)
     ppg = torch.cat(seen)[-len(segments):, 0].numpy()
-    own = segments.waveform(np.arange(len(segments)))
+    own = segments.dataset.waveform("ppg", np.arange(len(segments)))
     donors = [segments.patients[np.flatnonzero((own == row).all(1))[0]] for row in ppg]
     assert (np.array(donors) != segments.patients).all()
 

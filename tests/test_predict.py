@@ -225,7 +225,7 @@ def test_intervals_are_as_wide_as_the_network_s_own_spread_says(tmp_path, night)
 @pytest.mark.parametrize("options, has_interval, remark", [
     ({"origin": "simulated"}, False, "no prediction intervals: .* --calibrate DATA"),
     ({"calibrated": False}, False, "no intervals, and no flag .* --calibrate DATA makes one"),
-    ({}, True, r"no interval at 95%: calibrated on too few patients \(12\)"),
+    ({}, True, r"no interval at 95 %: calibrated on too few patients \(12\)"),
     ({"label_method": "mine"}, True, "labels are 'published', not 'mine'"),
 ])
 def test_an_interval_stands_only_where_its_calibration_holds(tmp_path, night, options, has_interval,

@@ -125,7 +125,7 @@ def test_rows_lie_where_they_were_sampled_though_stamps_are_rounded_and_jitter(t
     assert read.fs == pytest.approx(fs, abs=0.1 * fs / n)
     assert read.end_s == pytest.approx(n / fs, abs=0.1 / fs)
     np.testing.assert_array_equal(whole(read)["abp"], np.where(keep, 80.0 + np.arange(n), np.nan))
-    gaps = f"times: {fs:.6g} rows/s, 6 gaps of {355 / fs:.6g} s together (355 rows missing)"
+    gaps = f"times: {fs:.6g} rows/s; gaps: 6, together {355 / fs:.6g} s (355 rows missing)"
     assert read.notes == [gaps] * has_gaps
 
 

@@ -110,6 +110,10 @@ def main():
 sys.exit(tk_utils.run_script(main, DataError))"""
 
 
+def test_a_console_of_ascii_gets_plain_characters():
+    assert "4 ± 1 mmHg² … Ж".encode("ascii", "plain_characters") == b"4 +/- 1 mmHg2 ... \\u0416"
+
+
 @pytest.mark.parametrize("body, code, stderr", [
     ('print("done")', 0, ""),
     ("return 3", 3, ""),
