@@ -314,7 +314,7 @@ def test_levels_that_need_more_tune_patients_are_refused(n_patients, known):
             low, high = metrics.interval([30., 40.], found, level)
             assert (high > low).all()
         else:
-            with pytest.raises(ValueError, match=f"no {100 * level:.0f} % interval: {n_patients} tune"):
+            with pytest.raises(ValueError, match=f"no {100 * level:.0f} % interval: {n_patients} "):
                 metrics.interval([30.], found, level)
 
 
