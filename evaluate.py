@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -36,7 +35,6 @@ from training_header import LOSSES, TrainingError, choose_device, load_model, pr
 
 SCORED = ["map", "p_crit", "tpp"]           # fields without which there are no scores
 MAX_BASELINE_SEGMENTS = 100_000             # train segments for the baselines: more adds nothing
-MAX_NOVELTY_SEGMENTS = 20_000               # train segments that define usual inputs
 MAX_HASHED_SEGMENTS = 200_000               # segments of a part searched for shared seconds
 MIN_CHANGE_MMHG = 0.01                      # predictions that vary by less are constant
 Fitted = dict       # what several evaluations share (baselines, results): pass the same to each
@@ -51,7 +49,6 @@ STRATA = (      # field, name, unit, inner edges or None for quarters
     ("hr", "Heart rate", "/min", (60, 80, 100)), ("pp", "Pulse pressure", "mmHg", (40, 60, 80)),
     ("r2", "Label's r²", "", (0.7, 0.8, 0.9)), ("ppg_quality", "PPG quality", "", None),
     ("beat_irregularity", "Beat irregularity", "", (0.05, 0.1, 0.2)),
-    ("distance", "Distance from training inputs", "", None),
     ("spread", "Network's own SD", "mmHg", None))
 
 
@@ -107,8 +104,7 @@ def main() -> None:
 @dataclass
 class Segments:
     """N segments and what is predicted of them: arrays [N], in mmHg."""
-    # Where known also 'distance' from the training inputs, bool 'unusual', the network's own SD
-    # 'spread', and 'swapped', predicted from another patient's PPG.
+    # Where known also the network's own SD 'spread', and 'swapped', predicted from another's PPG.
     fields: Dict[str, np.ndarray]
     patients: np.ndarray                    # numbers
     series: np.ndarray                      # numbers of uninterrupted series of minutes
@@ -209,10 +205,9 @@ def joined(dicts: List[Dict[str, np.ndarray]]) -> Dict[str, np.ndarray]:
 
 # ---------------------------------------------------------------- what the network predicts
 
-def predict_tpp(model, dataset, device=None, features=False):
-    """(TPP [N], the network's own SD [N] or None, its features [N, F] or None), in mmHg."""
-    estimate, spread, found = predict_with_spread(model, dataset, device=device,
-                                                  collect_features=features)
+def predict_tpp(model, dataset, device=None):
+    """(TPP [N], the network's own SD [N] or None), in mmHg."""
+    estimate, spread = predict_with_spread(model, dataset, device=device)
     tpp = estimate.astype(np.float64)
     if model.keys[-1] == "p_crit":
         tpp = dataset.column("map").numpy().astype(np.float64) - tpp
@@ -220,26 +215,21 @@ def predict_tpp(model, dataset, device=None, features=False):
     if len(absurd):
         raise DataError(f"{dataset.place(absurd[0])}: the network predicts {tpp[absurd[0]]:.4g} "
                         f"mmHg; {len(absurd):,} of {len(tpp):,} are beyond ± {metrics.MAX_TPP:g}")
-    return tpp, spread, found
+    return tpp, spread
 
 
 def predict_segments(model, segments: Segments, calibration, device) -> None:
-    """Add predictions to segments, with intervals and the flag for unusual inputs."""
-    novelty, fields = calibration.get("novelty"), segments.fields
+    """Add predictions to segments, with intervals."""
     refusal = report.domain_refusal(calibration, **domain_of(segments.dataset.index))
-    segments.tpp, spread, features = predict_tpp(model, segments.dataset, device, bool(novelty))
+    segments.tpp, spread = predict_tpp(model, segments.dataset, device)
     if spread is not None:
-        fields["spread"] = spread
+        segments.fields["spread"] = spread
     for level in calibration.get("levels", ()):
         try:
             segments.intervals[level] = refusal or metrics.interval(
                 segments.tpp, calibration, level, spread)
         except ValueError as reason:
             segments.intervals[level] = str(reason)
-    if novelty and features is not None:
-        fields["distance"] = metrics.novelty(features, novelty)
-        if novelty["threshold"] is not None:
-            fields["unusual"] = fields["distance"] > novelty["threshold"]
 
 
 def predict_with_swapped_ppg(model, segments: Segments, device) -> None:
@@ -281,22 +271,13 @@ def domain_of(index: DatasetIndex) -> Dict[str, str]:
             "label_method": datasets.origin_of(index.paths, "label_method")}
 
 
-def make_calibration(model, train, tune, device=None, novelty=None) -> dict:
-    """What a checkpoint keeps for prediction intervals and unusual inputs: plain numbers and lists.
-
-    train, tune: `TPP_PPG_dataset`s with the model's keys. novelty: usual inputs as fitted before,
-    instead of those of the train patients (`metrics.fit_novelty`).
-    """
-    predict = partial(predict_with_spread, model, device=device, collect_features=True)
-    estimate, spread, features = predict(tune)
+def make_calibration(model, tune, device=None) -> dict:
+    """What a checkpoint keeps for prediction intervals: plain numbers and lists. tune: a
+    `TPP_PPG_dataset` with the model's keys."""
+    estimate, spread = predict_with_spread(model, tune, device=device)
     error, patients = estimate - tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
     found = metrics.fit_calibration(-error if model.keys[-1] == "p_crit" else error, patients,
                                     spread)
-    if train is not None and features is not None:
-        usual = subsample(MAX_NOVELTY_SEGMENTS, train.index, model.keys)
-        novelty = metrics.fit_novelty(predict(usual)[2])
-    if novelty:
-        found["novelty"] = metrics.novelty_threshold(novelty, features, patients)
     return dict(found, **domain_of(tune.index))
 
 
@@ -313,8 +294,7 @@ def calibrate(path, data, condition=None, network=None, device=None) -> dict:
         split["calibration"] = checkpoints.hash_patients(
             index.patients[free & (parts != "tune")].tolist(), checkpoints.read_salt(salt_path))
         index = index.select(free[index.encounter_patient])
-    found = make_calibration(model, None, TPP_PPG_dataset(index, "segment", model.keys), device,
-                             saved["calibration"].get("novelty"))
+    found = make_calibration(model, TPP_PPG_dataset(index, "segment", model.keys), device)
     checkpoints.save_tensors(path, dict(saved, calibration=found, split=split))
     print(f"{path}: intervals calibrated on {counted(found['n_segments'], 'segment')} of "
           f"{counted(found['n_patients'], 'patient')} ({found['origin']})")
@@ -353,8 +333,7 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     scored, train, tune = parts
     calibration = checkpoint.get("calibration") or {}
     if not calibration and train is not None:
-        sets = [TPP_PPG_dataset(one, "segment", model.keys) for one in (train, tune)]
-        calibration = make_calibration(model, *sets, device)
+        calibration = make_calibration(model, TPP_PPG_dataset(tune, "segment", model.keys), device)
     segments = read_segments(scored, model.keys)
     add_baselines(segments, train, tune, model.keys, fitted)
     predict_segments(model, segments, calibration, device)
@@ -376,8 +355,7 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     results["checks"].update(check_parts(split, scored, train, tune))
     if calibration:
         results["uncertainty"].update(
-            n_calibration_patients=calibration["n_patients"],
-            has_features="novelty" in calibration, n_patients_of_calibration=calibrated)
+            n_calibration_patients=calibration["n_patients"], n_patients_of_calibration=calibrated)
     results["problems"] = problems(results["checks"])
     for line in report.warning_lines(results):
         print(f"WARNING: {line}", file=sys.stderr)
@@ -469,20 +447,13 @@ def score_other(scored: Segments, prediction, patients) -> dict:
 
 
 def uncertainty_summary(scored: Segments, patients) -> Optional[dict]:
-    """Coverage and width of the intervals, unusual inputs."""
+    """Coverage and width of the intervals."""
     if not scored.intervals:
         return None
-    found = {"levels": {
+    return {"levels": {
         percent(level): {"refused": bounds} if isinstance(bounds, str) else
         metrics.coverage(patients, scored.truth, *bounds)
         for level, bounds in scored.intervals.items()}}
-    if "unusual" in scored.fields:
-        error, unusual = scored.tpp - scored.truth, scored.fields["unusual"]
-        found["novelty"] = {
-            "expected": 1 - metrics.NOVELTY_LEVEL, "rate": float(unusual.mean()),
-            **{name: metrics.rmse(scored.patients[mask], error[mask]) if mask.any() else None
-               for name, mask in (("rmse_new", unusual), ("rmse_usual", ~unusual))}}
-    return found
 
 
 def strata(scored: Segments) -> List[dict]:

@@ -16,7 +16,6 @@ import sklearn.metrics as sk
 from scipy.optimize import brentq
 from scipy.sparse import coo_matrix
 from scipy.special import expit, logit, ndtr, stdtrit
-from sklearn.covariance import LedoitWolf
 from sklearn.utils import check_consistent_length
 
 FEW_PATIENTS = 30       # below it intervals are too narrow (benchmarks/evaluation.py coverage)
@@ -374,7 +373,6 @@ def bland_altman(patients, truth, prediction) -> dict:
 # ---------------------------------------------------------------- prediction intervals
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
-NOVELTY_LEVEL = 0.95                            # share of inputs that count as usual
 
 
 def patient_quantile(values: np.ndarray, patients, level: float) -> float:
@@ -430,23 +428,3 @@ def coverage(patients, truth, low, high) -> dict:
             "patients": bootstrap.share(shares, by_patient=True),
             "lowest_tenth": float(np.quantile(shares, 0.1)),
             "half_width": float(np.mean(high - low)) / 2}
-
-
-def fit_novelty(train: np.ndarray) -> dict:
-    """Describes the inputs of a network's last layers, [N, features], on train patients."""
-    fitted = LedoitWolf().fit(np.asarray(train, np.float64))        # shrinks the covariance
-    return {"mean": fitted.location_.tolist(), "precision": fitted.precision_.tolist()}
-
-
-def novelty_threshold(fitted: dict, tune: np.ndarray, tune_patients) -> dict:
-    """`fitted` with the threshold that a twentieth of a new patient's segments exceeds, or None."""
-    threshold = patient_quantile(novelty(tune, fitted), tune_patients, NOVELTY_LEVEL)
-    return dict(fitted, level=NOVELTY_LEVEL,
-                threshold=threshold if np.isfinite(threshold) else None)
-
-
-def novelty(features: np.ndarray, fitted: dict) -> np.ndarray:
-    """Mahalanobis' distance [N] of features [N, features] from the training ones."""
-    away = np.asarray(features, np.float64) - np.asarray(fitted["mean"])
-    squared = np.einsum("ij,ij->i", away @ np.asarray(fitted["precision"]), away)
-    return np.sqrt(np.maximum(squared, 0))

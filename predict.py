@@ -120,7 +120,7 @@ def predict_recording(model_or_path, recording, map=None, dbp=None, hr=None, vit
 
     recording (of several: as given, or its number in the folder, paths in .attrs['recordings']);
     start_s; clock, where known; tpp, low_90, high_90, … (mmHg; NaN where refused); refused
-    (reasons); unlike_training; of each needed vital <vital>, <vital>_from, <vital>_age_s and
+    (reasons); of each needed vital <vital>, <vital>_from, <vital>_age_s and
     <vital>_refused (implausible values); with an arterial line the label: tpp_abp, r2_abp,
     abp_in_gate. Raises RecordingError, CheckpointError, DataError.
     """
@@ -172,11 +172,9 @@ class Predictor:
         """The levels at which the calibration holds for recordings; adds to the remarks."""
         calibration = self.calibration
         if not calibration:
-            self.remarks.append("no intervals, and no flag for inputs unlike the training data: no "
-                                "calibration (evaluate.py CHECKPOINT --calibrate DATA makes one)")
+            self.remarks.append("no prediction intervals: no calibration (evaluate.py CHECKPOINT "
+                                "--calibrate DATA makes one)")
             return []
-        if not calibration.get("novelty"):
-            self.remarks.append("no flag for inputs unlike the training data: no features()")
         refusal = report.domain_refusal({"origin": self.origin, **calibration}, "recordings")
         if refusal:
             self.remarks.append(f"no prediction intervals: {refusal}")
@@ -272,20 +270,15 @@ class Predictor:
         return pd.DataFrame(columns)
 
     def predict(self, ppg, vitals, refused):
-        """The columns tpp, low_…, high_…, refused and unlike_training of minutes."""
-        fine = refused == ""
-        answer, unlike = np.full((len(ppg), 2), np.nan), np.full(len(ppg), "", object)
-        novelty = self.calibration.get("novelty") or {}
+        """The columns tpp, low_…, high_… and refused of minutes."""
+        fine, answer = refused == "", np.full((len(ppg), 2), np.nan)
         if fine.any():
             device = next(self.model.buffers()).device
             inputs = [torch.from_numpy(np.asarray(values[fine], np.float32)).to(device)
                       for values in (ppg[:, None], *(vitals[key] for key in self.inputs))]
             with torch.no_grad():
-                found, features = self.model.with_features(*inputs)     # [minutes, 1 or 2], [., F]
+                found = self.model(*inputs)                             # [minutes, 1 or 2]
             answer[fine, :found.shape[1]] = found.cpu().numpy()
-            if features is not None and novelty.get("threshold") is not None:
-                away = metrics.novelty(features.cpu().numpy(), novelty) > novelty["threshold"]
-                unlike[fine] = np.where(away, "yes", "no")
         tpp = vitals["map"] - answer[:, 0] if self.gives_p_crit else answer[:, 0]
         absurd = tpp[fine & ~(np.abs(tpp) <= metrics.MAX_TPP)]
         if absurd.size:
@@ -296,8 +289,7 @@ class Predictor:
             ends = metrics.interval(tpp, self.calibration, level,
                                     answer[:, 1] if self.calibration.get("spread") else None)
             columns.update(zip((f"low_{100 * level:g}", f"high_{100 * level:g}"), ends))
-        columns["refused"] = refused
-        return dict(columns, unlike_training=unlike) if novelty else columns
+        return dict(columns, refused=refused)
 
 
 def choose_vitals(needed, n, sources):
@@ -334,7 +326,7 @@ def write_csv(table, path, names_path):
 def print_minutes(table, needed):
     """A line a minute; columns without content are left out."""
     names = [name for name in ("recording", "clock", "start_s", "tpp", "low_90", "high_90", *needed,
-                               "tpp_abp", "abp_in_gate", "unlike_training", "refused")
+                               "tpp_abp", "abp_in_gate", "refused")
              if name in table and table[name].replace("", np.nan).notna().any()]
     cells = [table[name].map("{:.1f}".format).replace("nan", "\u2013")
              if table[name].dtype.kind == "f" else table[name] for name in names]
@@ -355,10 +347,6 @@ def print_summary(table, needed):
               + (", ".join(f"{name} ({n:,} min)" for name, n in counts.items()) or "nothing")
               + (f"; held for up to {age_s / 60:.0f} min" if age_s > SEGMENT_SECONDS else "")
               + (f"; {counted(n_wrong, 'implausible value')} refused" if n_wrong else ""))
-    n_unlike = (table["unlike_training"] == "yes").sum() if "unlike_training" in table else 0
-    if n_unlike:
-        print(f"{n_unlike:,} of {counted(n_done, 'minute')} are unlike the training data (1 in 20 "
-              "would be usual): do not rely on them")
 
 
 def draw(table, predictor):
@@ -382,10 +370,6 @@ def draw(table, predictor):
     if "tpp_abp" in table:
         top.plot(middle, table["tpp_abp"].where(table["abp_in_gate"] == "yes"), ".", color="black",
                  ms=4, label="label from the arterial\nline (passes the gate)")
-    if "unlike_training" in table:
-        unlike = middle[table["unlike_training"] == "yes"]
-        top.plot(unlike, 0 * unlike + 0.02, "|", color="#b3261e", ms=6,
-                 transform=top.get_xaxis_transform(), label="unlike the training data")
     top.axhline(metrics.LOW_TPP, color="0.4", lw=0.9, ls="--", label=f"{metrics.LOW_TPP:g} mmHg")
     for axis, label in zip(axes, ("TPP (mmHg)", *units)):
         for i, key in enumerate(predictor.needed):

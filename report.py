@@ -155,21 +155,6 @@ def interval_text(results) -> str:
             f"{percent(found['segments'])} of the segments here{test}.")
 
 
-def novelty_of(results) -> Optional[dict]:
-    return (results["uncertainty"] or {}).get("novelty")
-
-
-def novelty_text(results) -> str:
-    novelty = novelty_of(results)
-    if not novelty:
-        reason = ("too few tune patients" if (results["uncertainty"] or {}).get("has_features")
-                  else "the network has no features() or the checkpoint no calibration")
-        return f"Unusual inputs are not flagged ({reason})."
-    return (f"Unusual inputs: {percent(novelty['rate'])} of the segments "
-            f"({percent(novelty['expected'])} by design), RMSE {shown(novelty['rmse_new'])} mmHg; "
-            f"the others {shown(novelty['rmse_usual'])}.")
-
-
 # ---------------------------------------------------------------- tables
 
 def print_results(results) -> None:
@@ -180,8 +165,6 @@ def print_results(results) -> None:
     lines = headline(results)
     if "true" in results:
         lines.append(true_text(results["true"]))
-    if novelty_of(results):
-        lines.append(novelty_text(results))
     for line in lines:
         print(textwrap.fill(line, 100, subsequent_indent="  "))
 

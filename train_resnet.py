@@ -435,7 +435,7 @@ def save(options, model, trajectory, files, description, parts, sets, data, fitt
                                     "salt_file": os.path.realpath(data.salt_path)})
     header.save_tensors(files.trajectory, {name: torch.from_numpy(values)
                                            for name, values in trajectory.items()})
-    calibration = evaluate.make_calibration(model, **sets, device=options.device)
+    calibration = evaluate.make_calibration(model, sets["tune"], options.device)
     header.save_checkpoint(files.checkpoint, model, **description, calibration=calibration)
     results, arrays = evaluate.evaluate_with_arrays(
         files.checkpoint, parts["test"], split="test", train=parts["train"], tune=parts["tune"],

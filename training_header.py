@@ -237,16 +237,6 @@ class NormalisedModel(nn.Module):
         normalised = self.normalise(inputs)
         return self.to_mmhg(kernels.accelerate(self.network)(*normalised), inputs, normalised)
 
-    def with_features(self, *inputs):
-        """(output, the network's features [B, F] or None where it has none) of raw inputs."""
-        normalised, network = self.normalise(inputs), kernels.accelerate(self.network)
-        features = network.features(*normalised) if hasattr(network, "features") else None
-        if isinstance(self.network, MyFirstResNet):     # what is left of its forward pass
-            out = self.network.mlp(self.network.projection(features))
-        else:
-            out = network(*normalised)
-        return self.to_mmhg(out, inputs, normalised), features
-
 
 def load_model(path_or_checkpoint, device=None, network=None) -> NormalisedModel:
     """The model of a checkpoint (a path, or what `load_checkpoint` gave), in evaluation mode.
@@ -271,37 +261,27 @@ def predict_dataset(model, dataset, batch_size=256, device=None, workers=0) -> n
     return predict_with_spread(model, dataset, batch_size, device, workers)[0]
 
 
-def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0,
-                        collect_features=False):
-    """(estimates [N], the network's own SD [N] or None, features [N, F] or None), in mmHg, float32.
-
-    Features where asked for, and where the network has features(). Raises DataError where a
-    prediction is not finite.
-    """
+def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0):
+    """(estimates [N], the network's own SD [N] or None), in mmHg, float32. Raises DataError where a
+    prediction is not finite."""
     device = choose_device(device)
     kernels.prepare_device(device)
     model.to(device).eval()
     loader = make_loader(dataset, batch_size, workers=workers, pin_memory=device.type == "cuda")
     n_inputs = len(model.keys) - 1
-    outputs, features = [], []
+    outputs, predict = [], model
     with torch.no_grad():
-        predict = model.with_features if collect_features else model
         for batch in kernels.feed(progress(loader, desc="predicting", leave=False), device):
             if not outputs and len(loader) > 1:
                 predict = kernels.capture_inference(predict, batch[:n_inputs])
-            found = predict(*batch[:n_inputs])
-            out, feature = found if collect_features else (found, None)
-            outputs.append(out.float())
-            if feature is not None:
-                features.append(feature.float().cpu())
+            outputs.append(predict(*batch[:n_inputs]).float())
     estimates, *spread = torch.cat(outputs).cpu().numpy().T
     wrong = np.flatnonzero(~np.isfinite(estimates))
     if len(wrong):
         raise DataError(f"{dataset.place(wrong[0])}: the model's prediction is "
                         f"{estimates[wrong[0]]} ({len(wrong)} of {len(estimates)} segments; "
                         "damaged PPG or vitals?)")
-    return (estimates, spread[0] if spread else None,
-            torch.cat(features).numpy() if features else None)
+    return estimates, spread[0] if spread else None
 
 
 def fit_blend(model, train, tune, device=None) -> float:

@@ -32,11 +32,9 @@ class TwoBlocks(nn.Module):
                                     nn.Conv1d(16, 32, 15, 4), nn.ReLU())
         self.head = nn.Linear(32 + num_discrete, 1)
 
-    def features(self, ppg, *vitals):       # optional: gives the flag for unlike inputs
-        return torch.cat([self.blocks(ppg).mean(2), torch.stack(vitals, 1)], 1)
-
     def forward(self, ppg, *vitals):
-        return self.head(self.features(ppg, *vitals))
+        pooled = self.blocks(ppg).mean(2)       # [B, 32]
+        return self.head(torch.cat([pooled, torch.stack(vitals, 1)], 1))
 
 
 def smooth_l1(prediction, label):
@@ -51,7 +49,7 @@ def main(data, recordings, path="runs/two_blocks.pth"):
     model, _ = tpp.training_loop(model, tpp.make_loader(train, 16, shuffle=True),
                                  tpp.make_loader(tune, 16), total_epochs=10, lr=3e-3,
                                  criterion=smooth_l1, verbose=True)
-    tpp.save_checkpoint(path, model, calibration=make_calibration(model, train, tune))
+    tpp.save_checkpoint(path, model, calibration=make_calibration(model, tune))
     model = tpp.load_model(path, network=TwoBlocks)
     report.print_results(evaluate(model, parts["test"], train=parts["train"], tune=parts["tune"]))
     for recording in recordings:

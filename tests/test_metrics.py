@@ -4,9 +4,7 @@ import json
 import numpy as np
 import pytest
 from scipy import special, stats
-from scipy.spatial.distance import mahalanobis
 from sklearn import metrics as sklearn_metrics
-from sklearn.covariance import LedoitWolf
 
 import metrics
 
@@ -340,19 +338,3 @@ def test_intervals_in_units_of_a_spread_hold_as_often_and_are_narrower_where_it_
     assert all(0.88 <= held <= 0.92 for held, _, _ in found.values())
     assert found["true"][1] < 0.9 * found["none"][1] < 0.9 * found["unrelated"][1]
     assert 0.88 <= found["true"][2] <= 0.92 and found["none"][2] < 0.75
-
-
-def test_novelty_is_the_distance_of_mahalanobis_and_flags_what_is_unlike():
-    rng = np.random.default_rng(6)
-    mix = rng.normal(size=(5, 5))
-    train, tune, new = (rng.normal(size=(n, 5)) @ mix for n in (600, 400, 2000))
-    patients = np.repeat(np.arange(100), 4)
-    fitted = metrics.novelty_threshold(metrics.fit_novelty(train), tune, patients)
-    expected = LedoitWolf().fit(train)
-    distance = metrics.novelty(new, fitted)
-    assert distance[:9] == pytest.approx([mahalanobis(row, expected.location_, expected.precision_)
-                                          for row in new[:9]])
-    assert 0.03 < np.mean(distance > fitted["threshold"]) < 0.08
-    assert np.mean(metrics.novelty(new + 8 * mix[0], fitted) > fitted["threshold"]) > 0.95
-    assert metrics.novelty_threshold(fitted, tune[:18], range(18))["threshold"] is None
-    assert metrics.novelty_threshold(fitted, 2 * tune, patients)["threshold"] > fitted["threshold"]

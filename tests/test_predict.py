@@ -39,10 +39,8 @@ def make_checkpoint(path, keys=KEYS, outputs=1, scale=10.0, calibrated=True, **p
     with torch.no_grad():
         network.mlp[-1].weight *= scale
     provenance = {"origin": "recordings", "label_method": "published", **provenance}
-    n = network.projection.in_features
-    novelty = {"mean": [0.0] * n, "precision": np.eye(n).tolist(), "level": 0.95, "threshold": 4.0}
     calibration = {"levels": [0.5, 0.9, 0.95], "half_widths": [3.0, 9.0, None], "n_patients": 12,
-                   "spread": outputs == 2, "novelty": novelty, **provenance}
+                   "spread": outputs == 2, **provenance}
     return save(path, network, keys, provenance=provenance,
                 calibration=calibration if calibrated else None)
 
@@ -120,11 +118,11 @@ def test_the_answers_are_those_of_the_model_on_what_prepare_stores(tmp_path, nig
     assert list(frame.columns[:6]) == ["start_s", "tpp", "low_50", "high_50", "low_90", "high_90"]
 
 
-def test_a_network_of_your_own_predicts_and_exports_without_features(tmp_path, night):
+def test_a_network_of_your_own_predicts_and_exports(tmp_path, night):
     model = save(tmp_path / "own.pth", Own(), ["ppg", "map", "tpp"], spec="test_predict.py:Own")
     assert "--model" in run(model, night)[2]
     table = predict.predict_recording(load_model(model, network=Own()), night)
-    assert "unlike_training" not in table and np.isfinite(table["tpp"]).all()
+    assert np.isfinite(table["tpp"]).all()
     pytest.importorskip("onnxruntime")
     code, out, err = run(model, night, "--model", f"{__file__}:Own", "--export",
                          tmp_path / "own.onnx")
@@ -224,7 +222,7 @@ def test_intervals_are_as_wide_as_the_network_s_own_spread_says(tmp_path, night)
 
 @pytest.mark.parametrize("options, has_interval, remark", [
     ({"origin": "simulated"}, False, "no prediction intervals: .* --calibrate DATA"),
-    ({"calibrated": False}, False, "no intervals, and no flag .* --calibrate DATA makes one"),
+    ({"calibrated": False}, False, "no prediction intervals: no calibration .* makes one"),
     ({}, True, r"no interval at 95 %: calibrated on too few patients \(12\)"),
     ({"label_method": "mine"}, True, "labels are 'published', not 'mine'"),
 ])
@@ -236,7 +234,6 @@ def test_an_interval_stands_only_where_its_calibration_holds(tmp_path, night, op
     assert ("MODEL TRAINED ON SIMULATED PATIENTS" in out) == ("origin" in options)
     table = pd.read_csv(tmp_path / "o.csv")
     assert "low_95" not in table and ("low_90" in table) == has_interval
-    assert ("unlike_training" in table) == ("calibrated" not in options)
     with pytest.warns(UserWarning, match=remark):
         predict.predict_recording(model, night)
 

@@ -32,8 +32,7 @@ def make_segments(n_patients=40, each=6, seed=0, intervals=True):
     found = Segments(
         fields, patients, patients, patients.astype(str), WAVES, tpp, best="ridge",
         baselines={"ridge": fields["tpp"] + rng.normal(0, 9, n), "mean_tpp": np.full(n, 36.0)})
-    fields.update(swapped=tpp + rng.normal(0, 9, n), unusual=rng.random(n) < 0.05,
-                  distance=rng.random(n))
+    fields["swapped"] = tpp + rng.normal(0, 9, n)
     found.intervals = {0.9: (tpp - 9, tpp + 9) if intervals else "calibrated on other data"}
     return found
 
@@ -44,7 +43,7 @@ def make_results(segments, **other):
              "simulated": True, "note": "SIMULATED PATIENTS: says nothing about real ones",
              "loss_label": "Loss, MSE (mmHg²)", "n_train_patients": 99, "problems": [],
              **score_all(segments, full=True)}
-    found["uncertainty"].update(n_calibration_patients=30, has_features=True)
+    found["uncertainty"].update(n_calibration_patients=30)
     return dict(found, **other)
 
 

@@ -494,13 +494,12 @@ def test_a_network_that_does_not_fit_the_keys_is_refused(network, keys, message)
         NormalisedModel(network(), keys, NORMALISER)
 
 
-def test_predictions_stand_in_the_datasets_order_and_features_are_what_the_head_sees(index):
+def test_predictions_stand_in_the_datasets_order(index):
     model, dataset = wrapped(), TPP_PPG_dataset(index, "segment", KEYS)
-    whole, spread, features = predict_with_spread(model, dataset, 256, "cpu", collect_features=True)
+    whole, spread = predict_with_spread(model, dataset, 256, "cpu")
     inputs = dataset[np.arange(len(dataset))][:4]
     with torch.no_grad():
         assert np.allclose(whole, model(*inputs)[:, 0], atol=1e-4) and spread is None
-        assert np.allclose(features, model.network.features(*model.normalise(inputs)), atol=1e-4)
     assert np.allclose(whole, predict_dataset(model, dataset, 7, "cpu"), atol=1e-4)
 
 
@@ -512,9 +511,9 @@ def test_your_own_network_and_loader_train_save_load_and_predict(index, tmp_path
     assert seen["epoch_train_loss"][-1] < seen["epoch_train_loss"][0]
     save_checkpoint(tmp_path / "m.pth", model)
     again = load_model(tmp_path / "m.pth", network=MyNet())
-    expected, _, features = predict_with_spread(model, data, device="cpu", collect_features=True)
+    expected, spread = predict_with_spread(model, data, device="cpu")
     assert np.array_equal(predict_dataset(again, data, device="cpu"), expected)
-    assert features.shape == (len(data), 6) and again.outputs == 1
+    assert spread is None and again.outputs == 1
 
 
 # ----------------------------------------------------------------------------- modules and imports
