@@ -14,6 +14,7 @@ from typing import List, Optional
 import numpy as np
 import torch
 from sklearn.linear_model import Ridge
+from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
@@ -27,6 +28,7 @@ PULSE_STATISTICS = (    # of the beats of a minute; variations and loudness as l
     "correlation of rate and height", "mean between foot and peak", "slow waves",
     "variation of loudness", "kurtosis")
 MOST_BEATS, POINTS = 200, 24    # in a minute; samples taken of a beat
+FOLDS = 10                      # of the train patients, for `cross_validate`
 
 
 def pulse_statistics(ppg: torch.Tensor) -> torch.Tensor:
@@ -123,18 +125,36 @@ def fit_anchor(dataset, keys: List[str], with_pulse: bool = False) -> dict:
     with_pulse: also on `pulse_statistics`; then also 'statistics': {'low', 'high': limits to which
     they are clipped, 'coefficients'}. More than MOST_ANCHORED segments: a random choice of them.
     """
-    names, dataset = vitals_of(keys), some_segments(dataset)
-    label, *inputs = (dataset.column(key).numpy().astype(np.float64)
-                      for key in (keys[-1], *names))
-    if not with_pulse:
-        return fit_ridge(names, np.stack(inputs, 1), label)
-    pulse = read_pulse(dataset)
+    dataset = some_segments(dataset)
+    label, vitals = read_columns(dataset, keys)
+    return fit_rows(vitals_of(keys), vitals, label, read_pulse(dataset) if with_pulse else None)
+
+
+def fit_rows(names, vitals, label, pulse=None) -> dict:
+    """The anchor of rows: vitals [N, names], label [N], pulse statistics [N, 12] or None."""
+    if pulse is None:
+        return fit_ridge(names, vitals, label)
     low, high = np.quantile(pulse, (0.005, 0.995), axis=0)
     anchor = fit_ridge([*names, *PULSE_STATISTICS],
-                       np.stack([*inputs, *pulse.clip(low, high).T], 1), label)
+                       np.concatenate([vitals, pulse.clip(low, high)], 1), label)
     weights = [anchor["coefficients"].pop(name) for name in PULSE_STATISTICS]
     return dict(anchor, statistics={"low": low.tolist(), "high": high.tolist(),
                                     "coefficients": weights})
+
+
+def cross_validate(train, keys: List[str]):
+    """(missing [N], added [N], patients [N]) of train patients left out of both fits in turn: what
+    the ridge on the vitals leaves of the label, and what pulse statistics add to it."""
+    label, vitals = read_columns(train, keys)
+    pulse, patients = read_pulse(train), train.index.segment_patients()
+    plain, full, names = label.copy(), label.copy(), vitals_of(keys)
+    if train.index.n_patients > 1:
+        for rows, left in GroupKFold(min(FOLDS, train.index.n_patients)).split(
+                vitals, groups=patients):
+            plain[left] = estimate(fit_rows(names, vitals[rows], label[rows]), vitals[left])
+            full[left] = estimate(fit_rows(names, vitals[rows], label[rows], pulse[rows]),
+                                  vitals[left], pulse[left])
+    return label - plain, full - plain, patients
 
 
 def some_segments(dataset) -> TPP_PPG_dataset:
@@ -152,14 +172,27 @@ def read_pulse(dataset) -> np.ndarray:
         for part in np.array_split(np.arange(count), -(-count // 256))]).astype(np.float64)
 
 
-def predict_with_anchor(anchor: dict, dataset) -> np.ndarray:
-    """What an anchor alone says of the segments of a dataset, [N] mmHg."""
-    found = anchor["intercept"] + sum(weight * dataset.column(key).numpy().astype(np.float64)
-                                      for key, weight in anchor["coefficients"].items())
+def read_columns(dataset, keys: List[str]):
+    """(label [N], vitals [N, V]) of a dataset, float64."""
+    columns = [dataset.column(key).numpy().astype(np.float64)
+               for key in (keys[-1], *vitals_of(keys))]
+    return columns[0], np.stack(columns[1:], 1)
+
+
+def estimate(anchor: dict, vitals, pulse=None) -> np.ndarray:
+    """What an anchor says of rows, [N] mmHg: vitals [N, V], pulse statistics [N, 12]."""
+    found = anchor["intercept"] + vitals @ np.array(list(anchor["coefficients"].values()))
     if "statistics" in anchor:
-        pulse, known = read_pulse(dataset), anchor["statistics"]
+        known = anchor["statistics"]
         found = found + pulse.clip(known["low"], known["high"]) @ known["coefficients"]
     return found
+
+
+def predict_with_anchor(anchor: dict, dataset) -> np.ndarray:
+    """What an anchor alone says of the segments of a dataset, [N] mmHg."""
+    vitals = [dataset.column(key).numpy().astype(np.float64) for key in anchor["coefficients"]]
+    pulse = read_pulse(dataset) if "statistics" in anchor else None
+    return estimate(anchor, np.stack(vitals, 1), pulse)
 
 
 def fit_ridge(names, inputs, label) -> dict:

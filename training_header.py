@@ -35,7 +35,8 @@ from torch.optim.lr_scheduler import (
 
 import kernels
 from anchor import (
-    blend, fit_anchor, predict_with_anchor, pulse_statistics, shown_share, some_segments)
+    blend, cross_validate, fit_anchor, predict_with_anchor, pulse_statistics, shown_share,
+    some_segments)
 from checkpoint import (
     CheckpointError, build_network, hash_patients, load_by_name, load_checkpoint, load_tensors,
     read_salt, save_checkpoint, save_tensors)
@@ -287,17 +288,20 @@ def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0):
 def fit_blend(model, train, tune, device=None) -> float:
     """How much the PPG adds to the model's anchor, the ridge on the vitals, as far as it is shown.
 
-    First the ridge on vitals and `pulse_statistics`, fitted on the train dataset, then the network:
-    of each the share, 0 to 1, that `shown_share` finds on the tune dataset is kept. Sets the
-    model's anchor; returns the network's share. So a model never leaves its ridge without evidence.
+    First of the ridge on vitals and `pulse_statistics`, then of the network: the share, 0 to 1,
+    that `shown_share` finds is kept, so a model never leaves its ridge without evidence. The share
+    of the network is found on the tune dataset, that of the statistics also on the train patients,
+    each left out of the fit in turn. Sets the model's anchor; returns the network's share.
     """
-    tune = some_segments(tune)
+    train, tune = some_segments(train), some_segments(tune)
     label, patients = tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
     base, with_pulse, pulse_share = predict_with_anchor(model.anchor, tune), None, 0.0
     if model.with_ppg:
         with_pulse = fit_anchor(train, model.keys, with_pulse=True)
         added = predict_with_anchor(with_pulse, tune) - base
-        pulse_share = shown_share(label - base, added, patients)
+        of_train = cross_validate(train, model.keys)
+        pulse_share = shown_share(*map(np.concatenate, zip(
+            of_train, (label - base, added, train.index.n_patients + patients))))
         base = base + pulse_share * added
     network = predict_dataset(model, tune, device=device).astype(np.float64)
     share = shown_share(label - base, network - base, patients)

@@ -16,6 +16,7 @@ from conftest import ROOT, make_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import anchor
 from training_header import (
     LOSSES, PPG_NORMALISATIONS, CheckpointError, CosineAnnealingLR, DataError, Interrupted,
     NonFiniteLoss, NormalisedModel, ReduceLROnPlateau, StepLR, TPP_PPG_dataset, TrainingError,
@@ -449,6 +450,18 @@ def test_with_an_anchor_the_network_adds_to_the_ridge_on_the_vitals(index):
     with torch.no_grad():
         added = anchor["sd"] * network(*model.normalise(batch[:-1]))[:, 0]
         assert np.allclose(model(*batch[:-1])[:, 0], fitted[:20] + added.numpy(), atol=1e-3)
+
+
+def test_no_patient_is_in_the_fit_that_its_cross_validation_tests(index):
+    train = TPP_PPG_dataset(index, "segment", KEYS)
+    missing, added, patients = anchor.cross_validate(train, KEYS)
+    assert index.n_patients <= anchor.FOLDS and np.array_equal(patients, index.segment_patients())
+    others = TPP_PPG_dataset(index.select(index.encounter_patient != 2), "segment", KEYS)
+    this = TPP_PPG_dataset(index.select(index.encounter_patient == 2), "segment", KEYS)
+    plain, full = (predict_with_anchor(fit_anchor(others, KEYS, with_pulse), this)
+                   for with_pulse in (False, True))
+    assert np.allclose(missing[patients == 2], this.column("tpp").numpy() - plain, atol=1e-6)
+    assert np.allclose(added[patients == 2], full - plain, atol=1e-6)
 
 
 def test_the_blend_is_of_both_ridges_and_the_network(index, monkeypatch):
