@@ -1,10 +1,11 @@
-"""Runs that are killed: started again with the same command, they end in the same weights.
+"""Commands that are killed: given again, they end in the same weights or the same file.
 
-    python tests/faults/test_kills.py 100 0         # so many kills, seed; prints what happened
+    python tests/faults/test_kills.py 100 30 0      # kills of training, of the others, seed
 
-SIGKILL arrives at a random moment of a real run (start, training, saving, scoring, drawing), again
-and again, until the run ends by itself. The state is saved after each step; every second run also
-writes slowly (each sync waits), so that many kills fall inside a write.
+SIGKILL arrives at a random moment of a real run (start, training, saving, scoring, drawing; or
+simulating, preparing, predicting), again and again, until the run ends by itself. Training saves
+its state after each step; every second run also writes slowly (each sync waits), so that many kills
+fall inside a write.
 """
 import contextlib
 import hashlib
@@ -18,12 +19,18 @@ import sys
 import tempfile
 import time
 
+import h5py
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE)]
 from conftest import ROOT, children, make_file, needs_children  # noqa: E402
+
+from simulate import simulate_patient  # noqa: E402
+from training_header import NormalisedModel, get_model_v3, save_checkpoint  # noqa: E402
 
 SCRIPT = """
 import os, sys, time
@@ -41,22 +48,43 @@ KINDS = {
     "workers": ([], ["--workers", "2"]),
     "two ranks": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], []),
 }
+# The last argument is the file that must come out the same.
+COMMANDS = {
+    "simulating": ["simulate.py", "--patients", "16", "--segments", "2", "--out", "out.h5"],
+    "preparing": ["prepare.py", "../records", "--workers", "2", "--out", "out.h5"],
+    "predicting": ["predict.py", "../m.pth", "../records", "--out", "out.csv"],
+}
 
 
 def start(folder, kind, slow=False):
-    launcher, options = KINDS[kind]
-    script = os.path.join(os.path.dirname(folder), f"train_{'slowly' if slow else 'fast'}.py")
-    with open(script, "w") as file:
-        file.write(SCRIPT.format(root=ROOT, slow=slow))
-    return subprocess.Popen([sys.executable, *launcher, script, *OPTIONS, *options], cwd=folder,
+    if kind in COMMANDS:
+        script, *options = COMMANDS[kind]
+        command = [os.path.join(ROOT, script), *options]
+    else:
+        launcher, options = KINDS[kind]
+        script = os.path.join(os.path.dirname(folder), f"train_{'slowly' if slow else 'fast'}.py")
+        with open(script, "w") as file:
+            file.write(SCRIPT.format(root=ROOT, slow=slow))
+        command = [*launcher, script, *OPTIONS, *options]
+    return subprocess.Popen([sys.executable, *command], cwd=folder,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True,
                             env=dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg"))
 
 
-def fingerprint(folder):
-    """Of the final weights, the normaliser and the trajectories, to the last bit."""
+def fingerprint(folder, kind):
+    """Of the final weights, the normaliser and the trajectories, or of the file, to the bit."""
     found = hashlib.sha256()
+    if kind in COMMANDS:
+        path = os.path.join(folder, COMMANDS[kind][-1])
+        if path.endswith(".h5"):
+            with h5py.File(path, "r") as file:
+                file.visititems(lambda name, item: found.update(name.encode() + (
+                    item[()].tobytes() if isinstance(item, h5py.Dataset) else b"")))
+        else:
+            with open(path, "rb") as file:
+                found.update(file.read())
+        return found.hexdigest()
     saved, trajectory = (torch.load(os.path.join(folder, "runs", name), weights_only=True)
                          for name in ("M1.5.pth", "M1.5/trajectory.pth"))
     for tensors in (saved["model"], trajectory):
@@ -113,7 +141,7 @@ def killed_runs(base, kind, kills, rng):
     reference = os.path.join(base, "reference")
     os.makedirs(reference)
     usual_s = run_to_the_end(reference, kind)
-    expected, done, completed = fingerprint(reference), 0, 0
+    expected, done, completed = fingerprint(reference, kind), 0, 0
     while done < kills:
         folder = os.path.join(base, f"run{completed}")
         os.makedirs(folder)
@@ -131,31 +159,49 @@ def killed_runs(base, kind, kills, rng):
                 if done >= kills:
                     run_to_the_end(folder, kind)
                     break
-        assert check_files(folder) > 5
-        assert fingerprint(folder) == expected, f"{kind}: other weights after {done} kills"
-        left = [name for _, _, names in os.walk(folder) for name in names if "tmp" in name]
+        assert check_files(folder) > (0 if kind in COMMANDS else 5)
+        assert fingerprint(folder, kind) == expected, f"{kind}: another end after {done} kills"
+        left = [name for _, _, names in os.walk(folder) for name in names
+                if "tmp" in name or ".partial" in name]
         assert not left and not os.path.exists(os.path.join(folder, "runs/M1.5/resume.pth")), left
         shutil.rmtree(folder)
         completed += 1
     return done, completed
 
 
+def make_inputs(folder):
+    """Data to train on, recordings, and a model that predicts."""
+    make_file(os.path.join(folder, "d.h5"), patients=6, encounters=1, rows=8)
+    os.makedirs(os.path.join(folder, "records"))
+    for number in range(4):
+        fields = simulate_patient(5, number, 2, keep_abp=True)
+        pd.DataFrame({"time_s": np.arange(7200) / 60, "abp": fields["abp"].ravel(),
+                      "ppg": fields["ppg"].ravel()}).to_csv(
+                          os.path.join(folder, "records", f"{number}.csv"), index=False)
+    keys = ["ppg", "map", "dbp", "hr", "tpp"]
+    model = NormalisedModel(get_model_v3(3, widths=(4, 4, 8)), keys, {
+        key: {"mean": 60.0, "sd": 10.0} for key in keys[1:]})
+    save_checkpoint(os.path.join(folder, "m.pth"), model)
+
+
 @needs_children
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, tmp_path):
-    make_file(tmp_path / "d.h5", patients=6, encounters=1, rows=8)
+@pytest.mark.parametrize("kind", [*KINDS, *COMMANDS])
+def test_a_killed_run_ends_in_the_same_weights_or_file_to_the_last_bit(kind, tmp_path):
+    make_inputs(str(tmp_path))
     kills = 2 if kind == "one process" else 1
     assert killed_runs(str(tmp_path), kind, kills, random.Random(len(kind)))[0] == kills
 
 
-def main(kills, seed):
+def main(kills, others, seed):
     rng = random.Random(seed)
-    for number, kind in enumerate(KINDS):
-        share = kills // 2 if number == 0 else (kills + 3) // 4
+    shares = {kind: kills // 2 if number == 0 else (kills + 3) // 4
+              for number, kind in enumerate(KINDS)}
+    shares.update(dict.fromkeys(COMMANDS, (others + 2) // 3))
+    for kind, share in shares.items():
         with tempfile.TemporaryDirectory() as base:
-            make_file(os.path.join(base, "d.h5"), patients=6, encounters=1, rows=8)
+            make_inputs(base)
             done, completed = killed_runs(base, kind, share, rng)
-            print(f"{kind}: {done} kills, {completed} runs completed, all with the weights of the "
+            print(f"{kind}: {done} kills, {completed} runs completed, all with the end of the "
                   "unbroken run, 0 half-written files", flush=True)
 
 
