@@ -50,7 +50,8 @@ def parse_arguments(arguments=None):
     add("recordings", nargs="*", metavar="RECORDING",
         help="recordings in any format that prepare.py reads, or folders of them")
     add("--out", metavar="CSV", help="write a row for each minute (default: print a table)")
-    add("--figure", metavar="PNG", help="draw TPP and the vitals over time (.png, .pdf, .svg)")
+    add("--figure", metavar="FILE",
+        help="draw TPP and the vitals over time (.png, .pdf, .svg; .html shows values on hovering)")
     add("--model", metavar="NAME", help="the network, if it is one of your own: file.py:Name")
     add("--export", metavar="ONNX", help="write the network: raw units in, mmHg out")
     add = parser.add_argument_group("vitals").add_argument
@@ -64,7 +65,7 @@ def parse_arguments(arguments=None):
     options = parser.parse_intermixed_args(arguments)
     if not options.recordings and not options.export:
         parser.error(f"expected CHECKPOINT RECORDING (or --export FILE), got {options.checkpoint}")
-    for name, endings in (("figure", (".png", ".pdf", ".svg")), ("export", (".onnx",)),
+    for name, endings in (("figure", (".png", ".pdf", ".svg", ".html")), ("export", (".onnx",)),
                           ("out", (".csv",))):
         path = getattr(options, name)
         if path and not path.lower().endswith(endings):
@@ -102,8 +103,7 @@ def main(arguments=None):
         else:
             print_minutes(table, predictor.needed)
         if options.figure:
-            tk_utils.save_figure(draw(table, predictor), options.figure)
-            print(f"written: {options.figure}")
+            save_drawing(draw(table, predictor), predictor, options.figure)
     for line in predictor.remarks:
         print(line)
     return int(bool(found) and table.attrs["failed"] > 0)
@@ -364,12 +364,13 @@ def draw(table, predictor):
     x, top = steps["start_s"] / scale, axes[0]
     if 0.9 in predictor.levels:
         top.fill_between(x, steps["low_90"], steps["high_90"], alpha=0.3, lw=0,
-                         color=tk_utils.TRAIN_COLOUR, label="90% interval")
+                         color=tk_utils.TRAIN_COLOUR, label="90 % interval")
     top.plot(x, steps["tpp"], color=tk_utils.TRAIN_COLOUR, lw=1.2, label="TPP")
     middle = (table["start_s"] + SEGMENT_SECONDS / 2) / scale
     if "tpp_abp" in table:
         top.plot(middle, table["tpp_abp"].where(table["abp_in_gate"] == "yes"), ".", color="black",
                  ms=4, label="label from the arterial\nline (passes the gate)")
+    add_values(top, middle, table)
     top.axhline(metrics.LOW_TPP, color="0.4", lw=0.9, ls="--", label=f"{metrics.LOW_TPP:g} mmHg")
     for axis, label in zip(axes, ("TPP (mmHg)", *units)):
         for i, key in enumerate(predictor.needed):
@@ -386,6 +387,27 @@ def draw(table, predictor):
     axes[-1].set_xlabel(f"{unit} from the recording's start")
     axes[-1].locator_params(axis="x", integer=True, min_n_ticks=1)
     return tk_utils.finish_figure(figure, predictor.warning)
+
+
+def add_values(axis, middle, table):
+    """Invisible marks that show a minute's values under the pointer on a page."""
+    for x, (_, row) in zip(middle, table.iterrows()):
+        if np.isfinite(row["tpp"]):
+            ends = (f" (90 %: {row['low_90']:.0f} to {row['high_90']:.0f})"
+                    if "low_90" in table else "")
+            when = row.get("clock") or f"minute {row['start_s'] / SEGMENT_SECONDS + 1:.0f}"
+            axis.plot(x, row["tpp"], "o", ms=8, alpha=0,
+                      gid=f"hover:{when}: TPP {row['tpp']:.0f} mmHg{ends}")
+
+
+def save_drawing(figure, predictor, path):
+    if path.lower().endswith(".html"):
+        caption = "TPP by minute; the values show under the pointer. Grey: refused minutes."
+        report.write_page(path, "figure.html", title="Tissue perfusion pressure",
+                          note=predictor.warning, image=report.page_figure(figure, caption))
+    else:
+        tk_utils.save_figure(figure, path)
+    print(f"written: {path}")
 
 
 class RawUnits(torch.nn.Module):

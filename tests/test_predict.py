@@ -99,7 +99,10 @@ def night(tmp_path_factory):
 
 def test_the_answers_are_those_of_the_model_on_what_prepare_stores(tmp_path, night):
     model = make_checkpoint(tmp_path / "m.pth", label_method="waveform_balance")
-    table = predicted(tmp_path, model, night, "--figure", tmp_path / "f.png")
+    table = predicted(tmp_path, model, night, "--figure", tmp_path / "f.html")
+    page = (tmp_path / "f.html").read_text()
+    assert page.count("<title>") == 1 + table["tpp"].count() and "<script" not in page
+    assert f"TPP {table['tpp'][0]:.0f} mmHg (90 %: " in page
     options = ["--out", str(tmp_path / "p.h5"), "--label-method", "waveform_balance"]
     prepare.main([str(night), *options])
     with h5py.File(tmp_path / "p.h5", "r") as file:
@@ -110,8 +113,7 @@ def test_the_answers_are_those_of_the_model_on_what_prepare_stores(tmp_path, nig
     np.testing.assert_allclose(table["tpp"], tpp, atol=0.01)
     np.testing.assert_allclose(table["tpp_abp"], label, atol=0.01)
     assert list(table["start_s"]) == [0, 60, 120] and np.ptp(table["tpp"]) > 0.2
-    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
-    for name in ("o.csv", "f.png"):
+    for name in ("o.csv", "f.html"):
         assert b"MRN12345" not in (tmp_path / name).read_bytes()
     frame = predict.predict_recording(load_model(model), night)     # from Python
     np.testing.assert_allclose(frame["tpp"], table["tpp"], atol=0.01)
