@@ -404,7 +404,7 @@ def save_drawing(figure, predictor, path):
     if path.lower().endswith(".html"):
         caption = "TPP by minute; the values show under the pointer. Grey: refused minutes."
         report.write_page(path, "figure.html", title="Tissue perfusion pressure",
-                          note=predictor.warning, image=report.page_figure(figure, caption))
+                          image=report.page_figure(figure, caption))
     else:
         tk_utils.save_figure(figure, path)
     print(f"written: {path}")
