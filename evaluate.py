@@ -349,7 +349,8 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
         "date": time.strftime("%Y-%m-%d"), "keys": list(model.keys),
         "condition": scored.condition, "origin": origin, "simulated": "simulated" in origin,
         "note": tk_utils.simulated_note(origin, checkpoint.get("provenance", {}).get("origin", "")),
-        "loss_label": getattr(LOSSES.get(loss), "label", f"Loss, {loss}"),
+        "loss_label": getattr(LOSSES.get(loss), "label",
+                              f"Loss, {loss.rpartition(':')[2]}"),
         "n_train_patients": len(split["train"]) if split else train and train.n_patients,
         **score_all(segments, full)}
     results["checks"].update(check_parts(split, scored, train, tune))
