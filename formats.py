@@ -176,7 +176,14 @@ class Wfdb:
                            os.path.join(self.links.name, re.sub(r"(?i)\.hea$", ".hea", name)))
             folder = self.links.name
         record = os.path.join(folder, file[:-4])    # absolute: wfdb looks for others on the web
-        about = wfdb.rdheader(record)
+        try:
+            about = wfdb.rdheader(record)
+            if not frames and header.files:
+                n = about.sig_len or len(self.read_part(record, (0,))[0])
+                frames = n if about.sig_len else n // about.samps_per_frame[0]
+        except ValueError as error:
+            raise RecordingError(self.path, "a WFDB header with a date that is not DD/MM/YYYY, a "
+                                 "length of 0, or another field that is wrong", error) from None
         self.start_time = self.start_time or about.base_datetime
         names = unique(about.sig_name or [])
         for name, per_frame, unit in zip(names, about.samps_per_frame or [], header.units):
@@ -186,9 +193,6 @@ class Wfdb:
                 raise RecordingError(self.path, "a channel's rate changes between segments", name)
         # wfdb sums up the differences of format 8 from where it begins to read.
         at_once = not about.sig_len or bool({"8", "310", "311"}.intersection(about.fmt or []))
-        if not frames and header.files:
-            n = about.sig_len or len(self.read_part(record, (0,))[0])
-            frames = n if about.sig_len else n // about.samps_per_frame[0]
         self.segments.append((record, start, start + frames, names, header.units, at_once))
         return frames
 
@@ -243,7 +247,8 @@ class Vital:
             raise RecordingError(path, "not a whole .vital file", error) from None
         file = self._file(header_only=True)
         self.start_s, self.end_s = file.dtstart, float(file.dtend - file.dtstart)
-        self.start_time = datetime.datetime.fromtimestamp(file.dtstart)
+        self.start_time = datetime.datetime(1970, 1, 1) + datetime.timedelta(
+            seconds=file.dtstart - 60 * file.dgmt)      # on the recorder's clock, not on this one's
         self.tracks = {printable(name): name for name in file.trks}
         self.channels = {
             printable(name): listed(track.srate if track.type == 1 else NUMERICS_FS, track.unit)
@@ -344,8 +349,8 @@ class Edf:
             stamp = re.sub(r"\D", ".", header[168:184].decode("latin-1"))       # or 10:20:30
             self.start_time = datetime.datetime.strptime(stamp, "%d.%m.%y%H.%M.%S")
         held = (os.path.getsize(path) - 256 - len(text)) // max(1, 2 * int(sizes.sum()))
-        if held < n_records:
-            raise RecordingError(path, f"only {held} of the {n_records} data records of its header")
+        if 0 < n_records != held:
+            raise RecordingError(path, f"holds {held} data records, its header says {n_records}")
         n_records = n_records if n_records > 0 else held    # -1 while it is being written
         ends, self.channels, self.about = np.cumsum(sizes), {}, {}
         for name, unit, size, end, *own in zip(unique(labels), units, sizes, ends, *limits):
@@ -357,10 +362,13 @@ class Edf:
         self.records = np.memmap(path, "<i2", "r", 256 + len(text), (n_records, ends[-1]))
         self.starts_s = self.seconds * np.arange(n_records)
         if header[192:197] == b"EDF+D":     # with gaps: each record begins with its time, as text
-            i = labels.index("EDF Annotations")
-            times = self.records[:, ends[i] - sizes[i]:ends[i]]
-            self.starts_s = np.array([float(re.match(rb"[+-][\d.]+", row.tobytes()).group())
-                                      for row in times])
+            try:
+                i = labels.index("EDF Annotations")
+                times = self.records[:, ends[i] - sizes[i]:ends[i]]
+                self.starts_s = np.array([float(re.match(rb"[+-][\d.]+", row.tobytes()).group())
+                                          for row in times])
+            except (ValueError, AttributeError):
+                raise RecordingError(path, "an EDF+D file with data records without time") from None
             self.starts_s -= self.starts_s.min()
         self.end_s = float(self.starts_s.max()) + self.seconds
         check_size(path, self.end_s * max(channel.fs for channel in self.channels.values()))
@@ -373,8 +381,11 @@ class Edf:
             try:
                 low, high, code_low, code_high = map(float, limits)
                 step = (high - low) / (code_high - code_low)
+                if step == 0:
+                    raise ValueError
             except (ValueError, ZeroDivisionError):
-                raise RecordingError(self.path, "unreadable limits of a channel", name) from None
+                raise RecordingError(self.path, "unreadable or equal limits of a channel",
+                                     name) from None
             first, end = span(start_s, stop_s, channel.fs, round(self.end_s * channel.fs))
             codes = self.records[here, columns]     # [records, samples of each]
             at = np.rint(self.starts_s[here] * channel.fs).astype(np.int64) - first
@@ -401,7 +412,7 @@ class Hdf5:
                 check_size(path, item.size)
                 rates = [_attribute(above, "fs", "sampling_rate", "sample_rate")
                          for above in (item, item.parent, item.file)]
-                fs = next(filter(None, [file_fs, *rates]), np.nan)
+                fs = next(filter(None, [file_fs, *map(_rate, rates)]), np.nan)
                 name, self.end_s = printable(place), max(self.end_s, item.size / fs)
                 self.channels[name] = listed(fs, _attribute(item, "unit", "units") or "")
                 self.places[name] = place
@@ -442,6 +453,12 @@ def _scaled(raw, item):
         samples = samples * float(1 if factor is None else factor) + float(offset or 0)
     fill = _attribute(item, "_FillValue", "missing_value")
     return samples if fill is None else np.where(raw == fill, np.nan, samples)
+
+
+def _rate(value):
+    """125.0 of 125, '125' or '125 Hz'; None if it is no number in Hz."""
+    with contextlib.suppress(ValueError):
+        return value and float(re.sub(r"(?i)\s*hz$", "", str(value)))
 
 
 def _attribute(item, *names):

@@ -256,6 +256,7 @@ def test_integer_tracks_of_a_vital_file_are_scaled_and_their_gaps_are_nan(tmp_pa
     vitaldb = pytest.importorskip("vitaldb")
     file = vitaldb.VitalFile()
     file.dtstart = file.dtend = 1.6e9
+    file.dgmt = -540                    # recorded in Seoul, read anywhere
     blocks = [{"dt": 1.6e9 + i, "val": np.arange(100, dtype="<i2")} for i in (0, 1, 3)]
     track = file.add_track("Bx50/IBP1", blocks, srate=100, unit="mmHg")
     track.fmt, track.gain, track.offset = 5, 0.5, 10  # 16-bit
@@ -263,6 +264,7 @@ def test_integer_tracks_of_a_vital_file_are_scaled_and_their_gaps_are_nan(tmp_pa
     expected = np.tile(10 + 0.5 * np.arange(100), 4)
     expected[200:300] = np.nan
     np.testing.assert_allclose(whole(tmp_path / "i.vital")["Bx50/IBP1"].samples, expected)
+    assert opened(tmp_path / "i.vital").start_time == pd.Timestamp("2020-09-13 21:26:40")
 
 
 @pytest.fixture
@@ -291,8 +293,10 @@ def test_the_start_of_an_edf_file(edf):
 
 
 @pytest.mark.parametrize("first, text, complaint", [
-    (252, b"x   ", "unreadable header"), (236, b"900     ", "only 80 of the 900 data records"),
-    (244, b"0       ", "no signals"), (256 + 3 * 104, b"x       ", "unreadable limits"),
+    (252, b"x   ", "unreadable header"), (236, b"900     ", "holds 80 data records, its "),
+    (236, b"70      ", "its header says 70"),
+    (256 + 3 * 104, b"5       5       5       5       ", "unreadable or equal limits"),
+    (244, b"0       ", "no signals"), (256 + 3 * 104, b"x       ", "unreadable or equal limits"),
 ])
 def test_a_bad_edf_file_gets_one_line(edf, first, text, complaint):
     path, data = edf
@@ -301,17 +305,27 @@ def test_a_bad_edf_file_gets_one_line(edf, first, text, complaint):
         whole(path)
 
 
+def test_an_edf_file_with_gaps_must_say_when_its_data_records_began(edf):
+    path, data = edf
+    path.write_bytes(data[:192] + b"EDF+D" + data[197:].replace(b"EDF Annotations", b"X" * 15))
+    with pytest.raises(RecordingError, match="data records without time"):
+        opened(path)
+
+
 def test_the_rate_of_hdf5_is_an_attribute_of_the_dataset_or_above_or_given(tmp_path):
     with h5py.File(tmp_path / "w.h5", "w") as file:
         file["a/light"] = np.arange(50, dtype="i2")[None]
         file["b/light"] = np.arange(50.0)
-        file["a"].attrs["sampling_rate"] = 50
+        file["a"].attrs["sampling_rate"] = "50 Hz"
     reader = opened(tmp_path / "w.h5")
     np.testing.assert_array_equal(reader.read(["a/light"], 0, 9)["a/light"].samples, np.arange(50))
     assert reader.channels["a/light"].fs == 50
     assert opened(tmp_path / "w.h5", 25).channels["b/light"].fs == 25
     with pytest.raises(RecordingError, match="give the rate: --fs HZ"):
         reader.read(["b/light"], 0, 9)
+    with h5py.File(tmp_path / "w.h5", "a") as file:
+        file["b"].attrs["fs"] = b"fast"
+    assert np.isnan(opened(tmp_path / "w.h5").channels["b/light"].fs)
 
 
 @pytest.mark.parametrize("attributes, shift", [
