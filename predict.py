@@ -253,7 +253,7 @@ class Predictor:
         columns = {"start_s": start_s}
         if recorded.start_time is not None:
             columns["clock"] = (pd.Timestamp(recorded.start_time)
-                                + pd.to_timedelta(start_s, unit="s")).strftime("%H:%M:%S")
+                                + pd.to_timedelta(start_s, unit="s")).strftime("%H:%M:%S%Z")
         columns.update(self.predict(minutes.ppg, vitals, np.array(reasons, object)), **vitals)
         for key in self.needed + ["sbp", "dbp"] * ("pp" in self.needed):
             in_table = np.searchsorted(wrong_readings.get(key, []), [start_s, end_s])

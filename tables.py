@@ -96,9 +96,11 @@ class Csv:
         data = [(i, row) for i, row in rows if _share(row, _is_value) > 0.5]
         width = statistics.mode(len(row) for _, row in data) if data else 0
         begin = next((i for i, row in data if len(row) == width), len(lines))
-        above = [row for i, row in rows if i < begin and _share(row, _is_value) <= 0.5]
+        above = [one for one in rows if one[0] < begin and one not in data]
         if not above:
             raise RecordingError(self.path, "no header line with column names")
+        begin = next((i for i, _ in data if i > above[-1][0]), begin)   # though its width be wrong
+        above = [row for _, row in above]
         units, names = [], above.pop()
         if above and len(above[-1]) == len(names) and _share(names, _is_unit) > 0.5:
             units, names = names, above.pop()
@@ -147,7 +149,10 @@ class Csv:
                 frame.index += n_rows + 1
                 n_rows += len(frame)
                 for i in set(at).difference(texts):
-                    numbers = pd.to_numeric(frame[i], errors="coerce")
+                    cells = frame[i]
+                    if self.decimal == "," and not pd.api.types.is_numeric_dtype(cells):
+                        cells = cells.astype(str).str.translate({44: ".", 46: "x"})
+                    numbers = pd.to_numeric(cells, errors="coerce")
                     for row in frame.index[numbers.isna() & frame[i].notna()]:
                         raise RecordingError(
                             self.path, f"row {row}, column {i + 1}: expected a number",
@@ -253,20 +258,21 @@ def open_table(path):
 
 
 def read_times(file, names, hours=False):
-    """(times [n] in s, whether they count from 1970 or midnight) of the time column, or of a date
-    and a clock time. Numbers are in the header's unit, or s, ms, us or ns since 1970, or Excel's
-    days. Clock times go on past midnight, and local times over a change of daylight saving time.
-    hours: 10:30 is half past ten, not ten minutes and a half.
+    """(times [n] in s, whether they count from 1970 or midnight, whether they are in UTC) of the
+    time column, or of a date and a clock time. Numbers are in the header's unit, or s, ms, us or ns
+    since 1970, or Excel's days. Clock times go on past midnight, and local times over a change of
+    daylight saving time. hours: 10:30 is half past ten, not ten minutes and a half.
     """
     unit = TIME.get(plain_unit(unit_in_name(names[-1], TIME) or file.units[names[-1]]))
     times, days, dates, is_text, zoned = [], [], {}, False, False
     for frame in file.frames(names):
         column = frame.iloc[:, -1]
         if pd.api.types.is_numeric_dtype(column):
-            seconds = column
+            seconds, zoned = column, True       # since 1970, if at all
         elif column.dtype.kind in "mM":
-            zero = pd.Timestamp(0, tz=column.dt.tz) if column.dtype.kind == "M" else pd.Timedelta(0)
-            seconds, unit = (column - zero) / pd.Timedelta("1s"), 1.0
+            zone = column.dt.tz if column.dtype.kind == "M" else None
+            zero = pd.Timestamp(0, tz=zone) if column.dtype.kind == "M" else pd.Timedelta(0)
+            seconds, unit, zoned = (column - zero) / pd.Timedelta("1s"), 1.0, zone is not None
         else:
             texts = column.astype(str)
             if len(names) == 2:
@@ -302,7 +308,7 @@ def read_times(file, names, hours=False):
             if fix.any():
                 file.notes.append("times: a change of daylight saving time; the seconds go on")
         times += np.cumsum(fix)
-    return times, is_text or times[0] > 1e8
+    return times, is_text or times[0] > 1e8, zoned and unit != 86400    # Excel's days are local
 
 
 def _clock_times(texts, hours):
@@ -437,9 +443,10 @@ class Table:
         if file_fs:
             n = sum(len(frame) for frame in self.file.frames(self.file.names[-1:]))
         elif names:
-            times, is_date = read_times(self.file, names)
+            times, is_date, zoned = read_times(self.file, names)
             if is_date:
-                self.start_time = EPOCH + datetime.timedelta(seconds=round(times[0], 6))
+                epoch = EPOCH.replace(tzinfo=datetime.timezone.utc if zoned else None)
+                self.start_time = epoch + datetime.timedelta(seconds=round(times[0], 6))
             times -= times[0]
             self.fs, self.jumps, n, notes = find_grid(path, times)
         else:
@@ -501,12 +508,15 @@ def read_readings(path, start_time=None):
     if not names:
         raise RecordingError(path, "no time column (time_s: seconds from the recording's start)")
     columns = [name for name in file.numbers if name not in names]
-    times, is_date = read_times(file, names, hours=True)
+    times, is_date, zoned = read_times(file, names, hours=True)
+    give = "give time_s, seconds from its start"
     if is_date and start_time is None:
-        raise RecordingError(path, "has dates or clock times, but the recording has none; give "
-                                   "time_s, seconds from its start")
+        raise RecordingError(path, f"has dates or clock times, but the recording has none; {give}")
+    if is_date and zoned != (start_time.tzinfo is not None):
+        raise RecordingError(path, "has times of no time zone, and the recording's are in UTC, or "
+                                   f"the other way round; {give}")
     if is_date:
         only_clock = start_time.year == 1970 or times[0] < 86400
-        times = times - (start_time - EPOCH).total_seconds()
+        times = times - (start_time.replace(tzinfo=None) - EPOCH).total_seconds()
         times -= 86400 * np.round(times[0] / 86400) * only_clock
     return times, pd.concat(file.frames(columns), ignore_index=True), file.units

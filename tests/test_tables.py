@@ -1,4 +1,6 @@
 """tables.py: how CSV and Parquet files are written, their time column, their rate and gaps."""
+import datetime
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -94,6 +96,9 @@ def test_units_come_from_the_header_or_the_row_below_it(tmp_path):
     ("time abp ppg\n0 80 1\n1 81\n2 82 1\n3 80 1\n", "row 2 has 2 cells, the header names 3"),
     ("time,abp\n" + "".join(f"0,{i}0,80,5\n" for i in range(9)), "with semicolons"),
     ('time_s,abp\n0.00,"1,080.5"\n0.01,"1,081"\n', "thousands separators"),
+    ("time_s;abp\n" + "".join(f"0,{i:03};80,5\n" for i in range(400)) + "0,4;1.080,5\n0,401;80\n",
+     "row 401, column 2"),              # below the lines that tell the dialect
+    ("time,abp\n0,80,7\n0.1,81\n0.2,82\n", "row 1 has 3 cells, the header names 2"),
     ("time_s;abp\n0,00;1 080,5\n0,01;1 081\n", "thousands separators"),
     ("PK\x03\x04 and so on\n", "a ZIP or Excel file"), ("a,b\n\x00\x01\n", "binary data"),
     ("time,abp\n0,80\n1," + "8" * (tables.MAX_LINE + tables.TABLE_CHARS) + "\n", "a line of over"),
@@ -248,5 +253,12 @@ def test_readings_at_any_times(tmp_path):
     for clock in ("2023-06-05 23:5{}", "23:5{}", "23:5{}:00"):
         path.write_text(f"time,map\n{clock.format(5)},80\n{clock.format(8)},80\n")
         np.testing.assert_allclose(read_readings(str(path), start)[0], [300, 480])
+        with pytest.raises(RecordingError, match="times of no time zone"):
+            read_readings(str(path), start.replace(tzinfo=datetime.timezone.utc))
+    path.write_text("time,map\n2023-06-06 01:55+02:00,80\n2023-06-06 01:58+02:00,80\n")
+    utc = table(tmp_path / "a.csv", rows(1686009000 + np.arange(99) / 60)).start_time
+    np.testing.assert_allclose(read_readings(str(path), utc)[0], [300, 480])
+    with pytest.raises(RecordingError, match="times of no time zone"):
+        read_readings(str(path), start)
     with pytest.raises(RecordingError, match="seconds from its start"):
         read_readings(str(path))
