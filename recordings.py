@@ -66,6 +66,7 @@ NUMBERS = ("map", "sbp", "dbp", "hr", "cuff_map", "cuff_sbp", "cuff_dbp")  # rea
 SENTINELS = tuple(float(v) for n in (16, 24, 32) for v in (-2 ** (n - 1), 2 ** (n - 1) - 1))
 MAX_MISSING = 0.1       # of a window's arterial pressure, before the window moves on
 GAP_MARGIN_S = 1 / 60   # next to a gap: what a low-passed, continued signal is least sure of
+COPY_CORRELATION = 0.999    # of PPG and ABP; in 766 real records it is 0.83 at most
 MIN_STRETCH_S = 0.25    # between two gaps; a shorter one holds no beat
 PIECE = 36000           # samples on the windows' grid that are read at a time, to bound memory
 MARGIN_S = 2.0          # read beyond a piece's ends: over twice the filter's half-length, 0.65 s
@@ -169,6 +170,7 @@ def open_reader(path, file_fs=None):
 def plain_name(name) -> str:
     """'SNUADC/ART' -> 'art', 'abp_mmhg' -> 'abp', 'Pleth [NU]' -> 'pleth', 'ART(M)' -> 'artm',
     'NOM_PRESS_BLD_ART_ABP' -> 'artabp'."""
+    name = re.sub(r"#\d+$", "", name)          # formats.unique: the second of two 'ABP'
     unit = formats.unit_in_name(name)
     name = name[:name.rindex(unit)] if unit else name
     kept = "|".join(formats.NUMBER_WORDS)      # in brackets: 'ART(M)' is no 'ART'
@@ -371,15 +373,29 @@ class Recorded:
         self.left_over_s = max(0.0, self.reader.end_s - len(starts) * self.samples / self.fs)
         blocks = [slice(i, i + BLOCK_WINDOWS) for i in range(0, len(starts), BLOCK_WINDOWS)]
         samples = np.arange(self.samples)
-        signs = (self.polarity(ppg[starts[block, None] + samples], self.fs)
-                 for block in blocks if self.polarity)
-        if next((sign for sign in signs if sign), 1) < 0:
+
+        def sign(wave):     # in the first block that is sure
+            found = (self.polarity(wave[starts[block, None] + samples], self.fs)
+                     for block in blocks if self.polarity)
+            return next((one for one in found if one), 0)
+
+        if sign(ppg) < 0:
             ppg = -ppg
             self.notes.append("the PPG is inverted (its pulses point down); turned")
+        if sign(abp) < 0:
+            self.notes.append("the ABP seems inverted (its pulses point down): check its unit, "
+                              "gain and limits before you use these numbers")
         for block in blocks:
             rows = starts[block, None] + samples
+            if block.start == 0:
+                self._refuse_copy(ppg[rows], abp[rows])
             yield Minutes(starts[block] / self.fs, ppg[rows], abp[rows], *(
                 {kind: values[block] for kind, values in group.items()} for group in numbers))
+
+    def _refuse_copy(self, ppg, abp):
+        x, y = np.stack([ppg, abp])[:, np.isfinite(ppg) & np.isfinite(abp)]
+        if y.size and np.ptp(y) > 1 and abs(np.corrcoef(x, y)[0, 1]) > COPY_CORRELATION:
+            raise RecordingError(self.path, "its PPG is a copy of its ABP; see --list-channels")
 
     def _read(self):
         """(PPG [n], ABP [n] on the windows' grid, {kind: (times_s, values, factor)})."""

@@ -136,6 +136,7 @@ def test_usual_names_are_recognised_with_their_units(kind, names):
      {"abp": "ART", "ppg": "PPG", "map": "ART(M)"}),
     ({"ABP": lambda t: 87 + np.floor(t / 7) % 3, "ABP wave": pressure, "PPG": light,
       "Pulse": light}, {"abp": "ABP wave", "ppg": "PPG"}),
+    ({"ABP": lambda t: 0 * t, "ABP#2": pressure, "PPG": light}, {"abp": "ABP#2", "ppg": "PPG"}),
     ({"MAP": pressure, "PPG": light, "HR": lambda t: 75 + np.floor(t / 7) % 3},
      {"abp": "MAP", "ppg": "PPG", "hr": "HR"}),
 ])
@@ -316,6 +317,16 @@ def test_a_ppg_is_turned_as_a_whole_where_only_a_later_part_is_sure(tmp_path, mo
     path = write_csv(tmp_path / "a.csv", 190, columns={"PPG": lambda t: -light(t) - (t > 60)})
     recorded = windows(path, polarity=lambda ppg, fs: -int(ppg.mean() < -1.5))
     assert [block.ppg.mean() > 0 for block in recorded] == [True, True, True]
+
+
+def test_an_inverted_abp_is_said_and_a_ppg_that_is_a_copy_of_it_refused(tmp_path):
+    path = write_csv(tmp_path / "a.csv", columns={"ABP": lambda t: -pressure(t), "PPG": light})
+    recorded = windows(path, polarity=lambda wave, fs: int(np.sign(np.nanmean(wave))))
+    assert joined(recorded).abp.mean() < 0 and "ABP seems inverted" in recorded.notes[0]
+    path = write_csv(tmp_path / "b.csv", columns={
+        "ABP": pressure, "PPG": lambda t: 3 - 0.01 * pressure(t)})
+    with pytest.raises(RecordingError, match="a copy of its ABP"):
+        joined(windows(path))
 
 
 def test_a_long_recording_is_read_in_little_more_memory_than_its_windows_need(tmp_path):
