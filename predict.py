@@ -244,7 +244,7 @@ class Predictor:
             "numbers": numbers,
             "cuff": {kind[len("cuff_"):]: one for kind, one in numbers.items()
                      if kind.startswith("cuff_")},
-            "ppg": {"hr": (quality["ppg_hr"], none)}})
+            "ppg": {"hr": (np.where(quality["reason"], np.nan, quality["ppg_hr"]), none)}})
         above = vitals.get("dbp", none) >= vitals.get("map", none)
         reasons = [" ".join([*signals.reason_names(mask),
                              *(f"no_{key}" for key in self.needed if np.isnan(vitals[key][i])),

@@ -43,6 +43,9 @@ PPG_PULSE_HZ = (0.5, 8.0)  # from 30 beats/min to the third harmonic of 160/min
 # walk: 0.01-0.1); 893 real minutes exceed 0.97 and 0.15. Elgendi, Bioengineering 2016.
 MIN_PULSE_SHARE_FAST, MIN_PULSE_SHARE = 0.8, 0.1
 RATE_TOLERANCE_SHARE, RATE_TOLERANCE_BPM = 0.10, 5.0    # whichever is more: AAMI EC13
+# Of the largest range in 2.4 s to the usual one: beyond it a spike outweighs the pulses. In 3,081
+# real minutes without a quality flag it is 6.8 at most.
+MAX_SPAN_RATIO = 10.0
 ARRHYTHMIC = 0.1          # RMSSD / mean interval, as for fibrillation in Dash, Ann Biomed Eng 2009
 PULSE_DEFICIT = 0.5       # share of weak beats that may not reach the finger in arrhythmia
 PPG_HEIGHT_MMHG = 60.0    # the PPG's pulse is scaled to this height for `find_feet`
@@ -318,6 +321,9 @@ def ppg_reasons(ppg: np.ndarray, fs: float) -> np.ndarray:
     fast, total = power[:, hz >= low].sum(1), power[:, 1:].sum(1)
     pulse = power[:, (hz >= low) & (hz <= high)].sum(1)
     has_pulse = (pulse > MIN_PULSE_SHARE_FAST * fast) & (pulse > MIN_PULSE_SHARE * total)
+    n = max(1, int(ppg.shape[1] / (MAX_BEAT_SECONDS * fs)))     # pieces of a beat or more
+    spans = np.stack([np.ptp(piece, axis=1) for piece in np.array_split(ppg, n, axis=1)])
+    has_pulse &= spans.max(0) <= MAX_SPAN_RATIO * np.median(spans, axis=0)
     return reason_mask({
         "ppg_missing": missing.any(1), "ppg_no_pulse": ~has_pulse,
         "ppg_flat": runs(still, PPG_FLAT_SECONDS, fs) & ~missing,

@@ -77,6 +77,9 @@ def test_a_ppg_in_any_unit_is_fine_and_its_faults_are_named():
     for mask, name in zip(signals.ppg_reasons(np.stack(list(faulty.values())), FS), faulty):
         assert name in signals.reason_names(mask)
     assert not signals.ppg_reasons(np.stack([40 + 3 * ppg, 1e-3 * ppg]), FS).any()
+    spike = ppg.copy()
+    spike[1800:1806] += 30 * np.ptp(ppg)
+    assert signals.reason_names(signals.ppg_reasons(spike[None], FS)[0]) == ["ppg_no_pulse"]
     dead = np.stack([np.zeros(3600), np.full(3600, np.nan), np.cumsum(rng.normal(size=3600))])
     assert signals.ppg_reasons(dead, FS).all()
 
