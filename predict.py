@@ -252,8 +252,8 @@ class Predictor:
                    for i, mask in enumerate(quality["reason"])]
         columns = {"start_s": start_s}
         if recorded.start_time is not None:
-            columns["clock"] = (pd.Timestamp(recorded.start_time)
-                                + pd.to_timedelta(start_s, unit="s")).strftime("%H:%M:%S%Z")
+            clock = pd.Timestamp(recorded.start_time) + pd.to_timedelta(start_s, unit="s")
+            columns["clock"] = clock.strftime("%H:%M:%S %Z").str.strip()
         columns.update(self.predict(minutes.ppg, vitals, np.array(reasons, object)), **vitals)
         for key in self.needed + ["sbp", "dbp"] * ("pp" in self.needed):
             in_table = np.searchsorted(wrong_readings.get(key, []), [start_s, end_s])

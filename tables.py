@@ -368,11 +368,15 @@ def find_grid(path, times):
         late_s = t - period * i
         good = np.abs(late_s - np.median(late_s)) < max(1.0, 5 * period, 2 * coarse_s)
         n_wild += np.count_nonzero(~good)
+        good &= (np.diff(t, prepend=times[max(a - 1, 0)]) > 0) | (coarse_s == 0)    # new stamps
         at = np.arange(0, len(t) - FAR_ROWS + 1, size)
         at_s = np.median(late_s[at[:, None] + np.arange(FAR_ROWS)], axis=1) + period * at
         blocks.append((a + at[1:], np.diff(at_s)))
-        i, t = i[good] - i[good].mean(), t[good] - t[good].mean()
-        sums += i @ t, i @ i
+        if good.any():
+            i, t = i[good] - i[good].mean(), t[good] - t[good].mean()
+            sums += i @ t, i @ i
+    if coarse_s and not sums[1]:
+        raise RecordingError(path, f"time in steps of {coarse_s:g} s, too few of them; {GIVE_RATE}")
     exact = sums[0] / sums[1] if sums[1] else period
     length = n + sum(by / exact for _, by in jumps)
     rounded = (round(1 / exact, digits) for digits in range(9))

@@ -159,6 +159,14 @@ def test_stamps_in_whole_seconds_still_give_the_rate(tmp_path):
                                                pytest.approx(times.size - kept.size, abs=3))
 
 
+@pytest.mark.parametrize("start_s, fs", [(0, 100), (20, 100), (50, 62.5)])
+def test_stamps_in_whole_minutes_give_the_rate_where_two_begin(tmp_path, start_s, fs):
+    times = (start_s + np.arange(int(190 * fs)) / fs) // 60 * 60
+    assert table(tmp_path / "a.csv", rows(times, form="{:.0f}")).fs == pytest.approx(fs, rel=1e-3)
+    with pytest.raises(RecordingError, match="steps of 60 s, too few"):
+        table(tmp_path / "a.csv", rows(times[times < 120][-7000:], form="{:.0f}"))
+
+
 def test_a_table_is_read_in_spans_as_in_one_and_twice_over(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "TABLE_CHARS", 1000)
     monkeypatch.setattr(tables, "TABLE_ROWS", 50)
