@@ -307,7 +307,7 @@ def test_sentinels_in_a_waveform_are_missing_samples(tmp_path):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_an_inverted_ppg_is_turned_and_said(tmp_path, sign):
     path = write_csv(tmp_path / "a.csv", columns={"PPG": lambda t: sign * light(t)})
-    recorded = windows(path, polarity=lambda ppg, fs: int(np.sign(ppg.mean())))
+    recorded = windows(path, polarity=lambda wave, fs: int(np.sign(np.nan_to_num(wave).mean())))
     assert joined(recorded).ppg.mean() == pytest.approx(1, abs=0.01)
     assert len(recorded.notes) == (sign < 0)
 
@@ -321,7 +321,7 @@ def test_a_ppg_is_turned_as_a_whole_where_only_a_later_part_is_sure(tmp_path, mo
 
 def test_an_inverted_abp_is_said_and_a_ppg_that_is_a_copy_of_it_refused(tmp_path):
     path = write_csv(tmp_path / "a.csv", columns={"ABP": lambda t: -pressure(t), "PPG": light})
-    recorded = windows(path, polarity=lambda wave, fs: int(np.sign(np.nanmean(wave))))
+    recorded = windows(path, polarity=lambda wave, fs: int(np.sign(np.nan_to_num(wave).mean())))
     assert joined(recorded).abp.mean() < 0 and "ABP seems inverted" in recorded.notes[0]
     path = write_csv(tmp_path / "b.csv", columns={
         "ABP": pressure, "PPG": lambda t: 3 - 0.01 * pressure(t)})
