@@ -449,7 +449,7 @@ def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename
                 return replace(index, paths=paths)
     index = index_files(paths, gate, mrn_to_csns)
     if savename is not None:
-        with suppress(*(DataError, OSError) * keep):
+        with suppress(*[DataError, OSError] if keep else []):
             index.save(savename)
     return index
 

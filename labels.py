@@ -24,7 +24,8 @@ BEATS = "foot"            # where beats begin and end; a file's attribute `beats
 SBP_MAX_MMHG, DBP_MIN_MMHG = 300.0, 10.0
 PP_RANGE_MMHG = (5.0, 200.0)
 FLAT_SECONDS, FLAT_MMHG_PER_S = 0.5, 0.5    # diastole falls faster unless the heart stops
-CLIP_MMHG, FLUSH_MMHG = 0.25, 60.0      # below the top; above SBP, where no post-ectopic beat is
+CLIP_MMHG = 0.25          # of the highest value: samples within it for long are clipped
+FLUSH_MMHG = 60.0         # above SBP, beyond any post-ectopic beat: the line is being flushed
 MIN_COVER = 0.5           # share of the segment that valid beats must cover
 # `waveform_balance`; times are from a beat's foot.
 LEVEL_SECONDS = 0.12      # the level at a foot is the mean over this time

@@ -47,8 +47,9 @@ def _r2_of_sums(n, e, ee, ae, y, yy):
     return np.where(spread > MIN_VARIANCE * n, 1 - ee / spread, np.nan)
 
 
-# Add a score here: console, JSON and page follow. of_sums takes the sums n, e, ee, ae, y, yy of 1,
-# error, error², |error|, y and y², y = truth - mean.
+# Add a score here: console, JSON and page follow. Without of_sums or draws, each draw of the
+# bootstrap is scored from its segments, which is slow. of_sums takes the sums n, e, ee, ae, y, yy
+# of 1, error, error², |error|, y and y², y = truth - mean.
 SCORES = {
     "rmse": Score(lambda truth, prediction: sk.mean_squared_error(truth, prediction) ** 0.5,
                   "mmHg", "RMSE", "log", lambda n, e, ee, *_: np.sqrt(ee / n)),

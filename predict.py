@@ -150,7 +150,7 @@ class Predictor:
             raise DataError(f"{name}: predict.py needs a network of the PPG and the vitals of "
                             "datasets.FIELDS; evaluate.py scores any other")
         self.gives_p_crit = model.keys[-1] == "p_crit"
-        self.needed = list(dict.fromkeys(self.inputs + ["map"] * self.gives_p_crit))
+        self.needed = list(dict.fromkeys(self.inputs + (["map"] if self.gives_p_crit else [])))
         self.given = {key: value for key, value in given.items() if value is not None}
         for key, value in self.given.items():
             low, high = WINDOW["limits"][key]

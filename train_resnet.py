@@ -150,7 +150,7 @@ def train_and_score(options, data, fitted, place):
         parent = open_parent(options, data, parts) if options.init_from else None
         model, network = build(options, recipe, sets["train"], parent)
         description = describe(options, recipe, data, parts, network, parent)
-        finished = [is_first() and is_finished(options, files, description, place)]
+        finished = [is_first() and show_if_finished(options, files, description, place)]
         if header.distributed()[1] > 1:         # the first process tells the others
             torch.distributed.broadcast_object_list(finished)
         if finished[0]:
@@ -281,7 +281,7 @@ def describe(options, recipe, data, parts, network, parent):
         **data.provenance, "parent": checkpoint.weights_fingerprint(parent) if parent else None}}
 
 
-def is_finished(options, files, description, place) -> bool:
+def show_if_finished(options, files, description, place) -> bool:
     """Whether this very run is finished; then shows its scores. Refuses a run of other options."""
     path = files.checkpoint             # read also with --fresh: raises where it is not ours
     saved = header.load_checkpoint(path) if os.path.exists(path) else None

@@ -203,8 +203,9 @@ class NormalisedModel(nn.Module):
     def try_network(self) -> int:
         """The number of outputs, found by passing two flat segments through the network."""
         like, training = next(self.network.parameters(), torch.zeros(1)), self.network.training
-        example = ([like.new_zeros(2, 1, SEGMENT_SAMPLES)] * self.with_ppg
-                   + [like.new_zeros(2)] * len(self.slopes))
+        example = [like.new_zeros(2)] * len(self.slopes)
+        if self.with_ppg:
+            example.insert(0, like.new_zeros(2, 1, SEGMENT_SAMPLES))
         try:
             with torch.no_grad():
                 shape = tuple(self.network.eval()(*example).shape)
@@ -218,14 +219,15 @@ class NormalisedModel(nn.Module):
         return shape[1]
 
     def normalise(self, inputs) -> List[torch.Tensor]:
-        ppg, vitals = inputs[:self.with_ppg], inputs[self.with_ppg:]
+        n_ppg = int(self.with_ppg)
+        ppg, vitals = inputs[:n_ppg], inputs[n_ppg:]
         return ([PPG_NORMALISATIONS[self.ppg_normalisation](one) for one in ppg]
                 + [(v - self.vital_mean[i]) / self.vital_sd[i] for i, v in enumerate(vitals)])
 
     def to_mmhg(self, out, inputs, normalised):
         estimate = out[:, :1] * self.scale + self.offset
         if self.anchor:
-            for slope, vital in zip(self.slopes, normalised[self.with_ppg:]):
+            for slope, vital in zip(self.slopes, normalised[int(self.with_ppg):]):
                 estimate = estimate + slope * vital.view(-1, 1)
             if len(self.pulse_low):
                 found = pulse_statistics(inputs[0]).clamp(self.pulse_low, self.pulse_high)
@@ -465,22 +467,29 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
 
     Loaders yield (ppg [B, 1, L], vitals [B]…, label [B]); `model(ppg, *vitals)` gives [B, 1].
     The best epoch has the lowest tune loss. Trajectories are arrays: batch_train_loss,
-    epoch_train_loss, batch_val_loss, epoch_val_loss, lr. Options that need a word:
+    epoch_train_loss, batch_val_loss, epoch_val_loss, lr. Parameters up to repeat_val are those of
+    the published function:
+
     l1_reg: after each step weights (not biases or norms) shrink by lr * l1_reg and stop at zero.
     early_stopping: stop after so many epochs without improvement; -1 never.
-    scheduler_and_args: [class, {arguments}] of torch.optim.lr_scheduler, with a step an epoch, or a
-    batch with batch_cosine. warmup_epochs: first the rate rises linearly from a tenth.
+    scheduler_and_args: [class, {arguments}] of torch.optim.lr_scheduler; a step an epoch.
+    batch_cosine: the scheduler steps after each batch instead.
+    warmup_epochs: first the rate rises linearly from a tenth.
     gradient_accumulation: one step for so many batches, equal to one batch of their size.
-    optimizer_type: Adam, or any class of torch.optim. criterion: a name in LOSSES, a `Loss`, or any
-    callable. checkpoints_name: also save each epoch's state dict as <checkpoints_name>_<epoch>.pth.
-    repeat_val: passes over the tune loader (level 'patient' draws anew). precision: 'float32',
-    'tf32' (on CUDA; the default) or 'bf16'. on_epoch: called with a dictionary for each epoch so
-    far. average_weights: average the weights of this share of all steps, the last, and tune them.
+    optimizer_type: Adam, or any class of torch.optim.
+    criterion: a name in LOSSES, a `Loss`, or any callable.
+    checkpoints_name: also save each epoch's state dict as <checkpoints_name>_<epoch>.pth.
+    repeat_val: passes over the tune loader (level 'patient' draws anew).
+    precision: 'float32', 'tf32' (on CUDA; the default) or 'bf16'.
+    on_epoch: called after each epoch with the list of all rows so far, one dictionary an epoch.
+    average_weights: average the weights of this share of all steps, the last, and tune them.
     resume_path: the state is kept in this file after each epoch, every checkpoint_minutes, and when
     SIGINT or SIGTERM arrive (then raises Interrupted). If it is there, training goes on from it to
-    the same bits (from the start of the epoch with other loaders than ours). experiment: kept there
-    for the caller to compare. Under torchrun each process passes its own share of the segments;
-    gradients and losses are those of all. Raises NonFiniteLoss and other TrainingErrors.
+    the same bits (from the start of the epoch with other loaders than ours).
+    experiment: kept there for the caller to compare.
+
+    Under torchrun each process passes its own share of the segments; gradients and losses are those
+    of all. Raises NonFiniteLoss and other TrainingErrors.
     """
     loss, device, (rank, world) = choose_loss(criterion), choose_device(device), distributed()
     n_batches, bf16, on_cuda = len(train_loader), precision == "bf16", device.type == "cuda"
