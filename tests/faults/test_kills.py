@@ -185,7 +185,7 @@ def make_inputs(folder):
 
 
 @needs_children
-@pytest.mark.parametrize("kind", [*KINDS, *COMMANDS])
+@pytest.mark.parametrize("kind", [*KINDS, "preparing"])
 def test_a_killed_run_ends_in_the_same_weights_or_file_to_the_last_bit(kind, tmp_path):
     make_inputs(str(tmp_path))
     kills = 2 if kind == "one process" else 1
