@@ -169,7 +169,8 @@ def assign_patients(found, names, options, problems) -> List[str]:
         return names
     try:
         table = pd.read_csv(options.groups, dtype=str, keep_default_na=False, encoding="utf-8-sig",
-                            usecols=["record", "split_group"], skip_blank_lines=False)
+                            usecols=["record", "split_group"], skip_blank_lines=False,
+                            index_col=False)
     except ValueError as error:  # also of bytes that are not UTF-8 and of pandas' parser
         raise RecordingError(options.groups, "expected a CSV file with the columns "
                              "record,split_group", error) from None
@@ -192,6 +193,8 @@ def assign_patients(found, names, options, problems) -> List[str]:
             wrong = "this record has two groups"
         if wrong:
             raise RecordingError(options.groups, f"line {line}: {wrong}")
+    if not groups:
+        raise RecordingError(options.groups, "none of its records is one of these recordings")
     for number, item in enumerate(found):
         if number not in groups:
             problems.add("note", item.path, "not in the groups file: taken as its own patient")

@@ -488,8 +488,12 @@ def quality_lines(found) -> list:
         delay = (f"PPG behind ABP, per record: median {middle:.2f} s (5th to 95th percentile "
                  f"{low:.2f} to {high:.2f} s); certain in {len(delay_s):,} of "
                  f"{counted(found['n_records'], 'record')}")
+    same = segments.dropna(subset=["map"]).groupby(["map", "dbp", "hr", "r2"])["patient"].nunique()
+    n_same = int((same > 1).sum())
+    twice = [f"*** {counted(n_same, 'minute')} in the recordings of several patients: copies? Give "
+             "them one group (--groups), or leave them out ***"] if n_same else []
     return [passes, delay,
-            f"{found['minutes_dropped']:.1f} minutes at the ends and between gaps fill no segment"]
+            f"{found['minutes_dropped']:.1f} minutes at the ends and between gaps fill no segment", *twice]
 
 
 def quality_tables(found) -> list:

@@ -107,7 +107,7 @@ class Csv:
         names = names[:max([i for i, name in enumerate(names, 1) if name], default=0)]
         data = [row for i, row in data if i >= begin]
         if width == len(names) + 1 and any(row[-1] for row in data) and (
-                lines[begin].startswith('"') or all(row[0].isdigit() for row in data)):
+                lines[begin].startswith('"') or _counts_up([row[0] for row in data])):
             names, units = ["", *names], ["", *units]       # R's row names have no header
         self.names, self.width, self.first_line = formats.unique(names), len(names), begin
         units = dict(zip(self.names, [*units, *[""] * self.width]))
@@ -213,6 +213,12 @@ def _separator(lines):
 def _share(row, test):
     full = [cell for cell in row if cell]
     return sum(map(test, full)) / len(full) if full else 0.0
+
+
+def _counts_up(cells):
+    """1, 2, 3, …: not what stands before decimal commas."""
+    return all(cell.isdigit() for cell in cells) and all(
+        int(b) - int(a) == 1 for a, b in zip(cells, cells[1:]))
 
 
 def _is_number(cell):
@@ -448,7 +454,7 @@ class Table:
             n = sum(len(frame) for frame in self.file.frames(self.file.names[-1:]))
         elif names:
             times, is_date, zoned = read_times(self.file, names)
-            if is_date:
+            if is_date and not any("daylight" in note for note in self.file.notes):
                 epoch = EPOCH.replace(tzinfo=datetime.timezone.utc if zoned else None)
                 self.start_time = epoch + datetime.timedelta(seconds=round(times[0], 6))
             times -= times[0]

@@ -98,6 +98,17 @@ def test_labels_are_those_of_the_stored_pressure(tmp_path):
         assert datasets.origin_of([tmp_path / "o.h5"], "label_method") == method
 
 
+def test_copies_of_a_recording_are_said_unless_they_are_one_patient(tmp_path, minute):
+    for name in ("a", "b"):
+        shutil.copy(minute, tmp_path / f"{name}.csv")
+    groups, files = tmp_path / "g.txt", [tmp_path / "a.csv", tmp_path / "b.csv"]
+    groups.write_text("record,split_group\na,P1\nb,P1\n")
+    done = run(*files, "--out", tmp_path / "o.h5")
+    assert "1 minute in the recordings of several patients" in done.stdout, done.stderr
+    done = run(*files, "--out", tmp_path / "p.h5", "--groups", groups)
+    assert done.returncode == 0 and "several patients" not in done.stdout, done.stderr
+
+
 def test_groups_keep_a_patients_records_together_and_equal_names_apart(tmp_path, minute):
     for folder in ("p1/a", "p1/b", "p2/a"):
         (tmp_path / "in" / folder).mkdir(parents=True)
@@ -114,6 +125,7 @@ def test_groups_keep_a_patients_records_together_and_equal_names_apart(tmp_path,
     for text, complaint in (
             ("record,split_group\nwaves,P1\n", "line 2: several recordings have this name"),
             ("name,split_group\n", "expected a CSV file with the columns record,split_group"),
+            ("record,split_group\nnobody,P1\n", "none of its records is one of these"),
             ("record,split_group\nr1,a/b\n", "line 2: expected a record and a group"),
             ("record,split_group\nb/waves,P\nb/waves.csv,Q\n", "line 3: this record has two")):
         groups.write_text(text)
