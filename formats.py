@@ -412,7 +412,10 @@ class Hdf5:
                 check_size(path, item.size)
                 rates = [_attribute(above, "fs", "sampling_rate", "sample_rate")
                          for above in (item, item.parent, item.file)]
-                fs = next(filter(None, [file_fs, *map(_rate, rates)]), np.nan)
+                stated = next(filter(None, map(_rate, rates)), None)
+                fs = file_fs or stated or np.nan
+                if stated not in (None, fs):
+                    self.notes = ["--fs replaces another rate that the file states"]
                 name, self.end_s = printable(place), max(self.end_s, item.size / fs)
                 self.channels[name] = listed(fs, _attribute(item, "unit", "units") or "")
                 self.places[name] = place

@@ -320,7 +320,9 @@ def test_the_rate_of_hdf5_is_an_attribute_of_the_dataset_or_above_or_given(tmp_p
     reader = opened(tmp_path / "w.h5")
     np.testing.assert_array_equal(reader.read(["a/light"], 0, 9)["a/light"].samples, np.arange(50))
     assert reader.channels["a/light"].fs == 50
-    assert opened(tmp_path / "w.h5", 25).channels["b/light"].fs == 25
+    given = opened(tmp_path / "w.h5", 25)
+    assert given.channels["b/light"].fs == 25 and "another rate" in given.notes[0]
+    assert not reader.notes and not opened(tmp_path / "w.h5", 50).notes
     with pytest.raises(RecordingError, match="give the rate: --fs HZ"):
         reader.read(["b/light"], 0, 9)
     with h5py.File(tmp_path / "w.h5", "a") as file:
