@@ -631,12 +631,12 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
             run.log.append({"epoch": run.epoch, "train_loss": train_loss, "tune_loss": tune_loss,
                             "lr": rate, "best_epoch": run.best_epoch + 1,
                             "seconds": round(run.seconds, 2)})
-            if resume_path:
-                save_state(resume_path, run, losses, parts, experiment)
             if rank == 0 and checkpoints_name is not None:
                 save_tensors(f"{checkpoints_name}_{run.epoch}.pth", model.state_dict())
             if rank == 0 and on_epoch is not None:
                 on_epoch(run.log)
+            if resume_path:             # last: a run killed before it does all of this again
+                save_state(resume_path, run, losses, parts, experiment)
             if rank == 0 and verbose:
                 print("epoch {epoch}/{}: train loss {train_loss:.4g}, tune loss {tune_loss:.4g} "
                       "(best: epoch {best_epoch})".format(total_epochs, **run.log[-1]), flush=True)
