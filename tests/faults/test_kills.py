@@ -5,7 +5,7 @@
 SIGKILL arrives at a random moment of a real run (start, training, saving, scoring, drawing; or
 simulating, preparing, predicting), again and again, until the run ends by itself. Training saves
 its state after each step; every second run also writes slowly (each sync waits), so that many kills
-fall inside a write.
+fall inside a write; of one process, every second kill arrives at a call that changes files.
 """
 import contextlib
 import hashlib
@@ -40,6 +40,16 @@ training_header.training_loop.__kwdefaults__["checkpoint_minutes"] = 0      # af
 if {slow}:
     fsync = os.fsync
     os.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]
+calls = []
+def killed_at(function):
+    def call(*arguments, **options):
+        calls.append(function)
+        if len(calls) == {kill_at}:
+            os.kill(os.getpid(), 9)
+        return function(*arguments, **options)
+    return call
+for name in ("fsync", "replace", "remove", "makedirs", "open", "rename", "unlink"):
+    setattr(os, name, killed_at(getattr(os, name)))
 sys.exit(tk_utils.run_script(train_resnet.main, ValueError))
 """
 OPTIONS = ["--data", "../d.h5", "--epochs", "3", "--batch-size", "4", "--device", "cpu"]
@@ -56,7 +66,7 @@ COMMANDS = {
 }
 
 
-def start(folder, kind, slow=False):
+def start(folder, kind, slow=False, kill_at=0):
     if kind in COMMANDS:
         script, *options = COMMANDS[kind]
         command = [os.path.join(ROOT, script), *options]
@@ -64,7 +74,7 @@ def start(folder, kind, slow=False):
         launcher, options = KINDS[kind]
         script = os.path.join(os.path.dirname(folder), f"train_{'slowly' if slow else 'fast'}.py")
         with open(script, "w") as file:
-            file.write(SCRIPT.format(root=ROOT, slow=slow))
+            file.write(SCRIPT.format(root=ROOT, slow=slow, kill_at=kill_at))
         command = [*launcher, script, *OPTIONS, *options]
     return subprocess.Popen([sys.executable, *command], cwd=folder,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -146,14 +156,18 @@ def killed_runs(base, kind, kills, rng):
         folder = os.path.join(base, f"run{completed}")
         os.makedirs(folder)
         while True:
-            process = start(folder, kind, slow=done % 2 == 1)
+            at_call = kind == "one process" and done % 4 >= 2
+            process = start(folder, kind, done % 2 == 1, rng.randint(1, 150) if at_call else 0)
             try:
-                output = process.communicate(timeout=rng.uniform(0.0, 1.1 * usual_s))[0]
-                assert process.returncode == 0, output
-                break
+                wait_s = None if at_call else rng.uniform(0.0, 1.1 * usual_s)
+                output = process.communicate(timeout=wait_s)[0]
+                if process.returncode != -signal.SIGKILL:
+                    assert process.returncode == 0, output
+                    break
             except subprocess.TimeoutExpired:
                 kill(process.pid)
                 process.communicate()
+            if process.returncode:
                 done += 1
                 check_files(folder)
                 if done >= kills:
