@@ -36,7 +36,8 @@ def simulated(patients, segments, seed):
     """The path of a simulated file, made if it is not there."""
     path = f"data/simulated_{patients}x{segments}_seed{seed}.h5"
     if not os.path.exists(path):
-        simulate.simulate_file(path, patients, segments, seed, workers=os.cpu_count() or 1)
+        workers = (os.cpu_count() or 1) if patients > 100 else 1
+        simulate.simulate_file(path, patients, segments, seed, workers=workers)
     return path
 
 

@@ -85,7 +85,7 @@ def test_a_network_and_a_loss_of_ones_own_go_all_the_way_in_forty_lines(folder):
     pytest.importorskip("onnx", reason="the package onnx is not installed")
     phase = np.arange(2 * 3600) / 60
     np.savetxt(folder / "r.csv", np.column_stack([phase, 80 + 20 * np.sin(8 * phase),
-                                                  np.sin(8 * phase)]),
+                                                  np.sin(8 * phase - 1)]),
                delimiter=",", comments="", header="time_s,abp_mmhg,ppg")
     out = run_example("custom_network.py", "s.h5", "r.csv", cwd=folder)
     assert "epoch 10/10" in out and re.search(r"^network +[\d.]+", out, re.M)

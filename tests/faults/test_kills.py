@@ -199,8 +199,8 @@ def make_inputs(folder):
 
 
 @needs_children
-@pytest.mark.parametrize("kind", [*KINDS, "preparing"])
-def test_a_killed_run_ends_in_the_same_weights_or_file_to_the_last_bit(kind, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, tmp_path):
     make_inputs(str(tmp_path))
     kills = 2 if kind == "one process" else 1
     assert killed_runs(str(tmp_path), kind, kills, random.Random(len(kind)))[0] == kills
