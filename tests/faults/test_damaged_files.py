@@ -183,7 +183,8 @@ def write_wfdb(folder, name, fs=125, seconds=70):
     t = np.arange(seconds * fs) / fs
     wave = np.sin(2 * np.pi * 1.2 * t) + 0.4 * np.sin(4 * np.pi * 1.2 * t - 0.8)
     wave *= 1 + 0.2 * np.sin(2 * np.pi * 0.03 * t)
-    np.stack([8000 + 2500 * wave, 500 * np.roll(wave, fs // 5)], 1).astype("<i2").tofile(folder / f"{name}.dat")
+    both = np.stack([8000 + 2500 * wave, 500 * np.roll(wave, fs // 5)], 1)
+    both.astype("<i2").tofile(folder / f"{name}.dat")
     (folder / f"{name}.hea").write_text(
         f"{name} 2 {fs} {t.size}\n{name}.dat 16 100/mmHg 16 0 0 0 0 ABP\n"
         f"{name}.dat 16 100/NU 16 0 0 0 0 PLETH\n")
