@@ -31,7 +31,7 @@ NO_UNIT = ("nu", "au", "arb", "arbunits", "mv", "v", "uv", "µv", "%", "adc", "a
 # What stands in brackets and is no unit: the kind of number, and the site.
 NUMBER_WORDS = ("mean", "m", "mbp", "map", "avg", "average", "sys", "s", "sbp", "systolic", "syst",
                 "dias", "dia", "d", "dbp", "diastolic", "diast", "hr", "pr", "rate", "max", "min",
-                "pp", "wave", "waveform")
+                "pp", "wave", "waveform", "ambient")
 IN_NAMES = (*NUMBER_WORDS, "left", "right", "l", "r", "a", "b", "radial", "rad", "femoral", "fem",
             "brachial", "aortic", "umbilical", "finger", "ear", "toe", "ir", "red", "green",
             "invasive", "arterial", "art", "abp", "ibp", "ppg", "pleth")

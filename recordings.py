@@ -173,8 +173,7 @@ def plain_name(name) -> str:
     name = re.sub(r"#\d+$", "", name)          # formats.unique: the second of two 'ABP'
     unit = formats.unit_in_name(name)
     name = name[:name.rindex(unit)] if unit else name
-    # in brackets: 'ART(M)' is no 'ART', 'PPG (ambient)' no 'PPG'
-    kept = "|".join((*formats.NUMBER_WORDS, "ambient"))
+    kept = "|".join(formats.NUMBER_WORDS)      # in brackets: 'ART(M)' is no 'ART'
     name = re.sub(rf"[\[(](?!\W*({kept})\W*([\])]|$))[^\])]*", "", name.lower()).rstrip("/_ )]")
     name = re.sub(r"[^a-z0-9]", "", name.rsplit("/", 1)[-1])
     return re.sub(r"^(nls)?(nom|mdc)(pressbld|pulsoxim)?", "", name)
