@@ -118,16 +118,16 @@ def moving_mean(x, width):
     return F.avg_pool1d(padded, width, 1)[:, 0]
 
 
-def fit_anchor(dataset, keys: List[str], with_pulse: bool = False) -> dict:
+def fit_anchor(dataset, keys: List[str], pulse: Optional[np.ndarray] = None) -> dict:
     """The ridge of the label on the vitals over a (train) dataset: `NormalisedModel(anchor=…)`.
 
     {'coefficients': {vital: mmHg per unit}, 'intercept': mmHg, 'sd': SD of its residuals, mmHg}.
-    with_pulse: also on `pulse_statistics`; then also 'statistics': {'low', 'high': limits to which
-    they are clipped, 'coefficients'}. More than MOST_ANCHORED segments: a random choice of them.
+    pulse: `read_pulse` of its segments, to fit on these as well; then also 'statistics': {'low',
+    'high': limits to which they are clipped, 'coefficients'}. Without it, more than MOST_ANCHORED
+    segments give way to a random choice of them.
     """
-    dataset = some_segments(dataset)
-    label, vitals = read_columns(dataset, keys)
-    return fit_rows(vitals_of(keys), vitals, label, read_pulse(dataset) if with_pulse else None)
+    label, vitals = read_columns(some_segments(dataset) if pulse is None else dataset, keys)
+    return fit_rows(vitals_of(keys), vitals, label, pulse)
 
 
 def fit_rows(names, vitals, label, pulse=None) -> dict:
@@ -142,11 +142,11 @@ def fit_rows(names, vitals, label, pulse=None) -> dict:
                                     "coefficients": weights})
 
 
-def cross_validate(train, keys: List[str]):
+def cross_validate(train, keys: List[str], pulse: np.ndarray):
     """(missing [N], added [N], patients [N]) of train patients left out of both fits in turn: what
     the ridge on the vitals leaves of the label, and what pulse statistics add to it."""
     label, vitals = read_columns(train, keys)
-    pulse, patients = read_pulse(train), train.index.segment_patients()
+    patients = train.index.segment_patients()
     plain, full, names = label.copy(), label.copy(), vitals_of(keys)
     if train.index.n_patients > 1:
         for rows, left in GroupKFold(min(FOLDS, train.index.n_patients)).split(

@@ -487,7 +487,7 @@ def check_parts(split, scored, train, tune) -> dict:
     found = {}
     if split:
         sets = {part: set(split.get(part, ())) for part in ("train", "tune", "test", "ancestors")}
-        seen = sets["train"] | sets["tune"] | sets["ancestors"]
+        seen = set().union(*(sets[part] for part in checkpoints.SEEN))
         found["patients_in_two_parts"] = len(sets["train"] & sets["tune"] | sets["test"] & seen)
     if train is not None:
         ours = second_hashes(scored)

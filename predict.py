@@ -103,7 +103,7 @@ def main(arguments=None):
         else:
             print_minutes(table, predictor.needed)
         if options.figure:
-            save_drawing(draw(table, predictor), predictor, options.figure)
+            save_drawing(table, predictor, options.figure)
     for line in predictor.remarks:
         print(line)
     return int(bool(found) and table.attrs["failed"] > 0)
@@ -349,7 +349,7 @@ def print_summary(table, needed):
               + (f"; {counted(n_wrong, 'implausible value')} refused" if n_wrong else ""))
 
 
-def draw(table, predictor):
+def draw(table, predictor, with_values=False):
     """TPP with its intervals and the label, vitals below; refused minutes are shaded."""
     scale, unit = (60.0, "minutes") if table["start_s"].iloc[-1] < 7200 else (3600.0, "hours")
     units = list(dict.fromkeys(FIELDS[key].unit for key in predictor.needed))
@@ -370,7 +370,8 @@ def draw(table, predictor):
     if "tpp_abp" in table:
         top.plot(middle, table["tpp_abp"].where(table["abp_in_gate"] == "yes"), ".", color="black",
                  ms=4, label="label from the arterial\nline (passes the gate)")
-    add_values(top, middle, table)
+    if with_values:
+        add_values(top, middle, table)
     top.axhline(metrics.LOW_TPP, color="0.4", lw=0.9, ls="--", label=f"{metrics.LOW_TPP:g} mmHg")
     for axis, label in zip(axes, ("TPP (mmHg)", *units)):
         for i, key in enumerate(predictor.needed):
@@ -400,8 +401,10 @@ def add_values(axis, middle, table):
                       gid=f"hover:{when}: TPP {row['tpp']:.0f} mmHg{ends}")
 
 
-def save_drawing(figure, predictor, path):
-    if path.lower().endswith(".html"):
+def save_drawing(table, predictor, path):
+    as_page = path.lower().endswith(".html")
+    figure = draw(table, predictor, with_values=as_page)
+    if as_page:
         caption = "TPP by minute; the values show under the pointer. Grey: refused minutes."
         report.write_page(path, "figure.html", title="Tissue perfusion pressure",
                           image=report.page_figure(figure, caption))

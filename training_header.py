@@ -35,8 +35,8 @@ from torch.optim.lr_scheduler import (
 
 import kernels
 from anchor import (
-    blend, cross_validate, fit_anchor, predict_with_anchor, pulse_statistics, shown_share,
-    some_segments)
+    blend, cross_validate, fit_anchor, predict_with_anchor, pulse_statistics, read_pulse,
+    shown_share, some_segments)
 from checkpoint import (
     CheckpointError, build_network, hash_patients, load_by_name, load_checkpoint, load_tensors,
     read_salt, save_checkpoint, save_tensors)
@@ -299,9 +299,10 @@ def fit_blend(model, train, tune, device=None) -> float:
     label, patients = tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
     base, with_pulse, pulse_share = predict_with_anchor(model.anchor, tune), None, 0.0
     if model.with_ppg:
-        with_pulse = fit_anchor(train, model.keys, with_pulse=True)
+        pulse = read_pulse(train)
+        with_pulse = fit_anchor(train, model.keys, pulse)
         added = predict_with_anchor(with_pulse, tune) - base
-        of_train = cross_validate(train, model.keys)
+        of_train = cross_validate(train, model.keys, pulse)
         pulse_share = shown_share(*map(np.concatenate, zip(
             of_train, (label - base, added, train.index.n_patients + patients))))
         base = base + pulse_share * added

@@ -1,7 +1,7 @@
 """The reference on real patients: docs/real-recordings.md's protocol in one command.
 
     python benchmarks/real.py --records ../shared/data/wfdb ../shared/data/patients/wfdb \\
-        --groups groups.csv --seeds 5           # about 2 hours a label on 2 cores
+        --groups groups.csv --seeds 5           # 20 minutes a seed and label on 2 busy cores
     python benchmarks/real.py --data data/real.h5 --seeds 1 --folds 5           # prepared before
 
 For each label method it prepares the recordings (once), trains train_resnet.py's recipe with every
@@ -32,10 +32,10 @@ KNOWN = 5           # labelled minutes of each patient in the calibrated setting
 VITALS = ("map", "dbp", "hr")
 
 
-def script(name, *arguments):
+def script(name, *arguments, check=True):
     """Runs a script of the repository; what it wrote stays when it fails."""
     subprocess.run([sys.executable, os.path.join(common.ROOT, name), *map(str, arguments)],
-                   check=True)
+                   check=check)
 
 
 def prepare(options):
@@ -47,9 +47,8 @@ def prepare(options):
         if not os.path.exists(path):
             groups = ["--groups", options.groups] if options.groups else []
             # some recordings of an archive are unusable; prepare.py lists them and exits with 1
-            subprocess.run([sys.executable, os.path.join(common.ROOT, "prepare.py"),
-                            *options.records, "--out", path, "--label-method", method, "--workers",
-                            str(os.cpu_count() or 1), *groups], check=False)
+            script("prepare.py", *options.records, "--out", path, "--label-method", method,
+                   "--workers", os.cpu_count() or 1, *groups, check=False)
     return files
 
 
@@ -71,33 +70,29 @@ def unseen_rows(segments):
 
 def changes(segments):
     """For the minutes after each patient's first KNOWN ones: (their numbers, the change of each
-    vital from its mean over the known minutes [later, vitals], the means of the known [later] for
-    any column)."""
+    vital from its mean over the known minutes [later, vitals], the number of the last known one
+    [later], the means of the known [later] for any column)."""
     order = np.argsort(segments.patients, kind="stable")    # encounters and rows are in time order
     owner = segments.patients[order]
     place = np.arange(len(order)) - np.searchsorted(owner, owner)
     later, known = order[place >= KNOWN], order[place < KNOWN]
+    last = order[np.searchsorted(owner, segments.patients[later]) + KNOWN - 1]
 
     def mean(column):
         sums = np.bincount(segments.patients[known], column[known])
         return (sums / KNOWN)[segments.patients[later]]
 
     vitals = [segments.fields[key] for key in VITALS]
-    return later, np.stack([one[later] - mean(one) for one in vitals], 1), mean
+    return later, np.stack([one[later] - mean(one) for one in vitals], 1), last, mean
 
 
 def follow(segments, train):
     """(truth, {predictor: TPP}, patients) of the later minutes of calibrated patients."""
-    later, moved, mean = changes(segments)
-    of_train, moved_train, mean_train = changes(train)
+    later, moved, last, mean = changes(segments)
+    of_train, moved_train, _, mean_train = changes(train)
     ridge = make_pipeline(StandardScaler(), RidgeCV(10.0 ** np.arange(-2, 7))).fit(
         moved_train, train.truth[of_train] - mean_train(train.truth))
-    base, order = mean(segments.truth), np.argsort(segments.patients, kind="stable")
-    owner = segments.patients[order]
-    last = np.full(owner.max() + 1, -1)
-    place = np.arange(len(order)) - np.searchsorted(owner, owner)
-    last[owner[place == KNOWN - 1]] = order[place == KNOWN - 1]
-    last = last[segments.patients[later]]
+    base = mean(segments.truth)
     found = {"last known minute": segments.truth[last],
              "mean of the known minutes": base,
              "mean + change of MAP": base + moved[:, 0],

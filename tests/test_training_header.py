@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import anchor
+from anchor import read_pulse
 from training_header import (
     LOSSES, PPG_NORMALISATIONS, CheckpointError, CosineAnnealingLR, DataError, Interrupted,
     NonFiniteLoss, NormalisedModel, ReduceLROnPlateau, StepLR, TPP_PPG_dataset, TrainingError,
@@ -454,12 +455,12 @@ def test_with_an_anchor_the_network_adds_to_the_ridge_on_the_vitals(index):
 
 def test_no_patient_is_in_the_fit_that_its_cross_validation_tests(index):
     train = TPP_PPG_dataset(index, "segment", KEYS)
-    missing, added, patients = anchor.cross_validate(train, KEYS)
+    missing, added, patients = anchor.cross_validate(train, KEYS, anchor.read_pulse(train))
     assert index.n_patients <= anchor.FOLDS and np.array_equal(patients, index.segment_patients())
     others = TPP_PPG_dataset(index.select(index.encounter_patient != 2), "segment", KEYS)
     this = TPP_PPG_dataset(index.select(index.encounter_patient == 2), "segment", KEYS)
-    plain, full = (predict_with_anchor(fit_anchor(others, KEYS, with_pulse), this)
-                   for with_pulse in (False, True))
+    plain, full = (predict_with_anchor(fit_anchor(others, KEYS, pulse), this)
+                   for pulse in (None, anchor.read_pulse(others)))
     assert np.allclose(missing[patients == 2], this.column("tpp").numpy() - plain, atol=1e-6)
     assert np.allclose(added[patients == 2], full - plain, atol=1e-6)
 
@@ -474,7 +475,7 @@ def test_the_blend_is_of_both_ridges_and_the_network(index, monkeypatch):
     pulse_share = model.anchor["pulse_share"]
     assert 0 <= share <= 1 and 0 < pulse_share <= 1     # on train segments it always explains more
     ridge, with_pulse = (predict_with_anchor(one, train) for one in (
-        anchor, fit_anchor(train, KEYS, with_pulse=True)))
+        anchor, fit_anchor(train, KEYS, read_pulse(train))))
     base = ridge + pulse_share * (with_pulse - ridge)
     assert np.allclose(predict_dataset(model, train), base + share * (with_network - base),
                        atol=2e-3)
