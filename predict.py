@@ -106,7 +106,7 @@ def main(arguments=None):
             save_drawing(table, predictor, options.figure)
     for line in predictor.remarks:
         print(line)
-    return int(bool(found) and table.attrs["failed"] > 0)
+    return int(bool(found) and (table.attrs["failed"] > 0 or not table["tpp"].count()))
 
 
 def predict_recording(model_or_path, recording, map=None, dbp=None, hr=None, vitals=None,
@@ -156,6 +156,8 @@ class Predictor:
             low, high = WINDOW["limits"][key]
             if not low <= value <= high:
                 raise DataError(f"--{key} {value:g}: expected {low:g} to {high:g}")
+        if self.given.get("dbp", 0) >= self.given.get("map", np.inf):
+            raise DataError("--dbp {dbp:g}: expected less than --map {map:g}".format(**self.given))
         checkpoint = getattr(model, "checkpoint", None) or {}
         provenance = checkpoint.get("provenance") or {}
         self.origin = provenance.get("origin", "unknown")
@@ -211,22 +213,41 @@ class Predictor:
 
     def one_table(self, item) -> pd.DataFrame:
         recorded = recordings.read_windows(item.path, **self.reading)
-        readings = {}, {}
+        readings, wrong, implausible = {}, {}, {}
         if self.vitals_path:
-            readings = recordings.read_vitals(self.vitals_path, WINDOW["limits"],
-                                              self.reading["units"], recorded.start_time)
+            readings, wrong, implausible = recordings.read_vitals(
+                self.vitals_path, WINDOW["limits"], self.reading["units"], recorded.start_time)
         with tk_utils.progress(recorded, desc="predicting", unit="block") as blocks:
-            parts = [self.block(recorded, minutes, *readings) for minutes in blocks]
+            parts = [self.block(recorded, minutes, readings, wrong) for minutes in blocks]
         if not parts:
             raise RecordingError(item.typed, "has no uninterrupted minute of PPG")
         table = pd.concat(parts, ignore_index=True)
         missing = [key for key in self.needed if key != "hr" and table[key].isna().all()]
-        if missing and "abp" not in recorded.chosen:
-            raise DataError(f"{item.typed}: no arterial pressure (--abp-channel), nothing that "
-                            f"gives {', '.join(missing).upper()}, which this network needs; add "
-                            f"--map, --dbp, or --vitals CSV of time_s,{','.join(missing)}")
-        self.remarks += [f"{item.typed}: {note}" for note in recorded.notes]
+        if missing:
+            raise RecordingError(item.typed, f"this network needs {', '.join(missing).upper()}: "
+                                 + self.why_missing(missing, recorded, readings, implausible))
+        notes = recorded.notes + [f"--vitals: {what}; {recordings.UNIT_HINT}"
+                                  for what in implausible.values()]
+        self.remarks += [f"{item.typed}: {note}" for note in notes]
         return table
+
+    def why_missing(self, missing, recorded, readings, implausible):
+        """What was found of vitals that no minute has, and what to do."""
+        whys = ["no arterial pressure (--abp-channel)"]
+        if "abp" in recorded.chosen:
+            whys = [recorded.implausible.get("abp", "no usable beats in the arterial pressure")]
+        whys += [what for kind, what in recorded.implausible.items()
+                 if kind.replace("cuff_", "") in missing]
+        for key in missing if self.vitals_path else ():
+            times_s = readings.get(key, [np.zeros(0)])[0]
+            whys.append("--vitals: " + (
+                f"{key.upper()} from {times_s[0]:.0f} to {times_s[-1]:.0f} s, which reaches no "
+                f"minute (it is held for {MAX_AGE_S / 60:g} minutes)" if times_s.size else
+                implausible.get(key, f"no column of numbers that is named {key} or like it")))
+        if any("implausible" in why for why in whys):
+            return "; ".join([*whys, recordings.UNIT_HINT])
+        return "; ".join(whys + [f"add --map, --dbp, or --vitals CSV of time_s,{','.join(missing)}"
+                                 ] * (not self.vitals_path))
 
     def block(self, recorded, minutes, readings, wrong_readings) -> pd.DataFrame:
         """The rows of some minutes."""

@@ -72,6 +72,7 @@ PIECE = 36000           # samples on the windows' grid that are read at a time, 
 MARGIN_S = 2.0          # read beyond a piece's ends: over twice the filter's half-length, 0.65 s
 PROBE_S = 600.0         # of each candidate, to tell waveforms from numbers
 BLOCK_WINDOWS = 30      # handed over at a time
+UNIT_HINT = "if the unit is another: --unit CHANNEL=UNIT, such as ABP=kPa"
 PRIVATE_LINE = "# private: contains true record names and paths; do not share"
 
 
@@ -257,7 +258,8 @@ def _wave_channel(path, kind, reader, named, natures):
 
 
 def check_vitals(readings, limits):
-    """The one check of vitals: ({kind: (times_s, values)}, {kind: times_s of those refused}).
+    """The one check of vitals: ({kind: (times_s, values)}, {kind: times_s of those refused},
+    {kind: what is wrong} of kinds without any plausible reading).
 
     readings: {kind: (times_s [n], values [n] as read, factor to mmHg or beats/min)}; limits:
     {vital: (low, high)} of patients. Refused are sentinels such as -32768 or 2**23 - 1, values
@@ -281,9 +283,17 @@ def check_vitals(readings, limits):
                 wrong = (away_s.min(0) < 2) & (values[low] > values[high][j])
                 refused[low] |= wrong
                 refused[high][j[wrong]] = True
+    implausible = {}
+    for kind, wrong in refused.items():
+        if wrong.size and wrong.all():
+            low, high = limits.get(kind.replace("cuff_", ""), (0, np.inf))
+            median = np.median(readings[kind][1]) * readings[kind][2]
+            implausible[kind] = (f"implausible {kind.replace('_', ' ').upper()} (median "
+                                 f"{median:.3g}, expected {low:g} to {high:g}"
+                                 + ", and DBP <= MAP <= SBP" * kind.endswith("p") + ")")
     return ({kind: (times[~refused[kind]], values[kind][~refused[kind]])
              for kind, (times, _, _) in readings.items()},
-            {kind: readings[kind][0][wrong] for kind, wrong in refused.items()})
+            {kind: readings[kind][0][wrong] for kind, wrong in refused.items()}, implausible)
 
 
 def last_reading(times_s, values, at_s):
@@ -312,7 +322,7 @@ def read_vitals(path, limits, units=None, start_time=None):
                         unit_factor(key, given.get(name.lower(), own_units[name]), path, name))
     if not raw:
         raise RecordingError(path, "expected a time column (time_s: seconds from the recording's "
-                                   "start) and any of " + ", ".join(limits))
+                                   "start) and, as numbers, any of " + ", ".join(limits))
     return check_vitals(raw, limits)
 
 
@@ -346,6 +356,7 @@ class Recorded:
         self.channels = self.reader.channels        # {name: Channel without samples}
         self.start_time = self.reader.start_time    # datetime or None
         self.notes = list(self.reader.notes)        # for the user; name nothing inside the file
+        self.implausible = {}   # after iterating: {kind: what is wrong} without a plausible value
         # {kind: channel name} and {kind: why that one, or none}. Kinds: ppg, abp (waveforms), map,
         # sbp, dbp, hr (numbers of the line or the monitor), cuff_map, cuff_sbp, cuff_dbp.
         self.chosen, self.reasons = choose(self.path, self.reader, channels or {})
@@ -379,12 +390,23 @@ class Recorded:
                      for block in blocks if self.polarity)
             return next((one for one in found if one), 0)
 
-        if sign(ppg) < 0:
+        polarity = sign(ppg)
+        if polarity < 0:
             ppg = -ppg
             self.notes.append("the PPG is inverted (its pulses point down); turned")
+        elif not polarity and self.polarity and blocks:
+            self.notes.append("whether the PPG is inverted cannot be told (its pulses rise as "
+                              "slowly as they fall); if it is, the TPP is wrong")
         if sign(abp) < 0:
             self.notes.append("the ABP seems inverted (its pulses point down): check its unit, "
                               "gain and limits before you use these numbers")
+        low, high = self.limits.get("map", (-np.inf, np.inf))
+        if np.isfinite(abp).any() and not low <= np.nanmedian(abp) <= high:
+            self.implausible["abp"] = (f"implausible ABP (median {np.nanmedian(abp):.3g}, expected "
+                                       f"{low:g} to {high:g} mmHg; see --abp-channel)")
+        # with an arterial line, the numbers are not needed
+        kinds = [kind for kind in self.implausible if kind == "abp" or "abp" not in self.chosen]
+        self.notes += [f"{self.implausible[kind]}; {UNIT_HINT}" for kind in kinds]
         for block in blocks:
             rows = starts[block, None] + samples
             if block.start == 0:
@@ -425,7 +447,7 @@ class Recorded:
         """(numbers, number_age_s, refused) of `Minutes`, for all windows that begin at begin_s."""
         numbers, ages, counts = {}, {}, {}
         edges_s = np.stack([begin_s, begin_s + self.samples / self.fs]) - 1e-6
-        checked, refused = check_vitals(readings, self.limits)
+        checked, refused, self.implausible = check_vitals(readings, self.limits)
         for kind, (times, values) in checked.items():
             counts[kind] = np.diff(np.searchsorted(refused[kind], edges_s), axis=0)[0].astype("i4")
             first, end = np.searchsorted(times, edges_s)

@@ -154,12 +154,30 @@ def test_several_recordings_make_one_table_and_names_stay_private(tmp_path, nigh
 
 def test_without_arterial_line_exactly_the_missing_vitals_are_named(night, checkpoint):
     ignored = ["--abp-channel", "none", night]      # options may stand before the recording
-    for given, said in (([], "gives MAP, DBP, which"), (["--map", 75], "gives DBP, which")):
+    for given, said in (([], "MAP, DBP"), (["--map", 75], "DBP")):
         code, _, err = run(checkpoint, *given, *ignored)
-        assert code == 2 and said in err and "--vitals CSV" in err
+        assert code == 2 and f"needs {said}: no arterial pressure" in err and "--vitals CSV" in err
     table = predict.predict_recording(checkpoint, night, 75, 55, channels={"abp": "none"})
     assert list(table["map_from"] + table["hr_from"]) == ["optionppg"] * 3
     assert abs(table["hr"][0] - 72) < 1 and "tpp_abp" not in table
+
+
+@pytest.mark.parametrize("scale, columns, cuff, said", [
+    (1 / 7.5, ("ABP", "PLETH"), None, ", expected 20 to 200 mmHg; see --abp-channel); if the unit "
+     "is another: --unit CHANNEL=UNIT"),
+    (1, ("PLETH", "ABP"), None, "implausible ABP (median"),       # swapped
+    (1, ("x", "PLETH"), "0,10,7.3\n90,9.4,7", "implausible MAP (median 9.7, expected 20 to 200"),
+    (1, ("x", "PLETH"), "0,55,75\n90,50,70", "median 52.5, expected 20 to 200, and DBP <= MAP"),
+    (1, ("x", "PLETH"), "0,seventy,55", "no column of numbers that is named map"),
+    (1, ("x", "PLETH"), "5000,75,55", "MAP from 5000 to 5000 s, which reaches no minute")])
+def test_why_no_minute_has_a_vital_is_said(tmp_path, night, checkpoint, scale, columns, cuff, said):
+    table = pd.read_csv(night)
+    table["ABP"] *= scale
+    table.set_axis(["time_s", *columns], axis=1).to_csv(tmp_path / "r.csv", index=False)
+    (tmp_path / "cuff.csv").write_text(f"time_s,map,dbp\n{cuff}\n")
+    code, _, err = run(checkpoint, tmp_path / "r.csv",
+                       *(["--vitals", tmp_path / "cuff.csv"] if cuff else []))
+    assert code == 2 and said in err and "add --vitals" not in err and err.count("\n") == 1
 
 
 def test_vitals_come_from_options_then_readings_then_the_line_then_numbers(tmp_path, checkpoint):
@@ -175,8 +193,8 @@ def test_vitals_come_from_options_then_readings_then_the_line_then_numbers(tmp_p
     table = predicted(tmp_path, checkpoint, path, "--abp-channel", "none")
     assert [set(table[f"{key}_from"]) for key in ("map", "dbp", "hr")] == [{"numbers"}] * 3
     np.testing.assert_allclose(table["map"], [70.48, 71.48, 72.48, 73.48], atol=0.01)
-    table = predicted(tmp_path, checkpoint, path, "--map", 40)
-    assert set(table["refused"]) == {"dbp_above_map"}
+    code, out, _ = run(checkpoint, path, "--map", 40)
+    assert code == 1 and "4 minutes, 0 with TPP; refused: dbp_above_map 4" in out
     del numbers["MAP"]
     path = write_csv(tmp_path / "r.csv", 65, columns=("PLETH",), numbers=numbers)
     assert list(predicted(tmp_path, checkpoint, path)["map_from"]) == ["cuff"]
@@ -205,7 +223,7 @@ def test_a_network_of_pcrit_gives_tpp_and_needs_map(tmp_path):
     model = make_checkpoint(tmp_path / "p.pth", ["ppg", "pp", "p_crit"])
     path, cuff = write_csv(tmp_path / "r.csv", 61, columns=("PLETH",)), tmp_path / "cuff.csv"
     code, _, err = run(model, path)
-    assert code == 2 and "gives PP, MAP, which" in err
+    assert code == 2 and "needs PP, MAP: no arterial" in err
     cuff.write_text("time_s,sbp,dbp\n20,110,70\n")
     a, b = (predicted(tmp_path, model, path, "--vitals", cuff, "--map", x) for x in (85, 95))
     assert abs(b["tpp"][0] - a["tpp"][0] - 10) < 0.011
@@ -244,6 +262,7 @@ def test_an_interval_stands_only_where_its_calibration_holds(tmp_path, night, op
     ({"seconds": 30}, [], "no uninterrupted minute"),
     ({"columns": ("ABP",)}, [], "no PPG"), ({"fs": 20}, [], "20 samples/s"),
     ({}, ["--ppg-channel", "X"], "--ppg-channel"), ({}, ["--map", "0"], "--map 0: expected"),
+    ({}, ["--map", "55", "--dbp", "75"], "--dbp 75: expected less than --map 55"),
     ({}, ["--figure", "f.txt"], "ends in .png"), ({}, ["--unit", "kPa"], "CHANNEL=UNIT"),
     ({}, ["none.csv"], "no such file"), ({"scale": 1e6}, [], "no tissue perfusion pressure"),
 ])

@@ -196,7 +196,8 @@ def test_the_pressure_is_converted_to_mmhg_or_its_unit_is_asked_for(tmp_path, na
 def test_what_no_patient_has_is_refused(key, factor, raw, fine):
     wrong = [0, -1, -5, 300, 999, -32768, 32767, 65535, 2**23 - 1, -2**23, 2**31 - 1, np.inf]
     reading = np.arange(14.0), np.array([raw, *wrong, raw]), factor
-    readings, refused = check_vitals({key: reading}, {**LIMITS, "spo2": (70, 100)})
+    readings, refused, implausible = check_vitals({key: reading}, {**LIMITS, "spo2": (70, 100)})
+    assert not implausible
     np.testing.assert_allclose(readings[key], [[0, 13], [fine, fine]], rtol=1e-3)
     assert refused[key].tolist() == list(range(1, 13))
 
@@ -207,14 +208,16 @@ def test_readings_that_contradict_each_other_are_both_refused(prefix):
     dbp, sbp, map_ = np.array([60.0, 95, 60, 5]), np.array([120.0, 120, 70, 120]), np.full(4, 80.0)
     for map_times, expected in ((later, [[3], [], []]), (t, [[1, 3], [1, 2], [2]])):
         keys = [prefix + key for key in ("dbp", "map", "sbp")]
-        _, refused = check_vitals(dict(zip(keys, (
+        _, refused, _ = check_vitals(dict(zip(keys, (
             (t, dbp, 1), (map_times, map_, 1), (t, sbp, 1)))), LIMITS)
         assert [refused[key].tolist() for key in keys] == expected
     keys = [prefix + "dbp", prefix + "map"]
     times = np.array([10.0]), np.array([0.0, 11.0])
-    _, refused = check_vitals({keys[0]: (times[0], np.array([90.0]), 1),
-                               keys[1]: (times[1], np.array([95.0, 70.0]), 1)}, LIMITS)
+    _, refused, implausible = check_vitals({
+        keys[0]: (times[0], np.array([90.0]), 1),
+        keys[1]: (times[1], np.array([95.0, 70.0]), 1)}, LIMITS)
     assert [refused[key].tolist() for key in keys] == [[10], [11]]      # also one that comes later
+    assert list(implausible) == [keys[0]] and "(median 90, expected" in implausible[keys[0]]
 
 
 def test_numbers_are_averaged_over_the_minute_and_a_cuff_s_reading_is_held_with_its_age(tmp_path):
@@ -241,7 +244,7 @@ def test_numbers_are_averaged_over_the_minute_and_a_cuff_s_reading_is_held_with_
 ])
 def test_a_vitals_table_is_checked_as_the_recording_s_numbers_are(tmp_path, text, refused_s):
     (tmp_path / "v.csv").write_text(text)
-    readings, refused = recordings.read_vitals(tmp_path / "v.csv", LIMITS)
+    readings, refused, _ = recordings.read_vitals(tmp_path / "v.csv", LIMITS)
     np.testing.assert_allclose(readings["map"], [[0, 120, 360], [80, 90, 100]], rtol=1e-4)
     np.testing.assert_allclose(readings["dbp"], [[0, 120, 240], [60, 66, 70]], rtol=1e-4)
     assert {key: times.tolist() for key, times in refused.items()} == refused_s
@@ -310,6 +313,8 @@ def test_an_inverted_ppg_is_turned_and_said(tmp_path, sign):
     recorded = windows(path, polarity=lambda wave, fs: int(np.sign(np.nan_to_num(wave).mean())))
     assert joined(recorded).ppg.mean() == pytest.approx(1, abs=0.01)
     assert len(recorded.notes) == (sign < 0)
+    recorded = windows(path, polarity=lambda wave, fs: 0)
+    assert len(joined(recorded).ppg) and "cannot be told" in recorded.notes[0]
 
 
 def test_a_ppg_is_turned_as_a_whole_where_only_a_later_part_is_sure(tmp_path, monkeypatch):
