@@ -352,6 +352,7 @@ def print_minutes(table, needed):
     cells = [table[name].map("{:.1f}".format).replace("nan", "\u2013")
              if table[name].dtype.kind == "f" else table[name] for name in names]
     tk_utils.print_table(zip(*cells), names)
+    print("pressures in mmHg, HR in beats/min")
 
 
 def print_summary(table, needed):
