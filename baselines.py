@@ -5,27 +5,23 @@
     tpp = baselines[best].predict(test_fields)                  # [N] mmHg
 
 Fields are dicts of arrays [N] with the layout's names and units, and `anchor.PULSE_STATISTICS`. The
-regressions' only hyper-parameter (penalty, number of rounds) is chosen by cross-validation over
-patients. Copy anchor.py, datasets.py and metrics.py with it.
+ridges are fitted as those that a model stands on (anchor.py); the number of boosting rounds is
+chosen by cross-validation over patients. Copy anchor.py, datasets.py and metrics.py with it.
 """
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Optional, Sequence, Tuple
 
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingRegressor
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.model_selection import GroupKFold
 from threadpoolctl import threadpool_limits
 
-from anchor import PULSE_STATISTICS
+from anchor import PULSE_STATISTICS, estimate, fit_rows
 from metrics import scores
 
 # The inputs of the label's own regression; pp*hr is its regressor, k·CO (Chandrasekhar et al., Nat
 # Med 2023, doi 10.1038/s41591-023-02474-6).
 ALL_INPUTS = ("map", "sbp", "dbp", "pp", "hr", "pp*hr")
-RIDGE_PENALTIES = tuple(10.0 ** power for power in range(-2, 7))
 FOLDS = 5
 BOOSTING_ROUNDS = 200     # at most; the number is chosen by cross-validation
 
@@ -87,7 +83,7 @@ def fit_baselines(train_fields: Dict[str, np.ndarray], patients: np.ndarray, vit
             continue
         columns = _columns(train_fields, inputs)
         if name.startswith("ridge"):
-            function = _fit_ridge(columns, target, folds).predict
+            function = _fit_ridge(inputs, columns, target)
         elif name.startswith("gradient"):
             function = _fit_boosting(columns, target, folds).predict
         else:                       # the sum of the inputs (none, or MAP) and the best constant
@@ -114,12 +110,11 @@ def _columns(fields, inputs):
     return columns
 
 
-def _fit_ridge(columns, target, folds):
-    pipeline = make_pipeline(StandardScaler(), Ridge())
-    if folds is None:                           # one patient: the penalty stays 1
-        return pipeline.fit(columns, target)
-    return GridSearchCV(pipeline, {"ridge__alpha": RIDGE_PENALTIES}, cv=folds,
-                        scoring="neg_mean_squared_error").fit(columns, target)
+def _fit_ridge(inputs, columns, target):
+    n = len([name for name in inputs if name not in PULSE_STATISTICS])
+    fitted = fit_rows(inputs[:n], columns[:, :n], target,
+                      columns[:, n:] if n < len(inputs) else None)
+    return lambda columns: estimate(fitted, columns[:, :n], columns[:, n:])
 
 
 def _fit_boosting(columns, target, folds):

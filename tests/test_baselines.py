@@ -5,7 +5,7 @@ from sklearn.linear_model import LinearRegression
 
 import baselines
 import metrics
-from anchor import PULSE_STATISTICS
+from anchor import PULSE_STATISTICS, estimate, fit_rows
 
 PPG = "gradient_boosting_ppg"
 NAMES = ["mean_tpp", "map_minus_mean_pcrit", "ridge", "gradient_boosting", "ridge_ppg", PPG,
@@ -57,13 +57,25 @@ def test_each_linear_baseline_is_what_its_name_says():
     np.testing.assert_allclose(map_minus_pcrit, train["map"] - train["p_crit"].mean())
     least_squares = LinearRegression().fit(inputs, train["tpp"])
     np.testing.assert_allclose(
-        fitted["ridge"].predict(train), least_squares.predict(inputs), atol=0.05)
+        fitted["ridge"].predict(train), least_squares.predict(inputs), atol=0.2)
     train["tpp"] = 0.005 * train["pp"] * train["hr"]
     rmse = rmse_of(baselines.fit_baselines(train, patients, ["map", "pp", "hr"], BOOSTING), train)
-    assert rmse["ridge_all"] < 0.01 < 0.3 < rmse["ridge"]       # it sees the product of PP and HR
+    assert rmse["ridge_all"] < 0.2 < 0.3 < rmse["ridge"]        # it sees the product of PP and HR
 
 
-def test_penalty_and_rounds_are_chosen_by_patients_not_by_segments():
+def test_the_ridges_are_those_that_a_model_stands_on():
+    # clipped pulse statistics and a fixed penalty; a penalty chosen on few patients was at random
+    (patients, train), (_, test) = cohort(12, 2, seed=5), cohort(seed=6)
+    test["kurtosis"][:5] = 40.0
+    fitted = baselines.fit_baselines(train, patients, ["map", "hr"], BOOSTING)
+    vitals, pulse = ([np.stack([fields[name] for name in names], 1) for fields in (train, test)]
+                     for names in (("map", "hr"), PULSE_STATISTICS))
+    for name, of_train, of_test in (("ridge", None, None), ("ridge_ppg", *pulse)):
+        anchor = fit_rows(["map", "hr"], vitals[0], train["tpp"], of_train)
+        assert np.allclose(fitted[name].predict(test), estimate(anchor, vitals[1], of_test))
+
+
+def test_rounds_are_chosen_by_patients_not_by_segments():
     # MAP tells the patient, Pcrit is chance: only folds over patients show that nothing is learnt
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(40), 30)
