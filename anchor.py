@@ -131,15 +131,22 @@ def fit_anchor(dataset, keys: List[str], pulse: Optional[np.ndarray] = None) -> 
 
 
 def fit_rows(names, vitals, label, pulse=None) -> dict:
-    """The anchor of rows: vitals [N, names], label [N], pulse statistics [N, 12] or None."""
-    if pulse is None:
-        return fit_ridge(names, vitals, label)
-    low, high = np.quantile(pulse, (0.005, 0.995), axis=0)
-    anchor = fit_ridge([*names, *PULSE_STATISTICS],
-                       np.concatenate([vitals, pulse.clip(low, high)], 1), label)
-    weights = [anchor["coefficients"].pop(name) for name in PULSE_STATISTICS]
-    return dict(anchor, statistics={"low": low.tolist(), "high": high.tolist(),
-                                    "coefficients": weights})
+    """The anchor of rows: vitals [N, names], label [N], pulse statistics [N, 12] or None. A ridge
+    (penalty 1) on standardised inputs; coefficients per unit of each."""
+    inputs = vitals
+    if pulse is not None:
+        low, high = np.quantile(pulse, (0.005, 0.995), axis=0)
+        inputs = np.concatenate([vitals, pulse.clip(low, high)], 1)
+    scaler = StandardScaler().fit(inputs)
+    ridge = Ridge(alpha=1.0).fit(scaler.transform(inputs), label)
+    weights = ridge.coef_ / scaler.scale_
+    found = {"coefficients": dict(zip(names, weights.tolist())),    # the vitals', which come first
+             "intercept": float(ridge.intercept_ - weights @ scaler.mean_),
+             "sd": float(np.std(label - inputs @ weights))}
+    if pulse is not None:
+        found["statistics"] = {"low": low.tolist(), "high": high.tolist(),
+                               "coefficients": weights[len(names):].tolist()}
+    return found
 
 
 def cross_validate(train, keys: List[str], pulse: np.ndarray):
@@ -195,16 +202,6 @@ def predict_with_anchor(anchor: dict, dataset) -> np.ndarray:
     return estimate(anchor, np.stack(vitals, 1), pulse)
 
 
-def fit_ridge(names, inputs, label) -> dict:
-    """Ridge (penalty 1) on standardised inputs [N, names]; coefficients per unit of each."""
-    scaler = StandardScaler().fit(inputs)
-    ridge = Ridge(alpha=1.0).fit(scaler.transform(inputs), label)
-    weights = ridge.coef_ / scaler.scale_
-    intercept = ridge.intercept_ - weights @ scaler.mean_
-    return {"coefficients": dict(zip(names, weights.tolist())), "intercept": float(intercept),
-            "sd": float(np.std(label - inputs @ weights))}
-
-
 def shown_share(missing, added, patients) -> float:
     """The share of `added` [N] that is kept to explain `missing` [N], 0 to 1: least squares, each
     patient with the same weight, shrunk by its own uncertainty over patients (James & Stein,
@@ -217,6 +214,12 @@ def shown_share(missing, added, patients) -> float:
     of_patients = np.bincount(patients, weight * added * (missing - share * added))
     error = np.sqrt(np.sum(of_patients ** 2)) / squares
     return float(np.clip(share - error ** 2 / share, 0, 1)) if share > 0 else 0.0
+
+
+def kept_shares(anchor: Optional[dict]) -> Optional[dict]:
+    """What `fit_blend` kept of the 'network' and the 'pulse_statistics', 0 to 1 each, or None."""
+    return {"network": anchor["blend"], "pulse_statistics": anchor["pulse_share"]} if (
+        anchor and "blend" in anchor) else None
 
 
 def blend(anchor: dict, with_pulse: Optional[dict], pulse_share: float, share: float) -> dict:

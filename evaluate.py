@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -27,7 +28,7 @@ import datasets
 import metrics
 import report
 import tk_utils
-from anchor import PULSE_STATISTICS, read_pulse
+from anchor import PULSE_STATISTICS, kept_shares, read_pulse
 from datasets import DataError, DatasetIndex, TPP_PPG_dataset, create_dataset_index
 from report import percent
 from tk_utils import counted
@@ -39,10 +40,10 @@ MAX_HASHED_SEGMENTS = 200_000               # segments of a part searched for sh
 MIN_CHANGE_MMHG = 0.01                      # predictions that vary by less are constant
 Fitted = dict       # what several evaluations share (baselines, results): pass the same to each
 # Runs that train_resnet.py --ablate trains in addition, by the endings of their names.
-ABLATIONS = {"_no_ppg": "network without the PPG", "_no_vitals": "network without vitals"}
+ABLATIONS = {"_no_ppg": "model without the PPG", "_no_vitals": "model without vitals"}
 PROBLEMS = {    # checks, in words
     "patients_in_two_parts": "{:,} patients are in two parts of the split: these scores are leaked",
-    "constant_output": "CONSTANT OUTPUT: the network predicts the same TPP for every segment",
+    "constant_output": "CONSTANT OUTPUT: the model predicts the same TPP for every segment",
     "ignores_ppg": "IGNORES THE PPG: it predicts the same with another patient's PPG"}
 STRATA = (      # field, name, unit, inner edges or None for quarters
     ("tpp", "TPP", "mmHg", (20, 34, 50)), ("map", "MAP", "mmHg", (65, 74, 90)),
@@ -114,6 +115,7 @@ class Segments:
     baselines: Dict[str, np.ndarray] = field(default_factory=dict)
     compared: Dict[str, np.ndarray] = field(default_factory=dict)       # runs of --ablate
     best: Optional[str] = None              # of the baselines, on the tune patients
+    minutes: Optional[np.ndarray] = None    # numbers, where several runs may predict the same one
     intervals: Dict[float, Any] = field(default_factory=dict)   # by level: (low, high), or why not
 
     def __len__(self):
@@ -123,11 +125,15 @@ class Segments:
     def truth(self) -> np.ndarray:
         return self.fields["tpp"]
 
+    def count(self, rows) -> int:
+        """The number of minutes in some rows, a mask [N]."""
+        return int(rows.sum()) if self.minutes is None else len(np.unique(self.minutes[rows]))
+
 
 def choose_segments(path, checkpoint, data, split, condition):
     """[the index to score, those of the run's train and tune patients or None], what to say about
     them, how many --calibrate used. data: the files; None: those of the run."""
-    run, warning = read_run(path), None
+    run, problems = read_run(path), []
     if data is None and not run:
         raise DataError(f"{path}: no record here of its data; name them with --data")
     files = tk_utils.find_files(data or run["data"])
@@ -136,15 +142,16 @@ def choose_segments(path, checkpoint, data, split, condition):
     if parts is None:
         if own_data or split not in (None, "all"):
             raise DataError(f"{salt_path}: cannot identify the patients without this run's salt")
-        warning, parts = "overlap with the training data NOT CHECKED", np.full(index.n_patients, "")
+        problems = ["overlap with the training data NOT CHECKED"]
+        parts = np.full(index.n_patients, "")
     split = split or ("test" if own_data else "all")
     chosen = (parts == split) | (split == "all")
     if not chosen.any():
         raise DataError(f"no {split} patient of the checkpoint is in these data; try --split all")
     seen = int(np.isin(parts[chosen], checkpoints.SEEN).sum())
     if seen:
-        warning = (f"{seen:,} of {counted(np.sum(chosen), 'patient')} WERE SEEN IN TRAINING this "
-                   "checkpoint; these scores flatter it: not a test of it")
+        problems = [f"{seen:,} of {counted(np.sum(chosen), 'patient')} WERE SEEN IN TRAINING this "
+                    "checkpoint; these scores flatter it: not a test of it"]
     scored, train, tune = index.select(chosen[index.encounter_patient]), None, None
     TPP_PPG_dataset(scored, "segment", SCORED)              # raises where one of them is absent
     calibrated = int(np.sum(parts[chosen] == "calibration"))
@@ -153,7 +160,7 @@ def choose_segments(path, checkpoint, data, split, condition):
     if parts is not None and np.isin(["train", "tune"], parts.tolist()).all():
         train, tune = (index.select((parts == name)[index.encounter_patient])
                        for name in ("train", "tune"))
-    return [scored, train, tune], {"split": split, "warning": warning}, calibrated
+    return [scored, train, tune], {"split": split, "problems": problems}, calibrated
 
 
 def read_parts(path, checkpoint, files, condition=None):
@@ -304,8 +311,12 @@ def calibrate(path, data, condition=None, network=None, device=None) -> dict:
 # ---------------------------------------------------------------- the evaluation
 
 def evaluate(model_or_path, index=None, **options) -> dict:
-    """Score a model: `results["tpp"]["rmse"]`, …; arguments as of `evaluate_with_arrays`."""
-    return evaluate_with_arrays(model_or_path, index, **options)[0]
+    """Score a model: `results["tpp"]["rmse"]`, … (docs/python.md); arguments as of
+    `evaluate_with_arrays`. Warnings go to stderr, too."""
+    results = evaluate_with_arrays(model_or_path, index, **options)[0]
+    for line in results["problems"]:
+        print(f"WARNING: {line}", file=sys.stderr)
+    return results
 
 
 def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, condition=None,
@@ -325,7 +336,7 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     checkpoint = getattr(model, "checkpoint", None) or {}
     if index is not None:
         parts = [getattr(one, "index", one) for one in (index, train, tune)]
-        about, calibrated = {"split": split or "given", "warning": None}, 0
+        about, calibrated = {"split": split or "given", "problems": []}, 0
     elif path:
         parts, about, calibrated = choose_segments(path, checkpoint, data, split, condition)
     else:
@@ -351,15 +362,15 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
         "note": tk_utils.simulated_note(origin, checkpoint.get("provenance", {}).get("origin", "")),
         "loss_label": getattr(LOSSES.get(loss), "label",
                               f"Loss, {loss.rpartition(':')[2]}"),
+        "shares": kept_shares(getattr(model, "anchor", None)),
         "n_train_patients": len(split["train"]) if split else train and train.n_patients,
+        "n_tune_patients": len(split["tune"]) if split else tune and tune.n_patients,
         **score_all(segments, full)}
     results["checks"].update(check_parts(split, scored, train, tune))
     if calibration:
         results["uncertainty"].update(
             n_calibration_patients=calibration["n_patients"], n_patients_of_calibration=calibrated)
-    results["problems"] = problems(results["checks"])
-    for line in report.warning_lines(results):
-        print(f"WARNING: {line}", file=sys.stderr)
+    results["problems"] += problems(results["checks"], results["shares"])
     if path:
         fitted[path, full] = results, segments
     return results, segments
@@ -394,14 +405,16 @@ def score_all(scored: Segments, full: bool = False) -> dict:
     own = {key: metrics.confidence_intervals(patients, *pair, by_patient=True)
            for key, pair in both.items()}
     found = {
-        "n_patients": patients.n_patients, "n_segments": len(scored),
+        "n_patients": patients.n_patients, "n_predictions": len(scored),
+        "n_segments": scored.count(np.full(len(scored), True)),
         **{key: scores_with_intervals(patients, *pair) for key, pair in both.items()},
         "per_patient": {"tpp": own["tpp"], "p_crit_r2": own["p_crit"]["r2"]},
         "within_patient": {key: metrics.within_patient_correlation(patients, *pair)
                            for key, pair in both.items()},
         "trend": {key: metrics.trend_concordance(scored.patients, *pair, scored.series)
                   for key, pair in both.items()},
-        "detection": metrics.detection(patients, truth, tpp),
+        "detection": dict(metrics.detection(patients, truth, tpp),
+                          n_low=scored.count(truth < metrics.LOW_TPP)),
         "standards": metrics.standards(patients, truth, tpp),
         "bland_altman": metrics.bland_altman(patients, truth, tpp),
         "uncertainty": uncertainty_summary(scored, patients),
@@ -438,7 +451,7 @@ def scores_with_intervals(patients, truth, prediction) -> dict:
 
 
 def score_other(scored: Segments, prediction, patients) -> dict:
-    """Scores of another prediction of the same segments, and the network's skill over it."""
+    """Scores of another prediction of the same segments, and the model's skill over it."""
     fields, truth, tpp = scored.fields, scored.truth, scored.tpp
     return dict(
         scores_with_intervals(patients, truth, prediction),
@@ -447,10 +460,8 @@ def score_other(scored: Segments, prediction, patients) -> dict:
         skill_per_patient=metrics.skill(truth, tpp, prediction, patients, by_patient=True))
 
 
-def uncertainty_summary(scored: Segments, patients) -> Optional[dict]:
+def uncertainty_summary(scored: Segments, patients) -> dict:
     """Coverage and width of the intervals."""
-    if not scored.intervals:
-        return None
     return {"levels": {
         percent(level): {"refused": bounds} if isinstance(bounds, str) else
         metrics.coverage(patients, scored.truth, *bounds)
@@ -474,7 +485,8 @@ def strata(scored: Segments) -> List[dict]:
                     else f"{low:.4g} to {high:.4g}")
             if inside.any():
                 found.append({
-                    "of": name, "range": f"{text} {unit}".strip(), "n_segments": int(inside.sum()),
+                    "of": name, "range": f"{text} {unit}".strip(),
+                    "n_segments": scored.count(inside),
                     "n_patients": len(np.unique(scored.patients[inside])),
                     "rmse": metrics.rmse(scored.patients[inside], error[inside]),
                     "bias": float(error[inside].mean()),
@@ -511,9 +523,10 @@ def second_hashes(index: DatasetIndex) -> np.ndarray:
     return np.concatenate(hashes)
 
 
-def problems(checks: dict) -> List[str]:
-    """Lines on what the checks found wrong with the scores."""
-    return [text.format(checks[key]) for key, text in PROBLEMS.items() if checks.get(key)] + [
+def problems(checks: dict, shares: Optional[dict] = None) -> List[str]:
+    """Lines on what is wrong with the scores, and on a network that the blend left out."""
+    return report.influence_lines(shares) + [
+        text.format(checks[key]) for key, text in PROBLEMS.items() if checks.get(key)] + [
         f"{counted(number, 'segment')} with seconds of PPG that {name} segments have, too: these "
         "scores are leaked" for name, number in checks.get("shared_seconds", {}).items() if number]
 
@@ -526,15 +539,16 @@ def compare_runs(paths, **options) -> Tuple[dict, Segments]:
     fitted, full = options.setdefault("fitted", Fitted()), options.get("full", False)
     found = [fitted.get((path, full)) or evaluate_with_arrays(path, **options) for path in paths]
     runs = [results for results, _ in found]
-    report.print_runs(runs)
+    tk_utils.print_table(*report.runs_table(runs))
     segments = pool([one for _, one in found])
     pooled = {
         **{key: runs[0][key] for key in ("date", "split", "keys", "condition", "loss_label")},
-        "checkpoint": f"{len(runs)} runs", "n_train_patients": None, "warning": None,
+        "checkpoint": f"{len(runs)} runs", "n_train_patients": None, "shares": None,
         "origin": ", ".join(sorted({run["origin"] for run in runs})),
         "simulated": any(run["simulated"] for run in runs),
         "note": "; ".join(sorted({run["note"] for run in runs if run["note"]})) or None,
-        "problems": sorted({line for run in runs for line in report.warning_lines(run)}),
+        "problems": [line if n == len(runs) else f"{line} ({n} of {len(runs)} runs)" for line, n in
+                     Counter(line for run in runs for line in run["problems"]).items()],
         **score_all(segments, full)}
     print(f"\nall predictions of the {len(runs)} runs together:")
     report.print_results(pooled)
@@ -559,6 +573,8 @@ def pool(runs: List[Segments]) -> Segments:
     if all(run.best is not None for run in runs):
         pooled.best = "each run's best baseline"
         pooled.baselines[pooled.best] = np.concatenate([run.baselines[run.best] for run in runs])
+    same = np.stack([pooled.patients, pooled.truth, pooled.fields["map"]])
+    pooled.minutes = np.unique(same, axis=1, return_inverse=True)[1].ravel()
     return pooled
 
 

@@ -31,8 +31,7 @@ TREND_ZONE = 5.0        # mmHg, smaller changes do not count: the label's own SD
 class Score(NamedTuple):
     """An entry of SCORES. scale: of SCALES, on which its bootstrap draws are about symmetric."""
     function: Callable                          # (truth [N], prediction [N]) -> float
-    unit: str
-    title: str
+    title: str                                  # with its unit
     scale: str
     of_sums: Optional[Callable] = None          # the same from sums over segments: fast
     draws: Optional[Callable] = None            # (bootstrap, truth, prediction) -> [n_boot]: fast
@@ -52,16 +51,16 @@ def _r2_of_sums(n, e, ee, ae, y, yy):
 # of 1, error, error², |error|, y and y², y = truth - mean.
 SCORES = {
     "rmse": Score(lambda truth, prediction: sk.mean_squared_error(truth, prediction) ** 0.5,
-                  "mmHg", "RMSE", "log", lambda n, e, ee, *_: np.sqrt(ee / n)),
-    "mae": Score(sk.mean_absolute_error, "mmHg", "MAE", "log", lambda n, e, ee, ae, *_: ae / n),
-    "mead": Score(sk.median_absolute_error, "mmHg", "MeAD", "log",
+                  "RMSE, mmHg", "log", lambda n, e, ee, *_: np.sqrt(ee / n)),
+    "mae": Score(sk.mean_absolute_error, "MAE, mmHg", "log", lambda n, e, ee, ae, *_: ae / n),
+    "mead": Score(sk.median_absolute_error, "MeAD, mmHg", "log",
                   draws=lambda bootstrap, truth, prediction: bootstrap.medians(
                       np.abs(prediction - truth))),
-    "r2": Score(_r2, "", "R²", "unexplained", _r2_of_sums),
+    "r2": Score(_r2, "R²", "unexplained", _r2_of_sums),
     "bias": Score(lambda truth, prediction: np.mean(prediction - truth),
-                  "mmHg", "bias", "plain", lambda n, e, *_: e / n),
+                  "bias, mmHg", "plain", lambda n, e, *_: e / n),
     "sd": Score(lambda truth, prediction: np.std(prediction - truth, ddof=1)
-                if len(truth) > 1 else float("nan"), "mmHg", "SD", "log",
+                if len(truth) > 1 else float("nan"), "SD, mmHg", "log",
                 lambda n, e, ee, *_: np.sqrt(np.maximum(ee - e ** 2 / n, 0) / (n - 1))),
 }
 BY_PATIENT = ("rmse", "mae", "r2", "bias")      # also with each patient weighing the same
@@ -314,6 +313,7 @@ def detection(patients, truth, prediction) -> dict:
 
 
 # Standards for blood pressure
+STANDARD_PATIENTS = 85      # at least, in ISO 81060-2, BHS 1993 and IEEE 1708a-2019
 BHS_LIMITS = (5, 10, 15)                        # mmHg
 BHS_GRADES = {"A": (60, 85, 95), "B": (50, 75, 90), "C": (40, 65, 85)}     # cumulative %
 IEEE_1708_GRADES = {"A": 5, "B": 6, "C": 7}     # mean absolute difference up to, mmHg; below 7
@@ -329,7 +329,8 @@ def aami_limit(mean_error: float) -> float:
 
 
 def standards(patients, truth, prediction) -> Dict[str, dict]:
-    """Criteria made for blood pressure (there are none for TPP): numbers, pass or grade."""
+    """Criteria made for blood pressure (there are none for TPP): numbers, and 'passed' or 'grade',
+    which are None below STANDARD_PATIENTS."""
     bootstrap, error = bootstrap_of(patients), prediction - truth
     means = bootstrap.per_patient(error) / bootstrap.counts
     sd, sd_of_means = (float(np.std(x, ddof=1)) if len(x) > 1 else float("nan")
@@ -339,13 +340,15 @@ def standards(patients, truth, prediction) -> Dict[str, dict]:
     bhs = next((grade for grade, least in BHS_GRADES.items()
                 if all(100 * share >= bound for share, bound in zip(within, least))), "D")
     ieee = next((grade for grade, most in IEEE_1708_GRADES.items() if mad <= most and mad < 7), "D")
+    enough = bootstrap.n_patients >= STANDARD_PATIENTS or None
     return {
-        "aami_1": {"mean": mean, "sd": sd, "passed": abs(mean) <= 5 and sd <= 8},
+        "aami_1": {"mean": mean, "sd": sd, "passed": enough and abs(mean) <= 5 and sd <= 8},
         "aami_2": {"mean": float(means.mean()), "sd": sd_of_means, "limit": limit,
-                   "passed": sd_of_means <= limit},
-        "aami_esh_iso": {"within_10": within[1], "passed": within[1] >= 0.85},
-        "bhs": dict({f"within_{x}": share for x, share in zip(BHS_LIMITS, within)}, grade=bhs),
-        "ieee_1708": {"mad": mad, "grade": ieee}}
+                   "passed": enough and sd_of_means <= limit},
+        "aami_esh_iso": {"within_10": within[1], "passed": enough and within[1] >= 0.85},
+        "bhs": dict({f"within_{x}": share for x, share in zip(BHS_LIMITS, within)},
+                    grade=enough and bhs),
+        "ieee_1708": {"mad": mad, "grade": enough and ieee}}
 
 
 def bland_altman(patients, truth, prediction) -> dict:
@@ -413,8 +416,8 @@ def interval(prediction: np.ndarray, calibration: dict, level: float = 0.9,
     half = calibration["half_widths"][calibration["levels"].index(level)]
     if half is None:
         needed = np.ceil(level / (1 - level) - 1e-9)
-        raise ValueError(f"no {100 * level:.0f} % interval: {calibration['n_patients']} tune "
-                         f"patients are too few (at least {needed:.0f} needed)")
+        raise ValueError(f"{calibration['n_patients']} tune patients are too few: a "
+                         f"{100 * level:.0f} % interval needs {needed:.0f}")
     if calibration["spread"]:
         half = half * np.asarray(spread, np.float64)
     prediction = np.asarray(prediction, np.float64)

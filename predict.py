@@ -168,6 +168,7 @@ class Predictor:
             self.method = "published"
         self.gate = datasets.get_gate((checkpoint.get("config") or {}).get("condition", "default"))
         self.calibration = checkpoint.get("calibration") or {}
+        self.remarks += report.influence_lines(header.kept_shares(model.anchor))
         self.levels = self.usable_levels()
 
     def usable_levels(self):

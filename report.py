@@ -25,6 +25,7 @@ import tk_utils
 from datasets import FIELDS
 from tk_utils import FONT_POINTS, TRAIN_COLOUR, TUNE_COLOUR, counted, new_figure, print_table
 
+MIN_SHARE = 0.05        # of the network, below which its influence is not worth the name
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 NAMES = {"mean_tpp": "mean TPP of the train patients", "map_minus_mean_pcrit": "MAP - mean Pcrit",
          "ridge": "ridge, network's vitals",
@@ -54,9 +55,9 @@ def shown(estimate, digits=2, unit="") -> str:
 
 
 def percent(share) -> str:
-    """'94 % (91 to 96)' of an estimate, '94 %' of a number."""
+    """'94 % (91 to 96)' of an estimate, '94 %' of a number, a dash of None or NaN."""
     if not isinstance(share, dict):
-        return f"{100 * share:.0f} %"
+        return "–" if share is None or np.isnan(share) else f"{100 * share:.0f} %"
     return shown({key: 100 * share[key] for key in ("value", "low", "high")}, 0, " %")
 
 
@@ -73,19 +74,32 @@ def domain_refusal(calibration: dict, origin: str, label_method: str = "unknown"
 
     Published files do not state their origin: 'unknown' counts as real data of any kind.
     """
-    for what, here, ours in (("origin", "data of origin", origin),
-                             ("label_method", "labels by method", label_method)):
+    for what, text, ours in (("origin", "{}", origin),
+                             ("label_method", "labels by the method '{}'", label_method)):
         theirs = calibration.get(what, ours)
         known = {ours, theirs} - {"unknown"}
         if len(known) > 1 or ("simulated" in ours) != ("simulated" in theirs):
-            return (f"calibrated on {here} '{theirs}', these are '{ours}'; calibrate on data like "
-                    "these (evaluate.py CHECKPOINT --calibrate DATA) or fine-tune")
+            words = (text.format(one).replace("simulated", "simulated data").replace(
+                "unknown", "data of unknown origin") for one in (theirs, ours))
+            return ("the network was calibrated on {}, these are {}; calibrate on data like these "
+                    "(evaluate.py CHECKPOINT --calibrate DATA) or fine-tune").format(*words)
     return None
 
 
-def warning_lines(results) -> list:
-    """What is wrong with the scores, or with the choice of patients."""
-    return [line for line in (results["warning"], *results["problems"]) if line]
+def shares_text(shares, n_tune_patients=None) -> str:
+    """What a model keeps of the network and of the pulse statistics, of `anchor.kept_shares`."""
+    chosen = f" (chosen on {counted(n_tune_patients, 'tune patient')})" if n_tune_patients else ""
+    return ("kept of the network {network:.2f}, of the pulse statistics {pulse_statistics:.2f}"
+            .format(**shares) + chosen)
+
+
+def influence_lines(shares) -> list:
+    """The warning that a model is its ridge alone, or nothing."""
+    if not shares or shares["network"] >= MIN_SHARE:
+        return []
+    return [f"the network has {'almost ' if shares['network'] else ''}no influence on these "
+            "predictions: they are those of the ridge on the vitals"
+            + (" and the pulse statistics" if shares["pulse_statistics"] else "")]
 
 
 def headline(results) -> list:
@@ -96,10 +110,12 @@ def headline(results) -> list:
         f"are off by less than {found['mead']:.1f} mmHg. With equal weight for each patient: "
         f"{shown(results['per_patient']['tpp']['rmse'], 1)} mmHg.",
         scored_text(results)]
+    if results["shares"]:
+        text = shares_text(results["shares"], results["n_tune_patients"])
+        lines.append(f"The model is a ridge to which a network adds: {text}.")
     if results["skill"]:
         own = results["baselines"][results["skill"]["over"]]["skill_per_patient"]
-        lines.append(skill_text(results["skill"], results["skill_in_hindsight"])
-                     + f" Skill with equal weight for each patient: {shown(own)}.")
+        lines.append(skill_text(results["skill"], own, results["skill_in_hindsight"]))
     return [*lines, interval_text(results),
             f"TPP below {low['threshold']:g} mmHg: sensitivity {percent(low['sensitivity'])}, "
             f"specificity {percent(low['specificity'])}, ROC area {shown(low['auc'])}."]
@@ -108,7 +124,9 @@ def headline(results) -> list:
 def scored_text(results) -> str:
     n = results["n_patients"]
     kind = "SIMULATED patient" if results["simulated"] else "patient"
-    text = f"Scored on {counted(results['n_segments'], 'minute')} of {counted(n, kind)}" + (
+    n_runs = results["n_predictions"] / results["n_segments"]
+    each = f", each predicted by {n_runs:.3g} runs" if n_runs > 1 else ""
+    text = f"Scored on {counted(results['n_segments'], 'minute')} of {counted(n, kind)}{each}" + (
         ", none of them seen in training" if results["split"] == "test" else
         f" ({results['split']})")
     if n < metrics.FEW_PATIENTS:
@@ -117,21 +135,19 @@ def scored_text(results) -> str:
     return text + "."
 
 
-def skill_text(skill, here) -> str:
-    """skill: over the best baseline on the tune patients; here: over the best one on these."""
+def skill_text(skill, own, here) -> str:
+    """skill: over the best baseline on the tune patients; own: with each patient weighing the same;
+    here: over the best baseline on these patients."""
     low, high = (np.nan if skill[end] is None else skill[end] for end in ("low", "high"))
-    better = ("better than" if low > 0 else "worse than" if high < 0 else
+    better = ("better than" if low > 0 else "WORSE than" if high < 0 else
               "NOT shown to be better than")
-    text = (f"It is {better} the best baseline on the tune patients, {named(skill['over'])}: "
-            f"skill {shown(skill)}, where 0 is no gain and 1 is perfect.")
-    if np.isnan(low):
-        text += (f" There is no interval below {metrics.LEAST_PATIENTS} patients; improvement not "
-                 "demonstrated.")
-    if here["value"] < 0:
-        return f"{text} It does WORSE here than {named(here['over'])}: skill {shown(here)}."
-    if here["over"] != skill["over"]:
-        text += f" Over the best baseline here, {named(here['over'])}: {shown(here)}."
-    return text
+    other = "the best baseline on the tune patients, " * (skill["over"] in NAMES)
+    text = (f"The model is {better} {other}{named(skill['over'])}: skill {shown(skill)}, with "
+            f"equal weight for each patient {shown(own)} (0: no gain, 1: perfect).")
+    if here["value"] == skill["value"]:         # over the same
+        return text
+    worse = "It does WORSE than" if here["value"] < 0 else "Over"
+    return f"{text} {worse} the best baseline here, {named(here['over'])}: skill {shown(here)}."
 
 
 def true_text(true) -> str:
@@ -142,7 +158,7 @@ def true_text(true) -> str:
 
 def interval_90(results) -> dict:
     """What is known of the 90 % prediction interval, or {}."""
-    return (results["uncertainty"] or {}).get("levels", {}).get("90 %", {})
+    return results["uncertainty"]["levels"].get("90 %", {})
 
 
 def interval_text(results) -> str:
@@ -160,7 +176,7 @@ def interval_text(results) -> str:
 def print_results(results) -> None:
     """The table that a person reads first, and the headline."""
     for line in filter(None, [results["note"], *results["problems"]]):
-        print(f"*** {line} ***")
+        print(textwrap.fill(f"*** {line} ***", 100))
     print_table(*score_table(results))
     lines = headline(results)
     if "true" in results:
@@ -169,33 +185,33 @@ def print_results(results) -> None:
         print(textwrap.fill(line, 100, subsequent_indent="  "))
 
 
-def print_runs(runs) -> None:
-    """One line for each run, and their mean and SD."""
-    print_table(*runs_table(runs))
-
-
 def runs_table(runs):
-    """(rows, headers) of several runs' results."""
+    """(rows, headers) of several runs' results: a row for each, and their mean and SD."""
+    names, shares = ("rmse", "mae", "bias", "r2"), ("network", "pulse_statistics")
     table = pd.DataFrame(
-        [[one["tpp"][name] for name in ("rmse", "mae", "bias", "r2")]
-         + [one["p_crit"]["r2"], one["skill"]["value"] if one["skill"] else None,
+        [[one["tpp"][name] for name in names]
+         + [one["p_crit"]["r2"], one["skill"] and one["skill"]["value"],
+            *((one["shares"] or {}).get(name) for name in shares),
             interval_90(one).get("segments", {}).get("value")] for one in runs],
-        columns=["RMSE", "MAE", "bias", "R²", "R² of Pcrit", "skill", "in the 90 % interval"],
+        columns=[*(metrics.SCORES[name].title for name in names), "R² of Pcrit", "skill",
+                 "share of the network", "share of pulse statistics", "in the 90 % interval"],
         dtype=float)
-    rows = [[os.path.splitext(one["checkpoint"])[0], one["n_patients"], *numbers]
-            for one, numbers in zip(runs, table.to_numpy())]
+    firsts = [[os.path.splitext(one["checkpoint"])[0], one["n_patients"]] for one in runs]
     if len(runs) > 1:
-        rows += [["mean", None, *table.mean()], ["SD", None, *table.std()]]
+        firsts += [["mean", None], ["SD", None]]
+        table = pd.concat([table, table.agg(["mean", "std"])])
+    rows = [[*first, *numbers[:-1], percent(numbers[-1])]
+            for first, numbers in zip(firsts, table.to_numpy())]
     return rows, ["run", "patients", *table.columns]
 
 
 def all_scores(results):
-    """(name, scores) of the network and of everything that is compared with it."""
-    yield "network", dict(results["tpp"], p_crit_r2=results["p_crit"]["r2"], skill=None)
+    """(name, scores) of the model and of everything that is compared with it."""
+    yield "model", dict(results["tpp"], p_crit_r2=results["p_crit"]["r2"], skill=None)
     for name, scores in (*results["baselines"].items(), *results["compared"].items()):
         yield named(name), scores
     if "swapped_ppg" in results:
-        yield "network, another patient's PPG", results["swapped_ppg"]
+        yield "model, another patient's PPG", results["swapped_ppg"]
 
 
 def score_table(results):
@@ -204,33 +220,32 @@ def score_table(results):
     rows = [[name, shown(of_ci95(scores, "rmse")), *(scores[key] for key in others),
              scores["p_crit_r2"], scores["skill"] and scores["skill"]["value"]]
             for name, scores in all_scores(results)]
-    return rows, ["TPP, mmHg", "RMSE (95 %)", *(metrics.SCORES[name].title for name in others),
-                  "R² of Pcrit", "network's skill over it"]
+    return rows, ["TPP by", "RMSE, mmHg (95 %)", *(metrics.SCORES[name].title for name in others),
+                  "R² of Pcrit", "model's skill over it"]
 
 
 def error_rows(results):
     tpp, own, agreement = results["tpp"], results["per_patient"], results["bland_altman"]
-    rows = [[f"{score.title} of TPP", shown(of_ci95(tpp, key)), shown(own["tpp"].get(key))]
+    rows = [[f"TPP: {score.title}", shown(of_ci95(tpp, key)), shown(own["tpp"].get(key))]
             for key, score in metrics.SCORES.items()]
     p_crit = shown(of_ci95(results["p_crit"], "r2"))
     return [*rows, ["R² of Pcrit", p_crit, shown(own["p_crit_r2"])],
-            ["lower limit of agreement", shown(agreement["lower"]), None],
-            ["upper limit of agreement", shown(agreement["upper"]), None],
-            ["SD between patients", agreement["sd_between"], None],
-            ["SD within patients", agreement["sd_within"], None]]
+            ["lower limit of agreement, mmHg", shown(agreement["lower"]), None],
+            ["upper limit of agreement, mmHg", shown(agreement["upper"]), None],
+            ["SD between patients, mmHg", agreement["sd_between"], None],
+            ["SD within patients, mmHg", agreement["sd_within"], None]]
 
 
 def interval_rows(results):
     return [[level, "none", "–", "–", "–"] if "refused" in found else
             [level, f"± {found['half_width']:.1f}", percent(found["segments"]),
              percent(found["patients"]), percent(found["lowest_tenth"])]
-            for level, found in (results["uncertainty"] or {}).get("levels", {}).items()]
+            for level, found in results["uncertainty"]["levels"].items()]
 
 
 def strata_rows(results):
     return [[f"{row['of']} {row['range']}", row["n_segments"], row["n_patients"],
-             shown(row["rmse"]), row["bias"],
-             None if row["coverage_90"] is None else percent(row["coverage_90"])]
+             shown(row["rmse"]), row["bias"], percent(row["coverage_90"])]
             for row in results["strata"]]
 
 
@@ -246,19 +261,16 @@ def listed(settings) -> str:
 
 # ---------------------------------------------------------------- figures
 
-def draw_histogram(results, arrays, path) -> None:
-    """Predicted against label TPP as a 2-D histogram, to `path`."""
-    tk_utils.save_figure(histogram(results, arrays)[0], path)
-
-
 def histogram(results, arrays):
-    box = dict(results["tpp"], n_patients=results["n_patients"], p_crit_r2=results["p_crit"]["r2"])
+    """Predicted against label TPP as a 2-D histogram."""
+    box = dict(results["tpp"], n=results["n_segments"], n_patients=results["n_patients"],
+               p_crit_r2=results["p_crit"]["r2"])
     figure = tk_utils.histogram_figure(arrays.truth, arrays.tpp, box, results["note"])
     return figure, "Predicted TPP against the label; darker: fewer segments. Dashed: identity."
 
 
 def compared(results, arrays):
-    """RMSE of the network and of everything that is compared with it."""
+    """RMSE of the model and of everything that is compared with it."""
     rows = [(name, of_ci95(scores, "rmse")) for name, scores in all_scores(results)]
     axes = new_figure(4.8, 0.9 + 0.42 * len(rows)).subplots()
     for place, (name, estimate) in enumerate(rows):
@@ -271,7 +283,7 @@ def compared(results, arrays):
     axes.set_xlabel("RMSE of TPP (mmHg), 95 %")
     axes.invert_yaxis()
     return axes.figure, (
-        "Error of the network (orange) and of what it is compared with, with 95 % intervals over "
+        "Error of the model (orange) and of what it is compared with, with 95 % intervals over "
         "patients. Left is better.")
 
 
@@ -373,8 +385,7 @@ def traces(waves, titles, seconds):
 
 # Name of the file in figures_resnet/ -> function (results, arrays) -> (figure, caption) or None.
 FIGURES = {"compared": compared, "histogram_plot": histogram, "bland_altman": bland_altman,
-           "trend": trend, "detection": detection, "loss": loss,
-           "worst": worst}
+           "trend": trend, "detection": detection, "loss": loss, "worst": worst}
 
 
 def cloud(axes, x, y):
@@ -382,7 +393,8 @@ def cloud(axes, x, y):
     if len(x) > 3000:
         axes.hexbin(x, y, gridsize=80, mincnt=1, bins="log", cmap="viridis", rasterized=True)
     else:
-        axes.plot(x, y, ".", color=TRAIN_COLOUR, ms=5, alpha=0.5, mew=0, rasterized=True)
+        axes.plot(x, y, ".", color=TRAIN_COLOUR, ms=7 if len(x) < 300 else 5, mew=0,
+                  alpha=np.clip(300 / len(x), 0.4, 1), rasterized=True)
 
 
 # ---------------------------------------------------------------- pages
@@ -446,7 +458,7 @@ def write_report(results, arrays, path, checkpoints: dict) -> None:
             figures[key] = page_figure(*drawn)
     title = f"TPP from the PPG: {name}" + (" on SIMULATED patients" if results["simulated"] else "")
     write_page(path, "evaluation.html", title=title, note=results["note"],
-               warnings=warning_lines(results), results=results, figures=figures, runs=runs,
+               warnings=results["problems"], results=results, figures=figures, runs=runs,
                checkpoints=checkpoints)
     print(f"wrote {path} and figures_resnet/{name}_*.png and .pdf "
           f"({counted(len(figures), 'figure')})")
@@ -460,9 +472,8 @@ def model_card(results, checkpoint) -> str:
     """The model card in Markdown: the TRIPOD+AI items a program can fill, and a list of the others.
     results: of `evaluate`, with or without full=True."""
     inputs = ["PPG waveform" if key == "ppg" else key for key in results["keys"][:-1]]
-    n_weights = sum(weights.numel() for weights in checkpoint["model"].values())
     return render("card.md", results=results, checkpoint=checkpoint, inputs=", ".join(inputs),
-                  n_weights=n_weights, warnings=warning_lines(results))
+                  warnings=results["problems"])
 
 
 # ---------------------------------------------------------------- quality of prepared segments

@@ -419,7 +419,7 @@ def loss_lr_figure(trajectory, title_note: Optional[str] = None,
 def histogram_figure(truth, prediction, scores, title_note: Optional[str] = None):
     """2-D histogram of predicted against label values [N] (mmHg), equal axes, scores above it.
 
-    scores: what metrics.scores returns, with `p_crit_r2` (R² of Pcrit) and `n_patients`.
+    scores: what metrics.scores returns (n: segments), `p_crit_r2` (R² of Pcrit) and `n_patients`.
     title_note: shown in a red field on top, e.g. 'SIMULATED DATA'.
     """
     truth, prediction = np.asarray(truth, float), np.asarray(prediction, float)
@@ -442,7 +442,8 @@ def histogram_figure(truth, prediction, scores, title_note: Optional[str] = None
              xlabel="Label TPP (mmHg)", ylabel="Predicted TPP (mmHg)")
     title = ("RMSE {rmse:.2f}   MAE {mae:.2f}   MeAD {mead:.2f}   bias {bias:+.2f} ± {sd:.2f} mmHg"
              "\nR² {r2:.3f}   R² of Pcrit {p_crit_r2:.3f}\n").format(**scores)
-    title += f"{counted(scores['n_patients'], 'patient')}   {counted(len(truth), 'segment')}"
+    title += f"{counted(scores['n_patients'], 'patient')}   {counted(scores['n'], 'segment')}"
+    title += f"   {len(truth):,} predictions" * (len(truth) > scores["n"])
     if outside:
         title += f" ({outside:,} beyond the axes)"
     axes.set_title(title, fontsize=FONT_POINTS, linespacing=1.4)

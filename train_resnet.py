@@ -397,6 +397,9 @@ def train(options, recipe, model, loaders, files, description, place):
         **loop_arguments(recipe, loaders[0], model, loss))
     if model.anchor and model.outputs == 1 and is_first():  # an own spread is of what was trained
         header.fit_blend(model, *(loader.dataset for loader in loaders), device=options.device)
+        if not place:
+            n_patients = loaders[1].dataset.index.n_patients
+            print(report.shares_text(header.kept_shares(model.anchor), n_patients), flush=True)
     return model, trajectory
 
 
@@ -448,7 +451,7 @@ def save(options, model, trajectory, files, description, parts, sets, data, fitt
     loss_label = header.choose_loss(options.loss).label
     tk_utils.save_figure(tk_utils.loss_lr_figure(trajectory, results["note"], loss_label),
                          files.loss_plot)
-    report.draw_histogram(results, arrays, files.histogram)
+    tk_utils.save_figure(report.histogram(results, arrays)[0], files.histogram)
     if options.name == DEFAULT_NAME:        # the names that the published project gives them
         for path in (files.loss_plot, files.histogram):
             shutil.copyfile(path, path.replace(f"{DEFAULT_NAME}_", ""))
@@ -473,7 +476,7 @@ def summarise(options, runs, fitted):
         [f"runs/{one.name}.pth" for one in runs], device=options.device, fitted=fitted,
         network=options.own_network)
     tk_utils.write_json(f"{files.base}/summary.json", results)
-    report.draw_histogram(results["together"], arrays, files.histogram)
+    tk_utils.save_figure(report.histogram(results["together"], arrays)[0], files.histogram)
     print(f"wrote {files.base}/summary.json and {files.histogram}")
 
 

@@ -35,8 +35,8 @@ from torch.optim.lr_scheduler import (
 
 import kernels
 from anchor import (
-    blend, cross_validate, fit_anchor, predict_with_anchor, pulse_statistics, read_pulse,
-    shown_share, some_segments)
+    blend, cross_validate, fit_anchor, kept_shares, predict_with_anchor, pulse_statistics,
+    read_pulse, shown_share, some_segments)
 from checkpoint import (
     CheckpointError, build_network, hash_patients, load_by_name, load_checkpoint, load_tensors,
     read_salt, save_checkpoint, save_tensors)

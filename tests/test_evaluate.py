@@ -110,7 +110,7 @@ def test_a_network_of_ones_own_is_scored_in_memory_and_from_its_checkpoint(data)
         TPP_PPG_dataset(index, "segment", KEYS), KEYS[1:]))
     results = evaluate.evaluate(model, index)
     assert results["n_segments"] == len(index) and results["skill"] is None
-    assert results["uncertainty"] is None and results["n_train_patients"] is None
+    assert results["uncertainty"] == {"levels": {}} and results["n_train_patients"] is None
     path = save_run(data, "own", MyNet())
     assert evaluate.evaluate(path, network=MyNet)["uncertainty"]["levels"]
     with pytest.raises(CheckpointError, match="--model"):
@@ -144,7 +144,8 @@ def test_calibrating_on_data_gives_intervals_there_and_takes_them_away_elsewhere
     real = make_file(data.parent / "real.h5", patients=40, encounters=1, rows=4, seed=1)
     results = evaluate.evaluate(path, data=[real])
     refused = results["uncertainty"]["levels"]["90 %"]["refused"]
-    assert "calibrated on data of origin 'simulated'" in refused and "--calibrate DATA" in refused
+    assert "calibrated on simulated data, these are data of unknown origin" in refused
+    assert "--calibrate DATA" in refused
     assert "90 % prediction interval: none" in evaluate.report.interval_text(results)
     evaluate.calibrate(path, [real])
     assert "40 patients (unknown)" in capsys.readouterr().out
@@ -215,15 +216,15 @@ def test_segments_shared_between_parts_are_found_also_where_windows_overlap(tmp_
 
 def test_patients_seen_in_training_and_missing_salts_are_said(run_a, data, tmp_path, capsys):
     results = evaluate.evaluate(run_a, split="all")
-    assert "WERE SEEN IN TRAINING" in results["warning"]
-    assert "WARNING: " + results["warning"] in capsys.readouterr().err
+    assert "WERE SEEN IN TRAINING" in results["problems"][0]
+    assert "WARNING: " + results["problems"][0] in capsys.readouterr().err
     os.makedirs(tmp_path / "runs")
     alone = shutil.copy(run_a, tmp_path / "runs")
     with pytest.raises(DataError, match="name them with --data"):
         evaluate.evaluate(str(alone))
     other = [str(shutil.copy(data, tmp_path / "s.h5"))]     # a folder without the run's salt
     results = evaluate.evaluate(str(alone), data=other)
-    assert "NOT CHECKED" in results["warning"] and results["skill"] is None
+    assert "NOT CHECKED" in results["problems"][0] and results["skill"] is None
     with pytest.raises(DataError, match="without this run's salt"):
         evaluate.evaluate(str(alone), data=other, split="test")
 
@@ -246,8 +247,10 @@ def test_several_runs_are_scored_each_and_together(data, run_a, capsys, monkeypa
     biases = [one["tpp"]["bias"] for one in (first, second)]
     assert pooled["tpp"]["bias"] == pytest.approx(np.mean(biases)) and len(set(biases)) == 2
     assert pooled["n_patients"] == first["n_patients"]
-    assert pooled["n_segments"] == 2 * first["n_segments"]
-    assert "network without the PPG" in first["compared"]       # of --ablate, listed
+    assert pooled["n_segments"] == first["n_segments"] == pooled["n_predictions"] / 2
+    assert f"Scored on {first['n_segments']} minutes of " in out
+    assert "each predicted by 2 runs" in " ".join(out.split())
+    assert "model without the PPG" in first["compared"]       # of --ablate, listed
 
 
 def test_the_command_line_refuses_before_any_work(data, capsys, monkeypatch):

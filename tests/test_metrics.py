@@ -66,7 +66,7 @@ def test_values_that_are_not_finite_missing_or_unequal_in_number_are_refused():
 def test_a_score_added_to_the_table_has_its_value_and_interval_everywhere(monkeypatch):
     patients, truth, prediction = noisy_predictions(20)
     monkeypatch.setitem(metrics.SCORES, "within_5", metrics.Score(
-        lambda truth, prediction: np.mean(np.abs(truth - prediction) < 5), "", "within 5 mmHg",
+        lambda truth, prediction: np.mean(np.abs(truth - prediction) < 5), "within 5 mmHg",
         "share"))
     inside = np.abs(truth - prediction) < 5
     bootstrap = metrics.PatientBootstrap(patients, 200)
@@ -252,9 +252,16 @@ def test_standards_on_errors_that_were_counted_by_hand():
     assert found["ieee_1708"] == {"mad": pytest.approx(7.05), "grade": "D"}
     assert found["aami_1"]["mean"] == pytest.approx(7.05) and not found["aami_1"]["passed"]
     assert errors_as_predictions([4] * 59 + [9] * 26 + [14] * 10 + [20] * 5)["bhs"]["grade"] == "B"
-    assert errors_as_predictions([14] * 10)["bhs"]["grade"] == "D"
+    assert errors_as_predictions([14] * 100)["bhs"]["grade"] == "D"
     for mad, grade in ((5, "A"), (5.5, "B"), (6, "B"), (6.9, "C"), (7, "D")):
-        assert errors_as_predictions([mad, -mad])["ieee_1708"]["grade"] == grade
+        assert errors_as_predictions([mad, -mad] * 43)["ieee_1708"]["grade"] == grade
+
+
+def test_there_is_no_verdict_below_the_85_patients_that_the_standards_ask_for():
+    for n, passed, grade in ((84, None, None), (85, True, "A")):
+        found = errors_as_predictions([0.1, 0.2, 0.3] * n, np.repeat(np.arange(n), 3))
+        assert {found[one]["passed"] for one in ("aami_1", "aami_2", "aami_esh_iso")} == {passed}
+        assert found["bhs"]["grade"] == found["ieee_1708"]["grade"] == grade
 
 
 def test_criterion_2_is_about_patients_means():
@@ -312,7 +319,7 @@ def test_levels_that_need_more_tune_patients_are_refused(n_patients, known):
             low, high = metrics.interval([30., 40.], found, level)
             assert (high > low).all()
         else:
-            with pytest.raises(ValueError, match=f"no {100 * level:.0f} % interval: {n_patients} "):
+            with pytest.raises(ValueError, match=f"^{n_patients} tune.*{100 * level:.0f} %"):
                 metrics.interval([30.], found, level)
 
 

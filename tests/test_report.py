@@ -14,7 +14,8 @@ import torch
 
 import metrics
 import report
-from evaluate import Segments, pool, score_all
+from anchor import kept_shares
+from evaluate import Segments, pool, problems, score_all
 
 KEYS = ["ppg", "map", "hr", "tpp"]
 WAVES = types.SimpleNamespace(      # a dataset of as many waveforms as are asked for
@@ -39,10 +40,10 @@ def make_segments(n_patients=40, each=6, seed=0, intervals=True):
 
 def make_results(segments, **other):
     found = {"checkpoint": "<b>M&1.pth", "date": "2026-10-01", "split": "test",
-             "origin": "simulated", "condition": "default", "warning": None, "keys": KEYS,
+             "origin": "simulated", "condition": "default", "shares": None, "keys": KEYS,
              "simulated": True, "note": "SIMULATED PATIENTS: says nothing about real ones",
-             "loss_label": "Loss, MSE (mmHg²)", "n_train_patients": 99, "problems": [],
-             **score_all(segments, full=True)}
+             "loss_label": "Loss, MSE (mmHg²)", "n_train_patients": 99, "n_tune_patients": 30,
+             "problems": [], **score_all(segments, full=True)}
     found["uncertainty"].update(n_calibration_patients=30)
     return dict(found, **other)
 
@@ -106,9 +107,9 @@ def test_the_page_says_what_tpp_is_four_numbers_and_shows_values_under_the_point
         assert wanted in first, wanted
     assert text.count('class="tile"') == 4 and not re.search(r"\bnan\b", words(text))
     assert text.count("TPP &lt; 20 mmHg") == 1          # strata once
-    assert all(part in words(text) for part in (" met ", "BHS grade", "epochs 8", "torch 2"))
+    assert all(part in words(text) for part in (" no verdict ", "BHS grade", "epochs 8", "torch 2"))
     titles = re.findall(r"<title>([^<]+)</title>", text)
-    assert f"network: RMSE {report.shown(report.of_ci95(results['tpp'], 'rmse'))} mmHg" in titles
+    assert f"model: RMSE {report.shown(report.of_ci95(results['tpp'], 'rmse'))} mmHg" in titles
 
 
 def test_a_page_of_few_segments_and_no_intervals_can_be_written_too(tmp_path, monkeypatch):
@@ -170,12 +171,13 @@ def estimate(value):
 
 def test_the_headline_says_worse_where_any_baseline_does_better():
     def text(skill, here):
-        return report.skill_text(dict(estimate(skill), over="ridge"),
+        return report.skill_text(dict(estimate(skill), over="ridge"), estimate(skill),
                                  dict(estimate(here), over="mean_tpp"))
 
-    assert "is better than the best" in text(0.5, 0.5) and "WORSE" not in text(0.5, 0.5)
-    assert "WORSE here than mean TPP of the train patients" in text(0.5, -0.6)
-    assert "is worse than" in text(-0.6, -0.6) and "NOT shown to be better" in text(0.05, 0.05)
+    assert "is better than the best" in text(0.5, 0.4) and "WORSE" not in text(0.5, 0.4)
+    assert "WORSE than the best baseline here, mean TPP of the train patients" in text(0.5, -0.6)
+    assert "is WORSE than" in text(-0.6, -0.7) and "NOT shown to be better" in text(0.05, 0.04)
+    assert len(re.findall("WORSE|NOT shown|skill", text(-0.6, -0.6))) == 2      # each fact once
 
 
 def test_numbers_without_an_interval_or_a_value_are_shown_as_what_they_are():
@@ -200,7 +202,7 @@ def test_a_score_added_to_the_table_reaches_console_and_page(monkeypatch):
     monkeypatch.setitem(metrics.SCORES, "new", metrics.SCORES["mae"]._replace(title="new score"))
     results = make_results(make_segments(6, seed=1))
     assert "new score" in report.score_table(results)[1]
-    assert "new score of TPP" in [row[0] for row in report.error_rows(results)]
+    assert "TPP: new score" in [row[0] for row in report.error_rows(results)]
 
 
 def test_the_model_card_fills_what_a_program_can_and_lists_what_it_cannot(reported):
@@ -212,3 +214,28 @@ def test_the_model_card_fills_what_a_program_can_and_lists_what_it_cannot(report
     assert "240 segments of 40 patients" in card and "99 train, 30 tune, 40 test" in card
     quick = {key: reported[1][key] for key in reported[1] if key not in ("strata", "patients")}
     assert "RMSE" in report.model_card(quick, CHECKPOINT)
+
+
+def test_card_page_and_console_say_what_a_model_keeps_of_its_network(capsys):
+    anchor = {"coefficients": {"map": 1.0, "hr": 0.1}, "blend": 0.02, "pulse_share": 0.7}
+    config = {"optimizer": "adamw", "schedule": ["onecycle", 0.3, 0.04], "lr": 0.002, "clip": 1.0,
+              "average_last": 0.2, "epochs": 6, "loss": "mse"}
+    checkpoint, shares = dict(CHECKPOINT, anchor=anchor, config=config), kept_shares(anchor)
+    results = make_results(make_segments(), shares=shares, problems=problems({}, shares))
+    page = report.render("evaluation.html", title="t", results=results, figures={}, runs=[results],
+                         warnings=results["problems"], checkpoints={"a.pth": checkpoint})
+    report.print_results(results)
+    texts = report.model_card(results, checkpoint), words(page), capsys.readouterr().out
+    for text in texts:
+        text = " ".join(text.split())
+        assert "kept of the network 0.02, of the pulse statistics 0.70 (chosen on 30 tune" in text
+        assert "the network has almost no influence on these predictions: they are those of the " \
+            "ridge on the vitals and the pulse statistics" in text
+        assert "The model is better than" in text and "network is better" not in text
+    for part in ("ridge on map, hr (the anchor), to which the network adds; blend: kept of the",
+                 "AdamW, one cycle up to rate 0.002, gradient clipped at 1.0, weights averaged",
+                 "over the last 20 % of the steps, epochs 6, loss mse", "resnet_v3, 12 weights"):
+        assert all(part in text for text in texts[:2])
+    assert "share of the network" in page
+    assert problems({}, dict(shares, network=0.05)) == problems({}, None) == []
+    assert problems({}, {"network": 0.0, "pulse_statistics": 0.0})[0].endswith("on the vitals")

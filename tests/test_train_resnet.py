@@ -175,6 +175,7 @@ def test_without_data_default_patients_are_simulated_once_and_called_so(monkeypa
     code, out, err = call("--epochs", 1, "--device", "cpu", cwd=tmp_path)
     assert code == 0, err
     assert "training on SIMULATED patients" in out and "recipe small" in out
+    assert re.search(r"\nkept of the network \d\.\d\d, of .* \(chosen on \d+ tune patient", out)
     assert tree(tmp_path) == OUTPUTS | {path, "data/tpp_ppg.salt"}
     before = (tmp_path / path).stat().st_mtime_ns
     monkeypatch.chdir(tmp_path)
@@ -405,10 +406,10 @@ def test_the_summary_scores_all_folds_together_and_each_run_lists_its_ablations(
     assert "SIMULATED" in together["note"]
     assert os.path.exists(folded / "figures_resnet/x_histogram_plot.png")
     compared = read_json(folded / "runs/x_fold2/metrics.json")["compared"]
-    assert set(compared) == {"network without the PPG", "network without vitals"}
+    assert set(compared) == {"model without the PPG", "model without vitals"}
     alone = read_json(folded / "runs/x_fold2_no_ppg/metrics.json")
     assert alone["keys"] == ["map", "dbp", "hr", "tpp"]
-    assert compared["network without the PPG"]["rmse"] == pytest.approx(alone["tpp"]["rmse"])
+    assert compared["model without the PPG"]["rmse"] == pytest.approx(alone["tpp"]["rmse"])
 
 
 def test_started_again_finished_runs_are_kept_and_the_missing_one_is_trained_the_same(folded):
