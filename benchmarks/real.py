@@ -61,9 +61,9 @@ def estimates(truth, prediction, other, patients):
 
 
 def unseen_rows(segments):
-    """Rows of the table of patients never seen: the network, then each baseline."""
+    """Rows of the table of patients never seen: the model, then each baseline."""
     patients, truth, tpp = segments.patients, segments.truth, segments.tpp
-    rows = [["network", *estimates(truth, tpp, tpp, patients)[:2], None, None]]
+    rows = [["model", *estimates(truth, tpp, tpp, patients)[:2], None, None]]
     return rows + [[report.named(name), *estimates(truth, tpp, one, patients)]
                    for name, one in segments.baselines.items()]
 
