@@ -1,6 +1,14 @@
-"""Shared by the tests: small simulated files, published-style files, scripts as subprocesses."""
+"""Shared by the tests: small files and networks, scripts in this process and in forks of it.
+
+A new interpreter imports PyTorch for seconds: only tests of start-up itself start any.
+"""
+import contextlib
 import glob
+import io
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
 
@@ -16,6 +24,9 @@ SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 
 import torch  # noqa: E402 - after the number of threads is set
 
+import baselines  # noqa: E402
+import models  # noqa: E402
+import simulate  # noqa: E402
 from datasets import TPP_PPG_dataset, create_dataset_index  # noqa: E402
 
 
@@ -34,26 +45,77 @@ def recordings():
     return SHARED
 
 
-@pytest.fixture(scope="session")
-def run():
-    """run("evaluate.py", *arguments, cwd=folder) -> CompletedProcess, as a user would run it."""
-    def call(script, *arguments, cwd, check=None, timeout=300, **environment):
-        done = subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, arguments)],
-                              cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                              env=dict(os.environ, **environment))
-        if check is not None:
-            assert done.returncode == check, done.stdout + done.stderr
-        return done
-    return call
+def run_main(main, *arguments, cwd=".", encoding="utf-8"):
+    """(exit code, stdout, stderr) of a script's `main()` in this process."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(streams[0]), \
+            contextlib.redirect_stderr(streams[1]):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+    return (code or 0, *(stream.seek(0) or stream.read() for stream in streams))
+
+
+def run(script, *arguments, check=None, **options):
+    """The CompletedProcess of a script that runs as a user's would, but in this process."""
+    path = os.path.join(ROOT, script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [os.path.dirname(path), *sys.path])
+        done = subprocess.CompletedProcess(arguments, *run_main(
+            lambda: runpy.run_path(path, run_name="__main__") and 0, *arguments, **options))
+    assert check in (None, done.returncode), done.stdout + done.stderr
+    return done
+
+
+def fork(work, folder, **environment):
+    """A process of its own that does `work()` in `folder` and prints to the file .printed there."""
+    def child():
+        os.setsid()
+        os.chdir(folder)
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        with open(".printed", "a", buffering=1) as printed:
+            for number in (1, 2):
+                os.dup2(printed.fileno(), number)
+            sys.stdout = sys.stderr = printed
+            sys.exit(work())
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def fork_ranks(work, folder):
+    """Two processes that train together, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [fork(work, folder, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_PORT=port,
+                 MASTER_ADDR="127.0.0.1") for rank in "01"]
+
+
+@contextlib.contextmanager
+def little_work(boosting_rounds=5):
+    """Few and narrow layers, baselines chosen from few: from some dozen segments nothing is
+    learned."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "BOOSTING_ROUNDS", boosting_rounds)
+        patch.setattr(baselines, "RIDGE_PENALTIES", (1.0, 100.0))
+        patch.setattr(baselines, "FOLDS", 2)
+        for name, builder in models.MODELS.items():
+            patch.setitem(models.MODELS, name, lambda num_discrete, builder=builder, **options:
+                          builder(num_discrete, **{"widths": (4, 4, 8), **options}))
+        yield
 
 
 @pytest.fixture(scope="session")
-def simulated(tmp_path_factory, run):
+def simulated(tmp_path_factory):
     """A small file of virtual patients: 30 patients of 4 segments."""
-    folder = tmp_path_factory.mktemp("simulated")
-    run("simulate.py", "--out", "s.h5", "--patients", 30, "--segments", 4, "--seed", 1,
-        "--workers", 1, cwd=folder, check=0)
-    return str(folder / "s.h5")
+    path = str(tmp_path_factory.mktemp("simulated") / "s.h5")
+    simulate.simulate_file(path, 30, 4, 1)
+    return path
 
 
 def read_terminal(main):

@@ -1,17 +1,13 @@
 """The scripts at the command line, and files that are copied out of the repository."""
 import ast
-import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-
-from tk_utils import run_script
+from conftest import ROOT, little_work, run
 
 OPTIONS = {
     "train_resnet": "data keys condition split-seed epochs batch-size lr weight-decay recipe model "
@@ -25,18 +21,9 @@ OPTIONS = {
 ASCII = {"PYTHONIOENCODING": "ascii"}
 
 
-def call(module, arguments, monkeypatch):
-    """The exit code of a script, run in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{module}.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        sys.exit(run_script(importlib.import_module(module).main, ValueError))
-    return end.value.code
-
-
 @pytest.mark.parametrize("module", OPTIONS)
-def test_help_explains_each_of_the_options_and_there_are_no_others(module, monkeypatch, capsys):
-    assert not call(module, ["--help"], monkeypatch)
-    text = capsys.readouterr().out
+def test_help_explains_each_of_the_options_and_there_are_no_others(module):
+    text = run(f"{module}.py", "--help", check=0).stdout
     entries = {re.match(r"--([\w-]+)", entry).group(1): entry
                for entry in re.split(r"^  (?=-)", text, flags=re.M)[1:] if entry.startswith("--")}
     assert set(entries) == set(OPTIONS[module].split())
@@ -47,9 +34,8 @@ def test_help_explains_each_of_the_options_and_there_are_no_others(module, monke
 
 
 @pytest.mark.parametrize("module", OPTIONS)
-def test_a_wrong_option_is_one_line_and_exit_code_2(module, monkeypatch, capsys):
-    assert call(module, ["--no-such-option"], monkeypatch) == 2
-    line, = capsys.readouterr().err.splitlines()
+def test_a_wrong_option_is_one_line_and_exit_code_2(module):
+    line, = run(f"{module}.py", "--no-such-option", check=2).stderr.splitlines()
     assert line.startswith("error: ") and line.endswith("(--help lists the options)")
 
 
@@ -63,35 +49,34 @@ def test_help_comes_without_delay(tmp_path):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 8  # of processor
 
 
-@pytest.mark.parametrize("module, arguments", [
-    ("evaluate", ["runs/none.pth"]), ("predict", ["none.pth", "r.csv"])])
-def test_errors_name_the_next_command(module, arguments, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert call(module, arguments, monkeypatch) == 2
-    line, = capsys.readouterr().err.splitlines()
+@pytest.mark.parametrize("command", ["evaluate.py runs/none.pth", "predict.py none.pth r.csv"])
+def test_errors_name_the_next_command(command, tmp_path):
+    line, = run(*command.split(), cwd=tmp_path, check=2).stderr.splitlines()
     assert "train_resnet.py" in line and os.listdir(tmp_path) == []
 
 
-def test_seeds_are_trained_and_scored_on_a_console_of_ascii(run, tmp_path):
-    run("simulate.py", "--out", "s.h5", "--patients", 12, "--segments", 2, "--workers", 1,
-        cwd=tmp_path, check=0, **ASCII)
-    out = run("train_resnet.py", "--data", "s.h5", "--seeds", 2, "--epochs", 1, "--batch-size", 8,
-              "--name", "x", cwd=tmp_path, check=0, **ASCII).stdout
-    assert re.search(r"^x_seed0 \(1 of 2\): RMSE [\d.]+ mmHg", out, re.M)
-    summary = json.loads((tmp_path / "runs/x/summary.json").read_text())
-    run("evaluate.py", "runs/x_seed0.pth", "runs/x_seed1.pth", "--json", "x.json", cwd=tmp_path,
-        check=0, **ASCII)
-    scored = json.loads((tmp_path / "x.json").read_text())
+def test_seeds_are_trained_and_scored_on_a_console_of_ascii(tmp_path):
+    def on_ascii(*command):
+        return run(*command, cwd=tmp_path, check=0, encoding="ascii").stdout
+
+    with little_work():
+        on_ascii("simulate.py", "--out", "s.h5", "--patients", 12, "--segments", 2, "--workers", 1)
+        out = on_ascii("train_resnet.py", "--data", "s.h5", "--seeds", 2, "--epochs", 1,
+                       "--batch-size", 8, "--name", "x")
+        assert re.search(r"^x_seed0 \(1 of 2\): RMSE [\d.]+ mmHg", out, re.M)
+        on_ascii("evaluate.py", "runs/x_seed0.pth", "runs/x_seed1.pth", "--json", "x.json")
+    summary, scored = (json.loads((tmp_path / name).read_text())
+                       for name in ("runs/x/summary.json", "x.json"))
     assert scored["together"]["tpp"] == summary["together"]["tpp"]
 
 
 # ------------------------------------------------------------------------------ files copied alone
 
 def needed(module, found=None):
-    """The files of ours that a module imports at its top, and those that these import."""
+    """The files of ours that a module imports anywhere, and those that these import."""
     found = set() if found is None else found
     with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:
-        for node in ast.parse(file.read()).body:
+        for node in ast.walk(ast.parse(file.read())):
             names = ([node.module] if isinstance(node, ast.ImportFrom) else
                      [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
             for name in names:
@@ -105,13 +90,7 @@ def needed(module, found=None):
     ("models", ()), ("datasets", ()), ("signals", ()),
     ("labels", ("signals",)), ("recordings", ("formats", "tables")), ("metrics", ()),
     ("tk_utils", ())])
-def test_a_module_is_imported_in_an_empty_folder_with_what_its_docstring_names(module, others,
-                                                                               tmp_path):
-    for name in (module, *others):
-        shutil.copy(os.path.join(ROOT, f"{name}.py"), tmp_path)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-B", "-c", f"import {module}"], cwd=tmp_path, check=True,
-                   env=environment)
+def test_a_module_imports_those_that_its_docstring_names_and_no_others(module, others):
     assert needed(module) == set(others)
     with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:
         says = ast.get_docstring(ast.parse(file.read()))

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_file
-from small_train_resnet import little_work
+from conftest import little_work, make_file
 
 import checkpoint as checkpoints
 import evaluate

@@ -8,6 +8,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
+from conftest import run
 
 import datasets
 import labels
@@ -112,7 +113,7 @@ def test_an_output_that_is_not_simulated_or_cannot_be_written_is_one_line(tmp_pa
     assert before == [path.read_bytes() for path in sorted(tmp_path.iterdir())]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, run):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", tmp_path]).returncode:
         pytest.skip("cannot mount a small file system here")        # needs root
     try:

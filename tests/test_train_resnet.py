@@ -1,22 +1,30 @@
 """train_resnet.py as its users run it, on small real files and with small networks."""
-import contextlib
 import csv
-import io
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, children, make_file, needs_children
-from small_train_resnet import little_work
+from conftest import (
+    ROOT,
+    children,
+    fork,
+    fork_ranks,
+    little_work,
+    make_file,
+    needs_children,
+    run_main,
+)
 
 import train_resnet
 from checkpoint import CheckpointError, hash_patients, load_checkpoint, read_salt
@@ -24,8 +32,6 @@ from datasets import DataError, TPP_PPG_dataset, create_dataset_index, split_ind
 from tk_utils import run_script
 from training_header import TrainingError, load_model
 
-SCRIPT = os.path.join(ROOT, "tests", "small_train_resnet.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 OPTIONS = ["--data", "d.h5", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
 SIDE_FILES = {"trajectory.pth", "log.csv", "metrics.json", "run.json", "card.md"}
@@ -50,25 +56,19 @@ def same_weights(one, other):
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
+def main():
+    return run_script(train_resnet.main, CheckpointError, DataError, TrainingError)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """In this process as in those that run SCRIPT."""
-    with little_work(5):
+    with little_work():
         yield
 
 
 def call(*arguments, cwd):
     """(exit code, stdout, stderr) of a run in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
-            contextlib.redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["train_resnet.py", *map(str, arguments)])
-        try:
-            code = run_script(train_resnet.main, CheckpointError, DataError, TrainingError)
-        except SystemExit as end:
-            code = end.code
-    return code, out.getvalue(), err.getvalue()
+    return run_main(main, *arguments, cwd=cwd)
 
 
 def train(folder, *options):
@@ -172,6 +172,7 @@ def test_without_data_default_patients_are_simulated_once_and_called_so(monkeypa
     path = "data/simulated_12x2_seed3.h5"
     monkeypatch.setattr(train_resnet, "SIMULATED", {"patients": 12, "segments": 2, "seed": 3})
     monkeypatch.setattr(train_resnet, "SIMULATED_FILE", path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)     # or processes start to simulate
     code, out, err = call("--epochs", 1, "--device", "cpu", cwd=tmp_path)
     assert code == 0, err
     assert "training on SIMULATED patients" in out and "recipe small" in out
@@ -257,15 +258,25 @@ def test_a_network_and_a_loss_of_your_own_go_all_the_way(folder):
 
 
 # --------------------------------------------------------------------- resumed, refused, fine-tuned
-def started(folder, *options, launcher=()):
+def command(*options):
+    """train_resnet.py with these options, for a fork."""
+    def work():
+        sys.argv = ["train_resnet.py", *OPTIONS, *options]
+        return main()
+    return work
+
+
+def started(folder, *options, work=None):
     """A run in a process of its own, once the first epoch is over."""
-    process = subprocess.Popen(
-        [sys.executable, *launcher, SCRIPT, *OPTIONS, "--epochs", "500", *options], cwd=folder,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            return process
-    raise AssertionError(process.communicate()[1])
+    process = fork(work or command("--epochs", "500", *options), folder)
+    while "epoch 1/" not in printed(folder):
+        assert process.is_alive(), printed(folder)
+        time.sleep(0.05)
+    return process
+
+
+def printed(folder):
+    return (folder / ".printed").read_text() if (folder / ".printed").exists() else ""
 
 
 @pytest.mark.parametrize("number, epochs", [
@@ -274,10 +285,11 @@ def test_a_signal_saves_and_ends_with_exit_code_3(folder, number, epochs):
     process = started(folder, "--epochs", str(epochs))
     code, _, err = call(*OPTIONS, cwd=folder)
     assert code == 2 and "another process is training under this name" in err and "--name" in err
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 3, out + err
-    assert "the same command goes on from here" in err and "Traceback" not in err
+    os.kill(process.pid, number)
+    process.join(60)
+    text = printed(folder)
+    assert process.exitcode == 3, text
+    assert "the same command goes on from here" in text and "Traceback" not in text
     code, _, err = call(*OPTIONS, "--lr", "0.01", cwd=folder)
     assert code == 2 and f"epochs {epochs} (now 2)" in err and "(now 0.01)" in err
     assert "--fresh" in err and "--name" in err
@@ -423,11 +435,12 @@ def test_started_again_finished_runs_are_kept_and_the_missing_one_is_trained_the
 def test_two_processes_at_half_the_batch_do_what_one_does_and_one_writes(folder):
     # (test_training_header.py has the loop's equality to 1e-9; here Adam amplifies rounding.)
     train(folder, "--epochs", "1", "--batch-size", "4", "--name", "one")
-    done = subprocess.run([sys.executable, *TORCHRUN, SCRIPT, *OPTIONS, "--epochs", "1",
-                           "--batch-size", "2", "--name", "two"], cwd=folder, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test: 6 segments") == done.stdout.count("epoch 1/1") == 1
+    for process in fork_ranks(command("--epochs", "1", "--batch-size", "2", "--name", "two"),
+                              folder):
+        process.join(60)
+        assert process.exitcode == 0, printed(folder)
+    text = printed(folder)
+    assert text.count("test: 6 segments") == text.count("epoch 1/1: train loss") == 1
     assert load_checkpoint(folder / "runs/two.pth")["config"]["processes"] == 2
     one, two = (torch.load(folder / f"runs/{name}/trajectory.pth", weights_only=True)
                 for name in ("one", "two"))
@@ -493,24 +506,29 @@ def change(process, folder):
 def test_what_happens_to_a_run_ends_in_one_line(folder, workers, harm, message):
     process = started(folder, "--workers", str(workers))
     harm(process, folder)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "Traceback" not in err, err
-    line = err.strip().splitlines()[-1]
+    process.join(60)
+    text = printed(folder)
+    assert process.exitcode == 2 and "Traceback" not in text, text
+    line = text.strip().splitlines()[-1]
     assert line.startswith("error: ") and message in line
 
 
 @needs_children
-@pytest.mark.parametrize("victim", ["a rank", "torchrun"])
-def test_when_a_rank_or_torchrun_dies_the_others_end_within_a_minute(folder, victim):
-    process = started(folder, launcher=TORCHRUN)
-    ranks = children(process.pid)
-    os.kill(ranks[-1] if victim == "a rank" else process.pid, signal.SIGKILL)
-    try:
-        process.communicate(timeout=60)     # reads until the ranks, who hold the other end, end
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode
+@pytest.mark.parametrize("victim", ["a rank", "the launcher"])
+def test_when_a_rank_or_its_launcher_dies_all_end_within_a_minute(folder, victim):
+    def launch():       # as torchrun, but it leaves the other rank alone
+        for process in fork_ranks(command("--epochs", "500"), folder):
+            process.join()
+
+    reading, writing = os.pipe()
+    launcher = started(folder, work=launch)
+    os.close(writing)
+    killed = children(launcher.pid)[-1] if victim == "a rank" else launcher.pid
+    os.kill(killed, signal.SIGKILL)
+    ended, _, _ = select.select([reading], [], [], 60)      # closed by the last that ends
+    os.close(reading)
+    launcher.join()
+    assert ended, printed(folder)
 
 
 # ------------------------------------------------------------------------------ what bad input gets

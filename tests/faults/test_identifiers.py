@@ -9,12 +9,18 @@ import re
 import h5py
 import numpy as np
 import pytest
-from conftest import make_file
+from conftest import little_work, make_file, run
 from test_damaged_files import write_wfdb
 
 PRIVATE = re.compile(r".*(\.h5|\.salt|\.index\.npz|_problems\.csv|run\.json|records/.*|who\.csv)")
 NAME = re.compile(rb"(MRN|CSN)\d{3}")
 TRAIN = ["--data", "d.h5", "--name", "x", "--epochs", 1, "--batch-size", 8]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with little_work():
+        yield
 
 
 def files_below(folder):
@@ -45,7 +51,7 @@ def quiet(done, *codes):
     return text
 
 
-def test_training_and_evaluating_leave_no_name_and_no_path(run, tmp_path):
+def test_training_and_evaluating_leave_no_name_and_no_path(tmp_path):
     make_file(tmp_path / "d.h5", 12, 1, 6)
     for script, *arguments in (["train_resnet.py", *TRAIN],
                                ["evaluate.py", "runs/x.pth", "--json", "all.json",
@@ -71,7 +77,7 @@ def spoil(path, how):
 
 
 @pytest.mark.parametrize("how", ["no ppg", "a text", "infinite ppg"])
-def test_what_is_said_of_a_bad_file_names_nobody(run, tmp_path, how):
+def test_what_is_said_of_a_bad_file_names_nobody(tmp_path, how):
     make_file(tmp_path / "d.h5", 12, 1, 6)
     spoil(tmp_path / "d.h5", how)
     text = quiet(run("train_resnet.py", *TRAIN, cwd=tmp_path), 2, 0)
@@ -80,7 +86,7 @@ def test_what_is_said_of_a_bad_file_names_nobody(run, tmp_path, how):
     check_folder(tmp_path)
 
 
-def test_preparing_names_records_in_its_private_file_alone(run, tmp_path):
+def test_preparing_names_records_in_its_private_file_alone(tmp_path):
     pytest.importorskip("wfdb")
     for name in ("CSN0001", "CSN0002", "CSN0003"):
         (tmp_path / "records" / name).mkdir(parents=True)

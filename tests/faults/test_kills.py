@@ -8,13 +8,13 @@ its state after each step; every second run also writes slowly (each sync waits)
 fall inside a write; of one process, every second kill arrives at a call that changes files.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,59 +27,54 @@ import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE)]
-from conftest import ROOT, children, make_file, needs_children  # noqa: E402
+from conftest import children, fork, fork_ranks, little_work, make_file, needs_children  # noqa: E402
 
-from simulate import simulate_patient  # noqa: E402
-from training_header import NormalisedModel, get_model_v3, save_checkpoint  # noqa: E402
+import predict  # noqa: E402
+import prepare  # noqa: E402
+import simulate  # noqa: E402
+import tk_utils  # noqa: E402
+import train_resnet  # noqa: E402
+import training_header as header  # noqa: E402
 
-SCRIPT = """
-import os, sys, time
-sys.path[:0] = [{root!r}]
-import train_resnet, tk_utils, training_header
-training_header.training_loop.__kwdefaults__["checkpoint_minutes"] = 0      # after each step
-if {slow}:
-    fsync = os.fsync
-    os.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]
-calls = []
-def killed_at(function):
-    def call(*arguments, **options):
-        calls.append(function)
-        if len(calls) == {kill_at}:
-            os.kill(os.getpid(), 9)
-        return function(*arguments, **options)
-    return call
-for name in ("fsync", "replace", "remove", "makedirs", "open", "rename", "unlink"):
-    setattr(os, name, killed_at(getattr(os, name)))
-sys.exit(tk_utils.run_script(train_resnet.main, ValueError))
-"""
 OPTIONS = ["--data", "../d.h5", "--epochs", "3", "--batch-size", "4", "--device", "cpu"]
-KINDS = {
-    "one process": ([], []),
-    "workers": ([], ["--workers", "2"]),
-    "two ranks": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], []),
-}
+KINDS = {"one process": [], "workers": ["--workers", "2"], "two ranks": []}
 # The last argument is the file that must come out the same.
 COMMANDS = {
-    "simulating": ["simulate.py", "--patients", "16", "--segments", "2", "--out", "out.h5"],
-    "preparing": ["prepare.py", "../records", "--workers", "2", "--out", "out.h5"],
-    "predicting": ["predict.py", "../m.pth", "../records", "--out", "out.csv"],
+    "simulating": [simulate, "--patients", "16", "--segments", "2", "--out", "out.h5"],
+    "preparing": [prepare, "../records", "--workers", "2", "--out", "out.h5"],
+    "predicting": [predict, "../m.pth", "../records", "--out", "out.csv"],
 }
+
+
+def work(kind, slow, kill_at):
+    """What a killed process does."""
+    module, *options = COMMANDS.get(kind) or [train_resnet, *OPTIONS, *KINDS[kind]]
+    sys.argv = ["script.py", *options]
+    if kind in COMMANDS:
+        return tk_utils.run_script(module.main, ValueError)
+    fsync, calls = os.fsync, []
+    if slow:
+        os.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]
+
+    def killed_at(function):
+        def call(*arguments, **options):
+            calls.append(function)
+            if len(calls) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return call
+
+    for name in ("fsync", "replace", "remove", "makedirs", "open", "rename", "unlink"):
+        setattr(os, name, killed_at(getattr(os, name)))
+    header.training_loop.__kwdefaults__["checkpoint_minutes"] = 0       # after each step
+    with little_work():
+        return tk_utils.run_script(module.main, ValueError)
 
 
 def start(folder, kind, slow=False, kill_at=0):
-    if kind in COMMANDS:
-        script, *options = COMMANDS[kind]
-        command = [os.path.join(ROOT, script), *options]
-    else:
-        launcher, options = KINDS[kind]
-        script = os.path.join(os.path.dirname(folder), f"train_{'slowly' if slow else 'fast'}.py")
-        with open(script, "w") as file:
-            file.write(SCRIPT.format(root=ROOT, slow=slow, kill_at=kill_at))
-        command = [*launcher, script, *OPTIONS, *options]
-    return subprocess.Popen([sys.executable, *command], cwd=folder,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True,
-                            env=dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg"))
+    """The processes of a run."""
+    doing = functools.partial(work, kind, slow, kill_at)
+    return fork_ranks(doing, folder) if kind == "two ranks" else [fork(doing, folder)]
 
 
 def fingerprint(folder, kind):
@@ -115,12 +110,26 @@ def kill(pid):
 
 
 def run_to_the_end(folder, kind):
-    """The seconds that a run takes, unless it has ended before. Raises for a failed run."""
+    """The seconds that a run takes, unless it has ended before."""
     begun = time.monotonic()
-    process = start(folder, kind)
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output
+    for process in start(folder, kind):
+        process.join(600)
+        assert process.exitcode == 0, printed(folder)
     return time.monotonic() - begun
+
+
+def printed(folder):
+    with open(os.path.join(folder, ".printed")) as file:
+        return file.read()
+
+
+@functools.lru_cache(maxsize=None)
+def reference(base, kind):
+    """(the end of an unbroken run, its seconds)."""
+    folder = os.path.join(base, f"unbroken {kind}")
+    os.makedirs(folder)
+    seconds = run_to_the_end(folder, kind)
+    return fingerprint(folder, kind), seconds
 
 
 def check_files(folder):
@@ -148,31 +157,29 @@ def check_files(folder):
 
 def killed_runs(base, kind, kills, rng):
     """So many kills of runs of this kind: (kills, runs that were completed between them)."""
-    reference = os.path.join(base, "reference")
-    os.makedirs(reference)
-    usual_s = run_to_the_end(reference, kind)
-    expected, done, completed = fingerprint(reference, kind), 0, 0
+    # loader workers change nothing, to the bit
+    expected, usual_s = reference(base, "one process" if kind == "workers" else kind)
+    done = completed = 0
     while done < kills:
-        folder = os.path.join(base, f"run{completed}")
+        folder = os.path.join(base, f"{kind} {completed}")
         os.makedirs(folder)
         while True:
             at_call = kind == "one process" and done % 4 >= 2
-            process = start(folder, kind, done % 2 == 1, rng.randint(1, 150) if at_call else 0)
-            try:
-                wait_s = None if at_call else rng.uniform(0.0, 1.1 * usual_s)
-                output = process.communicate(timeout=wait_s)[0]
-                if process.returncode != -signal.SIGKILL:
-                    assert process.returncode == 0, output
-                    break
-            except subprocess.TimeoutExpired:
-                kill(process.pid)
-                process.communicate()
-            if process.returncode:
-                done += 1
-                check_files(folder)
-                if done >= kills:
-                    run_to_the_end(folder, kind)
-                    break
+            processes = start(folder, kind, done % 2 == 1, rng.randint(1, 150) if at_call else 0)
+            processes[0].join(None if at_call else rng.uniform(0.0, 1.1 * usual_s))
+            if processes[0].exitcode is None:
+                for process in processes:
+                    kill(process.pid)
+            for process in processes:
+                process.join()
+            if processes[0].exitcode != -signal.SIGKILL:
+                assert processes[0].exitcode == 0, printed(folder)
+                break
+            done += 1
+            check_files(folder)
+            if done >= kills:
+                run_to_the_end(folder, kind)
+                break
         assert check_files(folder) > (0 if kind in COMMANDS else 5)
         assert fingerprint(folder, kind) == expected, f"{kind}: another end after {done} kills"
         left = [name for _, _, names in os.walk(folder) for name in names
@@ -188,22 +195,28 @@ def make_inputs(folder):
     make_file(os.path.join(folder, "d.h5"), patients=6, encounters=1, rows=8)
     os.makedirs(os.path.join(folder, "records"))
     for number in range(4):
-        fields = simulate_patient(5, number, 2, keep_abp=True)
+        fields = simulate.simulate_patient(5, number, 2, keep_abp=True)
         pd.DataFrame({"time_s": np.arange(7200) / 60, "abp": fields["abp"].ravel(),
                       "ppg": fields["ppg"].ravel()}).to_csv(
                           os.path.join(folder, "records", f"{number}.csv"), index=False)
     keys = ["ppg", "map", "dbp", "hr", "tpp"]
-    model = NormalisedModel(get_model_v3(3, widths=(4, 4, 8)), keys, {
+    model = header.NormalisedModel(header.get_model_v3(3, widths=(4, 4, 8)), keys, {
         key: {"mean": 60.0, "sd": 10.0} for key in keys[1:]})
-    save_checkpoint(os.path.join(folder, "m.pth"), model)
+    header.save_checkpoint(os.path.join(folder, "m.pth"), model)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = str(tmp_path_factory.mktemp("kills"))
+    make_inputs(base)
+    return base
 
 
 @needs_children
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, tmp_path):
-    make_inputs(str(tmp_path))
+def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, base):
     kills = 2 if kind == "one process" else 1
-    assert killed_runs(str(tmp_path), kind, kills, random.Random(len(kind)))[0] == kills
+    assert killed_runs(base, kind, kills, random.Random(len(kind)))[0] == kills
 
 
 def main(kills, others, seed):
@@ -211,9 +224,9 @@ def main(kills, others, seed):
     shares = {kind: kills // 2 if number == 0 else (kills + 3) // 4
               for number, kind in enumerate(KINDS)}
     shares.update(dict.fromkeys(COMMANDS, (others + 2) // 3))
-    for kind, share in shares.items():
-        with tempfile.TemporaryDirectory() as base:
-            make_inputs(base)
+    with tempfile.TemporaryDirectory() as base:
+        make_inputs(base)
+        for kind, share in shares.items():
             done, completed = killed_runs(base, kind, share, rng)
             print(f"{kind}: {done} kills, {completed} runs completed, all with the end of the "
                   "unbroken run, 0 half-written files", flush=True)
