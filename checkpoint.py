@@ -8,7 +8,7 @@
 A checkpoint holds tensors and plain values, never code, and patients as salted hashes: the salt
 stays with the data. Needs models.py, datasets.py and tk_utils.py.
 """
-import argparse
+import copy
 import hashlib
 import importlib.util
 import inspect
@@ -28,8 +28,8 @@ from torch import nn
 
 import datasets
 from datasets import LABELS, DataError, DatasetIndex
-from models import MODELS, ConvBlock, MyFirstResNet, SpreadResNet
-from tk_utils import atomic_file, atomic_path, printable
+from models import MODELS, MyFirstResNet, SpreadResNet
+from tk_utils import ScriptParser, atomic_file, atomic_path, one_line, run_script
 
 SEEN = ["train", "tune", "ancestors"]       # parts of a split that shaped the weights
 
@@ -53,14 +53,11 @@ def load_tensors(path):
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         print(f"WARNING: with PyTorch {torch.__version__}, below 2.6, a checkpoint from a stranger "
               "can run code when it is loaded (CVE-2025-32434)", file=sys.stderr)
-    try:
+    with one_line(f"{path}: not a checkpoint", CheckpointError):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:       # PyTorch does not look at the check sums
                 raise ValueError("damaged: wrong check sum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - a foreign file fails in the unpickler in many ways
-        raise CheckpointError(f"{path}: not a checkpoint ({type(error).__name__}: "
-                              f"{printable(error)[:200]})") from None
 
 
 def save_checkpoint(path, model, *, spec: Optional[str] = None, model_args: Optional[dict] = None,
@@ -70,7 +67,8 @@ def save_checkpoint(path, model, *, spec: Optional[str] = None, model_args: Opti
 
     spec, model_args: the network's name ('resnet_v3' or 'my_net.py:MyNet') and arguments; by
     default as the model was loaded, or read off the network. config: options of the run; split:
-    {part: [hashed patients]}; provenance, metrics, calibration: dictionaries, too.
+    what `split_index` gave (so `evaluate.py` knows whom the model has seen) or {part: [hashed
+    patients]}; provenance, metrics, calibration: dictionaries, too.
     """
     if not hasattr(model, "normaliser"):
         raise CheckpointError(f"{path}: expected NormalisedModel(network, keys, normaliser), got "
@@ -79,13 +77,20 @@ def save_checkpoint(path, model, *, spec: Optional[str] = None, model_args: Opti
         spec, model_args = model.checkpoint["spec"], model.checkpoint["model_args"]
     elif spec is None:
         spec, model_args = describe_network(model.network)
+    if split and all(isinstance(part, DatasetIndex) for part in split.values()):
+        index = next(iter(split.values()))
+        salt = read_salt(default_salt_path(index.paths[0]))
+        split, config = hash_split(split, salt), {"condition": index.condition, **(config or {})}
+        provenance = {"origin": datasets.origin_of(index.paths), "salt": salt_mark(salt),
+                      **(provenance or {})}
     weights = model.network.state_dict()
     model.checkpoint = {
         "model": {k: v.detach().cpu().clone().contiguous() for k, v in weights.items()},
         "spec": spec, "model_args": model_args or {}, "keys": list(model.keys),
-        "normaliser": model.normaliser, "ppg_normalisation": model.ppg_normalisation,
-        "anchor": model.anchor, "config": {"condition": "default", **(config or {})},
-        "split": split or {}, "provenance": {"origin": "unknown", **(provenance or {})},
+        "inputs": model.inputs, "normaliser": model.normaliser, "anchor": model.anchor,
+        "ppg_normalisation": model.ppg_normalisation, "split": split or {},
+        "config": {"condition": "default", **(config or {})},
+        "provenance": {"origin": "unknown", **(provenance or {})},
         "metrics": metrics or {}, "calibration": calibration or {}}
     save_tensors(path, model.checkpoint)
     return model.checkpoint
@@ -130,13 +135,14 @@ def load_by_name(name, table: dict, option: str) -> Callable:
         return name
     if name in table:
         return table[name]
-    path, _, attribute = name.rpartition(":")
+    path, _, attribute = str(name).rpartition(":")
     if not path.endswith(".py") or not os.path.exists(path):
         raise CheckpointError(f"{option} {name}: expected {', '.join(table)} or file.py:Name of a "
                               "file that is there")
-    found = getattr(_module(os.path.realpath(path)), attribute, None)
+    with one_line(f"{option} {name}: {path} fails", CheckpointError):
+        found = getattr(_module(os.path.realpath(path)), attribute, None)
     if not callable(found):
-        raise CheckpointError(f"{option} {name}: {path} has no {attribute}")
+        raise CheckpointError(f"{option} {name}: {path} has no class or function {attribute}")
     return found
 
 
@@ -144,32 +150,26 @@ def new_network(name, **wanted) -> Tuple[nn.Module, str, dict]:
     """(network, spec, arguments) of --model NAME or file.py:Name, with fresh weights.
     wanted: arguments such as num_discrete, passed where the builder accepts them."""
     builder = load_by_name(name, MODELS, "--model")
+    expected = f"--model {name}: expected a class of nn.Module, or a function that returns one"
+    if isinstance(builder, nn.Module):
+        raise CheckpointError(f"{expected}; got an instance of {type(builder).__name__}")
     parameters = inspect.signature(builder).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     arguments = {k: v for k, v in wanted.items() if takes_all or k in parameters}
-    network = builder(**arguments)
+    with one_line(f"{expected}; fails, given {', '.join(arguments) or 'nothing'}", CheckpointError):
+        network = builder(**arguments)
     if not isinstance(network, nn.Module):
-        raise CheckpointError(f"--model {name}: expected an nn.Module, got a "
-                              f"{type(network).__name__}")
+        raise CheckpointError(f"{expected}; got a {type(network).__name__}")
     return network, os.path.basename(name), arguments
 
 
 def describe_network(network: nn.Module) -> Tuple[str, dict]:
-    """(spec, arguments) of a network, read off its layers where it is one of models.py."""
+    """(spec, arguments) of a network; the arguments are known where it is one of models.py."""
     kind = type(network)
-    if kind not in (MyFirstResNet, SpreadResNet):
-        file = getattr(sys.modules.get(kind.__module__), "__file__", None) or "your.py"
-        return f"{os.path.basename(file)}:{kind.__name__}", {}
-    spec = "resnet_v3" if kind is MyFirstResNet else "resnet_spread"
-    arguments = {"num_discrete": network.num_discrete, "in_channels": network.in_channels,
-                 "num_outputs": network.mlp[-1].out_features, "dropout": network.dropout.p}
-    convolutions = [layer.conv if isinstance(layer, ConvBlock) else layer.conv1.conv
-                    for layer in network.layers]
-    if convolutions:
-        arguments.update(widths=[conv.out_channels for conv in convolutions],
-                         kernel_sizes=[conv.kernel_size[0] for conv in convolutions],
-                         strides=[conv.stride[0] for conv in convolutions[1:]])
-    return spec, arguments
+    if kind in (MyFirstResNet, SpreadResNet):
+        return "resnet_v3" if kind is MyFirstResNet else "resnet_spread", network.arguments
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or "your.py"
+    return f"{os.path.basename(file)}:{kind.__name__}", {}
 
 
 def build_network(checkpoint: dict, network=None) -> nn.Module:
@@ -179,15 +179,10 @@ def build_network(checkpoint: dict, network=None) -> nn.Module:
     if network is None and spec not in MODELS:
         raise CheckpointError(f"trained with a network of your own: --model {spec} (with the path "
                               "of that file; from Python: network=) loads it")
-    try:
-        if not isinstance(network, nn.Module):
-            network = load_by_name(network or spec, MODELS, "--model")(**checkpoint["model_args"])
+    with one_line("the saved weights and settings do not fit", CheckpointError):
+        network = copy.deepcopy(network) if isinstance(network, nn.Module) else load_by_name(
+            network or spec, MODELS, "--model")(**checkpoint["model_args"])
         network.load_state_dict(checkpoint["model"], strict=True)
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError("the saved weights and settings do not fit "
-                              f"({printable(error)[:200]})") from None
     return network
 
 
@@ -278,13 +273,12 @@ def fingerprint(index: DatasetIndex, keys: List[str]) -> str:
 
 def look_up():
     """`python checkpoint.py FILE --who …`: prints names."""
-    parser = argparse.ArgumentParser(description="Private: for those who may see the data.")
+    parser = ScriptParser(description="Private: for those who may see the data.")
     parser.add_argument("file", help="an HDF5 file of the layout")
     parser.add_argument("--who", nargs="+", required=True, help="17 (patient), 17/2 (patient and "
                         "encounter), or a patient's hash, by tpp_ppg.salt next to the file")
-    options, salt, names = parser.parse_args(), "", {}
-    with suppress(OSError), open(os.path.join(os.path.dirname(options.file), "tpp_ppg.salt")) as f:
-        salt = f.read().strip()
+    options, names = parser.parse_args(), {}
+    salt = saved_salt(default_salt_path(options.file))
     with datasets.open_file(options.file) as file:
         for i, patient, group in datasets.groups_of(file):
             names.update({str(i): patient, hash_patients([patient], salt)[0]: patient})
@@ -296,8 +290,4 @@ def look_up():
 
 
 if __name__ == "__main__":
-    try:
-        look_up()
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_script(look_up, DataError))

@@ -127,6 +127,9 @@ class MyFirstResNet(nn.Module):
             raise ValueError(f"{len(widths)} widths need {blocks + 1} kernel_sizes and {blocks} "
                              f"strides, got {len(kernel_sizes)} and {len(strides)}")
         self.in_channels, self.num_discrete = in_channels, num_discrete
+        self.arguments = {"in_channels": in_channels, "num_discrete": num_discrete,
+                          "widths": list(widths), "kernel_sizes": list(kernel_sizes),
+                          "strides": list(strides), "dropout": dropout, "num_outputs": num_outputs}
         layers = []
         if in_channels:
             layers.append(ConvBlock(in_channels, widths[0], kernel_sizes[0]))

@@ -485,7 +485,8 @@ def export(predictor, path):
     units = ", ".join(f"{key} [batch] {FIELDS[key].unit}" for key in predictor.needed)
     onnx.helper.set_model_props(graph, {
         "inputs": f"ppg [batch, 1, {SEGMENT_SAMPLES}] at {FS} Hz in any unit; {units}",
-        "outputs": f"{', '.join(outputs)} [batch] mmHg; low to high: {EXPORT_LEVEL:.0%} interval",
+        "outputs": f"{', '.join(outputs)} [batch] mmHg" + (
+            "" if module.half is None else f"; low to high: {EXPORT_LEVEL:.0%} interval"),
         "trained_on": predictor.origin, "use": "research only; no medical device"})
     onnx.checker.check_model(graph)
     data = graph.SerializeToString()

@@ -137,8 +137,8 @@ class RunFiles:
         self.resume, self.trajectory = f"{base}/resume.pth", f"{base}/trajectory.pth"
         self.metrics, self.run = f"{base}/metrics.json", f"{base}/run.json"
         self.log, self.card = f"{base}/log.csv", f"{base}/card.md"
-        self.tensorboard, self.lock = f"{base}/tensorboard", f"{base}/.lock"
-        name = os.path.basename(base)
+        folder, name = os.path.split(base)
+        self.tensorboard, self.lock = f"{base}/tensorboard", f"{folder}/.{name}.lock"
         self.loss_plot = f"figures_resnet/{name}_loss_lr_plot.png"
         self.histogram = f"figures_resnet/{name}_histogram_plot.png"
 
@@ -185,7 +185,9 @@ class ScriptParser(argparse.ArgumentParser):
     """An ArgumentParser that reports a wrong option in one line and takes no abbreviations."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, **options, epilog="exit codes: 0 done; 1 (prepare.py, "
+                         "predict.py) done, but some records could not be used;\n2 an error, in "
+                         "one line; 3 (train_resnet.py) interrupted and saved; 130 interrupted")
 
     def error(self, message):
         self.exit(2, f"error: {printable(message)} (--help lists the options)\n")
@@ -205,6 +207,17 @@ def printable(text) -> str:
     """Text on one line, without control characters (a terminal would obey them)."""
     text = " ".join(str(text).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextlib.contextmanager
+def one_line(what: str, error_class):
+    """error_class('<what> (TypeError: …)') where code or files of others fail, in whatever way."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, error_class) or "Memory" in type(error).__name__:
+            raise
+        raise error_class(f"{what} ({type(error).__name__}: {printable(error)[:200]})") from error
 
 
 def counted(n: int, noun: str) -> str:

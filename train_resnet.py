@@ -63,9 +63,7 @@ DEFAULT_NAME = "M1.5"
 
 
 def parse_args(arguments=None):
-    parser = tk_utils.ScriptParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="exit codes: 0 done; 2 an error, in one line; 3 interrupted and saved")
+    parser = tk_utils.ScriptParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", metavar="FILE", help="HDF5 files; default: simulated ones")
     add("--keys", nargs="+", default=KEYS, help="ppg, vitals, label; default " + " ".join(KEYS))
@@ -73,10 +71,10 @@ def parse_args(arguments=None):
     add("--split-seed", type=int, default=0, help="who is train, tune and test; default 0")
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=tuple(RECIPES), help="hyper-parameters; default: by size of the data")
-    add("--epochs", type=int, help="passes over the train segments, not the recipe's")
-    add("--batch-size", type=int, help="segments in one step of each process, not the recipe's")
-    add("--lr", type=float, help="(largest) learning rate, not the recipe's")
-    add("--weight-decay", type=float, help="weight decay, not the recipe's")
+    add("--epochs", type=int, help="passes over the train segments, instead of the recipe's")
+    add("--batch-size", type=int, help="segments per step and process, instead of the recipe's")
+    add("--lr", type=float, help="(largest) learning rate, instead of the recipe's")
+    add("--weight-decay", type=float, help="weight decay, instead of the recipe's")
     add("--model", help=f"network: {', '.join(header.MODELS)}, or my_net.py:MyNet")
     add("--loss", default="mse", help=f"{', '.join(header.LOSSES)}, or my_losses.py:name")
     add("--init-from", metavar="CHECKPOINT", help="fine-tune these weights on the data")
@@ -105,14 +103,14 @@ def parse_args(arguments=None):
     vitals, label = datasets.vitals_of(options.keys), options.keys[-1]
     if len(options.keys) < 2 or label not in datasets.LABELS or "ppg" in options.keys[1:]:
         parser.error(f"--keys: expected ppg, then vitals, then {' or '.join(datasets.LABELS)}")
-    if options.ablate and (options.keys[0] != "ppg" or not vitals):
-        parser.error("--ablate: expected --keys with ppg and vitals, to leave out either")
+    if options.ablate and (options.keys[0] != "ppg" or not vitals or options.init_from):
+        parser.error("--ablate: expected --keys with ppg and vitals, and no --init-from")
     if not re.fullmatch(r"[\w.+-]*\w", options.name):
         parser.error(f"--name {options.name!r}: expected letters, digits and any of . _ + -")
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs a package: pip install tensorboard")
     options.own_network = None if options.model in (None, *header.MODELS) else options.model
-    options.fold = None
+    options.fold, options.inputs = None, options.keys[:-1]
     return options
 
 
@@ -146,7 +144,10 @@ def train_and_score(options, data, fitted, place):
         parts, sets = data.split(options)
         recipe = choose_recipe(options, len(sets["train"]))
         if is_first() and not place:
-            print_plan(recipe, parts)
+            print(", ".join(f"{name}: {counted(len(part), 'segment')} of " + counted(
+                part.n_patients, "patient") for name, part in parts.items()))
+            print("recipe {recipe}: batch size {batch_size}, epochs {epochs}".format(**recipe),
+                  flush=True)
         parent = open_parent(options, data, parts) if options.init_from else None
         model, network = build(options, recipe, sets["train"], parent)
         description = describe(options, recipe, data, parts, network, parent)
@@ -249,12 +250,6 @@ def choose_recipe(options, n_segments) -> dict:
     return {"recipe": name, **RECIPES[name], **changes}
 
 
-def print_plan(recipe, parts):
-    print(", ".join(f"{name}: {counted(len(part), 'segment')} of "
-                    f"{counted(part.n_patients, 'patient')}" for name, part in parts.items()))
-    print("recipe {recipe}: batch size {batch_size}, epochs {epochs}".format(**recipe), flush=True)
-
-
 def open_parent(options, data, parts):
     """The checkpoint of --init-from; none of its patients may be tuned or tested on."""
     parent = header.load_checkpoint(options.init_from)
@@ -263,8 +258,8 @@ def open_parent(options, data, parts):
     for name in ("tune", "test"):       # a warning where the parent's salt is not here
         known = checkpoint.patient_parts(parts[name], parent, data.salt_path)
         if np.isin(known, checkpoint.SEEN).any():
-            raise header.DataError(f"{options.init_from}: {name} patients were trained or tuned on "
-                                   "by it; the --split-seed of that run keeps them apart")
+            raise header.DataError(f"{options.init_from}: trained or tuned on patients that would "
+                                   f"be {name} patients here; fine-tuning needs --data of others")
     return parent
 
 
@@ -322,13 +317,15 @@ def build(options, recipe, train, parent):
         described = {key: parent[key] for key in ("spec", "model_args")}
     else:
         vitals = datasets.vitals_of(options.keys)
+        # without an input (--ablate), your own network gets zeros; others are built without it
+        inputs = options.inputs if options.own_network else options.keys[:-1]
         network, spec, arguments = checkpoint.new_network(
-            recipe["model"], num_discrete=len(vitals), num_outputs=loss.outputs,
-            in_channels=int(options.keys[0] == "ppg"))
+            recipe["model"], num_discrete=len(inputs) - ("ppg" in inputs),
+            num_outputs=loss.outputs, in_channels=int("ppg" in inputs))
         described = {"spec": spec, "model_args": arguments}
         anchor = header.fit_anchor(train, options.keys) if recipe["anchor"] and vitals else None
         normaliser = header.fit_normaliser(train, [*vitals, options.keys[-1]])
-        model = header.NormalisedModel(network, options.keys, normaliser, anchor=anchor)
+        model = header.NormalisedModel(network, options.keys, normaliser, "segment", anchor, inputs)
     if model.outputs != loss.outputs:
         raise header.TrainingError(f"the network has {counted(model.outputs, 'output')}, --loss "
                                    f"{options.loss} needs {loss.outputs}")
@@ -382,18 +379,10 @@ def train(options, recipe, model, loaders, files, description, place):
             pd.DataFrame(log).to_csv(file, index=False, float_format="%.6g")
         if options.tensorboard:
             log_to_tensorboard(files, recipe, loss, log)
-        if not place:
-            busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() + 0.5
-            if busy and len(log) == 1 and torch.get_num_threads() > 1:
-                print("other programs keep this machine's cores busy: --threads 1 may be faster")
-            print("epoch {epoch}/{epochs}: train loss {train_loss:.4g}, tune loss {tune_loss:.4g}"
-                  "{unit}, best epoch {best_epoch}, {seconds:.0f} s".format(
-                      **log[-1], epochs=recipe["epochs"], unit=loss.unit and f" {loss.unit}"),
-                  flush=True)
 
     model, trajectory = header.training_loop(
         model, *loaders, criterion=loss, device=options.device, precision=options.precision,
-        on_epoch=on_epoch, resume_path=files.resume, experiment=description,
+        on_epoch=on_epoch, resume_path=files.resume, experiment=description, verbose=not place,
         **loop_arguments(recipe, loaders[0], model, loss))
     if model.anchor and model.outputs == 1 and is_first():  # an own spread is of what was trained
         header.fit_blend(model, *(loader.dataset for loader in loaders), device=options.device)
@@ -448,9 +437,8 @@ def save(options, model, trajectory, files, description, parts, sets, data, fitt
     tk_utils.write_json(files.metrics, results)
     with tk_utils.atomic_file(files.card) as file:
         file.write(report.model_card(results, saved))
-    loss_label = header.choose_loss(options.loss).label
-    tk_utils.save_figure(tk_utils.loss_lr_figure(trajectory, results["note"], loss_label),
-                         files.loss_plot)
+    tk_utils.save_figure(tk_utils.loss_lr_figure(
+        trajectory, results["note"], header.choose_loss(options.loss).label), files.loss_plot)
     tk_utils.save_figure(report.histogram(results, arrays)[0], files.histogram)
     if options.name == DEFAULT_NAME:        # the names that the published project gives them
         for path in (files.loss_plot, files.histogram):

@@ -46,7 +46,7 @@ from datasets import (
 from loaders import make_loader
 from models import (
     MODELS, ConvBlock, MyFirstResNet, ResBlockV1, ResBlockV2, ResBlockV3, get_model_v3)
-from tk_utils import printable, progress, reset_all_seeds
+from tk_utils import one_line, printable, progress, reset_all_seeds
 
 
 class TrainingError(ValueError):
@@ -71,10 +71,8 @@ def choose_device(name=None) -> torch.device:
     """The device of a name such as 'cuda:1' (None: CUDA if present). Raises TrainingError."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with one_line(f"device {str(name)!r}", TrainingError):
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:     # torch without CUDA asserts
-        raise TrainingError(f"device {str(name)!r}: {printable(error)[:200]}") from None
 
 
 def distributed() -> Tuple[int, int]:
@@ -132,12 +130,12 @@ LOSSES = {
 
 def choose_loss(criterion) -> Loss:
     """The `Loss` of a name in LOSSES, of 'my_losses.py:name', or of any callable."""
-    if not isinstance(criterion, Loss):
-        criterion = load_by_name(criterion, LOSSES, "--loss")
-    if not isinstance(criterion, Loss):
-        name = getattr(criterion, "__name__", type(criterion).__name__)
-        criterion = Loss(criterion, "", f"Loss, {name}")
-    return criterion
+    found = criterion if isinstance(criterion, Loss) else load_by_name(criterion, LOSSES, "--loss")
+    if isinstance(found, type):
+        raise TrainingError(f"--loss {criterion}: expected a function (prediction, label); got a "
+                            f"class: give an instance of it, such as {found.__name__}()")
+    name = getattr(found, "__name__", type(found).__name__)
+    return found if isinstance(found, Loss) else Loss(found, "", f"Loss, {name}")
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -162,19 +160,23 @@ class NormalisedModel(nn.Module):
     network: any nn.Module of normalised inputs. keys: as given to `TPP_PPG_dataset`, the PPG first
     (or absent) and the label last. normaliser: {key: {'mean', 'sd', …}} of vitals and label over
     the train split (`fit_normaliser`). anchor: see `fit_anchor`; the network then learns what the
-    PPG adds to it. A network of two outputs gives [B, 2]: estimate and spread (SD), mmHg.
-    Attributes: the arguments, with_ppg, outputs (1 or 2), checkpoint. Raises DataError.
+    PPG adds to it. inputs: what the network takes, if more than the keys give; the others are 0, a
+    flat PPG or the mean vital. A network of two outputs gives [B, 2]: estimate and spread (SD),
+    mmHg. Attributes: the arguments, with_ppg, outputs (1 or 2), checkpoint. Raises DataError.
     """
 
     def __init__(self, network: nn.Module, keys: List[str], normaliser: Dict[str, dict],
-                 ppg_normalisation: str = "segment", anchor: Optional[dict] = None):
+                 ppg_normalisation: str = "segment", anchor: Optional[dict] = None,
+                 inputs: Optional[List[str]] = None):
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise DataError(f"network: expected an instance of nn.Module, got {network!r:.100}")
         if ppg_normalisation not in PPG_NORMALISATIONS:
             raise DataError(f"PPG normalisation {ppg_normalisation!r}: expected "
                             f"{' or '.join(PPG_NORMALISATIONS)}")
         self.network, self.keys, self.normaliser = network, list(keys), normaliser
         self.ppg_normalisation, self.checkpoint = ppg_normalisation, None
-        self.with_ppg = keys[0] == "ppg"
+        self.with_ppg, self.inputs = keys[0] == "ppg", list(inputs or keys[:-1])
         self.set_anchor(anchor)
         self.outputs = self.try_network()
 
@@ -191,8 +193,7 @@ class NormalisedModel(nn.Module):
         slopes = [weight * one for weight, one in zip(weights, sd)]
         offset = ridge["intercept"] + sum(weight * one for weight, one in zip(weights, mean))
         pulse = ridge.get("statistics", {"low": [], "high": [], "coefficients": []})
-        self.anchor = anchor
-        device = next(self.network.parameters(), torch.zeros(1)).device
+        self.anchor, device = anchor, next(self.network.parameters(), torch.zeros(1)).device
         # Not persistent: the network's own state dict keeps the published names and nothing else.
         for name, values in (("vital_mean", mean), ("vital_sd", sd), ("slopes", slopes),
                              ("scale", [ridge["sd"]]), ("offset", [offset]),
@@ -202,20 +203,14 @@ class NormalisedModel(nn.Module):
 
     def try_network(self) -> int:
         """The number of outputs, found by passing two flat segments through the network."""
-        like, training = next(self.network.parameters(), torch.zeros(1)), self.network.training
-        example = [like.new_zeros(2)] * len(self.slopes)
-        if self.with_ppg:
-            example.insert(0, like.new_zeros(2, 1, SEGMENT_SAMPLES))
-        try:
-            with torch.no_grad():
-                shape = tuple(self.network.eval()(*example).shape)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise DataError(f"keys {', '.join(self.keys)}: {type(self.network).__name__} does not "
-                            f"take them ({printable(error)[:200]})") from error
+        flat, training = torch.zeros(2, device=self.scale.device), self.network.training
+        name, inputs = type(self.network).__name__, ", ".join(self.inputs)
+        with one_line(f"inputs {inputs}: {name} does not take them", DataError), torch.no_grad():
+            shape = tuple(self.network.eval()(*self.complete({}, flat)).shape)
         self.network.train(training)
         if shape not in ((2, 1), (2, 2)):
-            raise DataError(f"{type(self.network).__name__}: an output of shape {shape} for two "
-                            "segments; expected [B, 1], or [B, 2] with a spread")
+            raise DataError(f"{name}: an output of shape {shape} for two segments; expected "
+                            "[B, 1], or [B, 2] with a spread")
         return shape[1]
 
     def normalise(self, inputs) -> List[torch.Tensor]:
@@ -223,6 +218,11 @@ class NormalisedModel(nn.Module):
         ppg, vitals = inputs[:n_ppg], inputs[n_ppg:]
         return ([PPG_NORMALISATIONS[self.ppg_normalisation](one) for one in ppg]
                 + [(v - self.vital_mean[i]) / self.vital_sd[i] for i, v in enumerate(vitals)])
+
+    def complete(self, given: Dict[str, torch.Tensor], zeros) -> List[torch.Tensor]:
+        """The network's inputs: those given, and zeros [B] for the others."""
+        flat = zeros.view(-1, 1, 1).repeat(1, 1, SEGMENT_SAMPLES)
+        return [given.get(key, flat if key == "ppg" else zeros) for key in self.inputs]
 
     def to_mmhg(self, out, inputs, normalised):
         estimate = out[:, :1] * self.scale + self.offset
@@ -237,22 +237,24 @@ class NormalisedModel(nn.Module):
         return torch.cat([estimate, (F.softplus(out[:, 1:]) + MIN_SPREAD) * self.scale], 1)
 
     def forward(self, *inputs):
-        normalised = self.normalise(inputs)
-        return self.to_mmhg(kernels.accelerate(self.network)(*normalised), inputs, normalised)
+        given = normalised = self.normalise(inputs)
+        if len(self.inputs) > len(inputs):
+            zeros = torch.zeros_like(inputs[0].reshape(len(inputs[0]), -1)[:, 0])       # [B]
+            given = self.complete(dict(zip(self.keys, normalised)), zeros)
+        return self.to_mmhg(kernels.accelerate(self.network)(*given), inputs, normalised)
 
 
 def load_model(path_or_checkpoint, device=None, network=None) -> NormalisedModel:
     """The model of a checkpoint (a path, or what `load_checkpoint` gave), in evaluation mode.
 
-    network: for one of your own, the module, its class, or 'my_net.py:MyNet'. Raises
-    CheckpointError.
+    network: for your own, the module, its class, or 'my_net.py:MyNet'. Raises CheckpointError.
     """
     saved, path = path_or_checkpoint, ""
     if not isinstance(saved, dict):
         saved, path = load_checkpoint(saved), f"{saved}: "
     try:
         model = NormalisedModel(build_network(saved, network), saved["keys"], saved["normaliser"],
-                                saved["ppg_normalisation"], saved["anchor"])
+                                saved["ppg_normalisation"], saved["anchor"], saved.get("inputs"))
     except (CheckpointError, DataError, KeyError) as error:
         raise CheckpointError(f"{path}{error}") from None
     model.checkpoint = saved
@@ -319,16 +321,19 @@ def batch_loss(network, batch, loss: Loss, bf16=False) -> torch.Tensor:
     *inputs, label = batch
     if len(label) == 0:         # this process's share of a short batch is empty
         return 0 * batch_loss(network, [t.new_zeros(1, *t.shape[1:]) for t in batch], loss, bf16)
-    with torch.autocast(label.device.type, torch.bfloat16) if bf16 else nullcontext():
+    with one_line("the network fails on a batch", TrainingError), (
+            torch.autocast(label.device.type, torch.bfloat16) if bf16 else nullcontext()):
         out = network(*inputs).to(label.dtype)
     if out.shape[:1] != label.shape or out.numel() != len(label) * loss.outputs:
         raise TrainingError(f"an output of shape {tuple(out.shape)}; expected [B, {loss.outputs}]")
-    each = loss.function(out.flatten() if loss.outputs == 1 else out, label)
-    if each.dim() == 0:
-        return each * len(label)
-    if each.numel() != len(label):
+    with one_line("the loss fails on a batch", TrainingError):
+        each = loss.function(out.flatten() if loss.outputs == 1 else out, label)
+    if not isinstance(each, torch.Tensor) or torch.is_grad_enabled() and not each.requires_grad:
+        raise TrainingError(f"the loss, a {type(each).__name__}, has no gradient; expected a tensor"
+                            " from the network's output, without detach(), item() or numpy()")
+    if each.dim() and each.numel() != len(label):
         raise TrainingError(f"the loss has shape {tuple(each.shape)}; expected [B] or a scalar")
-    return each.sum()
+    return each.sum() if each.dim() else each * len(label)
 
 
 def shrink_weights(parameters, amount) -> None:
@@ -439,7 +444,7 @@ def load_state(path, run, losses, parts) -> None:
     saved = found[0]
     if saved is None:
         return
-    try:
+    with one_line(f"{path}: not the state of this run", TrainingError):
         vars(run).update(saved["run"])
         for name, part in parts.items():
             part.load_state_dict(saved["parts"][name])
@@ -450,9 +455,6 @@ def load_state(path, run, losses, parts) -> None:
         torch.set_rng_state(own["torch"])
         if len(own["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(own["cuda"])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise TrainingError(f"{path}: not the state of this run ({printable(error)[:200]})") \
-            from None
 
 
 # ------------------------------------------------------------------------------- training: the loop
@@ -507,6 +509,8 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
         forward = nn.parallel.DistributedDataParallel(model)
         no_sync = forward.no_sync
     weights = [p for p in model.parameters() if p.requires_grad]
+    if not weights:
+        raise TrainingError("nothing to train: the network has no parameters")
     kind, options = optimizer_type or torch.optim.Adam, {}
     if kind in (torch.optim.Adam, torch.optim.AdamW) and (on_cuda or torch.__version__ >= "2.4"):
         options = {"fused": True, "capturable": on_cuda}        # one kernel for all parameters
@@ -639,8 +643,9 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
             if resume_path:             # last: a run killed before it does all of this again
                 save_state(resume_path, run, losses, parts, experiment)
             if rank == 0 and verbose:
-                print("epoch {epoch}/{}: train loss {train_loss:.4g}, tune loss {tune_loss:.4g} "
-                      "(best: epoch {best_epoch})".format(total_epochs, **run.log[-1]), flush=True)
+                print("epoch {epoch}/{}: train loss {train_loss:.4g}, tune loss {tune_loss:.4g}{}, "
+                      "best epoch {best_epoch}, {seconds:.0f} s".format(
+                          total_epochs, loss.unit and f" {loss.unit}", **run.log[-1]), flush=True)
             if any_rank(len(signals), device) and run.epoch < total_epochs and not run.stopped:
                 raise Interrupted(f"interrupted after epoch {run.epoch}; {goes_on}")
     model.load_state_dict(run.best_weights)

@@ -23,7 +23,7 @@ from checkpoint import (
     save_tensors,
     seen_by,
 )
-from datasets import DataError, create_dataset_index
+from datasets import DataError, create_dataset_index, split_index
 from training_header import NormalisedModel, get_model_v3, load_model
 
 
@@ -46,7 +46,7 @@ def test_a_checkpoint_gives_back_the_same_model(tmp_path, options):
     {"num_discrete": 2}, {"num_discrete": 3, "in_channels": 0}, {**SMALL, "dropout": 0.25},
     {"num_discrete": 1, "widths": (4, 8, 8, 16), "kernel_sizes": [3, 5, 7, 9],
      "strides": [2, 4, 2], "num_outputs": 2}])
-def test_the_arguments_of_the_published_network_are_read_off_its_layers(options):
+def test_the_arguments_of_the_published_network_build_it_again(options):
     network = get_model_v3(**options)
     spec, arguments = describe_network(network)
     assert spec == "resnet_v3" and repr(get_model_v3(**arguments)) == repr(network)
@@ -143,9 +143,36 @@ def test_a_network_of_your_own_is_loaded_with_the_model_option_that_trained_it(m
     for given in (my_net, type(network), type(network)(3)):
         assert torch.equal(load_model(path, network=given)(ppg, *vitals), expected)
     for name, message in (("resnet_v9", "expected resnet_v3, .* or file.py:Name"),
-                          ("absent.py:Net", "file that is there"), (my_net + "x", "no MyNetx")):
+                          ("absent.py:Net", "file that is there"),
+                          (my_net + "x", "no class or function MyNetx")):
         with pytest.raises(CheckpointError, match=message):
             new_network(name, num_discrete=3)
+
+
+@pytest.mark.parametrize("code, message", [
+    ("def Net(:", "bad.py fails .SyntaxError: invalid syntax"),
+    ("import no_such_module", "bad.py fails .ModuleNotFoundError: No module named"),
+    ("Net = 3", "bad.py has no class or function Net"),
+    ("def Net(): return 3", "expected a class of nn.Module, or a function .*; got a int"),
+    ("from torch import nn\nNet = nn.ReLU()", "expected a class .*; got an instance of ReLU"),
+    ("from torch import nn\nclass Net(nn.Module):\n    def __init__(self, width): pass",
+     "expected a class .*; fails, given nothing .TypeError: .*missing 1 required .*'width'")])
+def test_a_file_that_gives_no_network_is_refused_in_one_line(tmp_path, monkeypatch, code, message):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "bad.py").write_text(code)
+    with pytest.raises(CheckpointError, match=f"--model .*bad.py:Net: .*{message}") as caught:
+        new_network(f"{tmp_path}/bad.py:Net", num_discrete=3)
+    assert "\n" not in str(caught.value)
+    sys.modules.pop("bad", None)
+
+
+def test_from_python_the_split_may_be_what_split_index_gave(tmp_path):
+    index = create_dataset_index(path=make_file(tmp_path / "d.h5"), condition="any")
+    parts = split_index(index)
+    saved = save_checkpoint(tmp_path / "m.pth", wrapped(), split=parts)
+    known = patient_parts(index, saved, default_salt_path(index.paths[0]))
+    assert {*known.tolist()} == {*parts} and saved["config"]["condition"] == index.condition
+    assert saved["provenance"]["origin"] == "unknown"       # a published file does not say it
 
 
 @pytest.mark.parametrize("left", [None, "", "0123456789abcdef"])       # by killed processes

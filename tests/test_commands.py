@@ -30,6 +30,7 @@ def test_help_explains_each_of_the_options_and_there_are_no_others(module):
     for name, entry in entries.items():
         explanation = re.sub(r"(?s)\{.*?\}|\[.*?\]|[A-Z_.:]{2,}", "", entry.split("\n\n")[0])
         assert len(re.findall(r"\b[a-z]{2,}\b", explanation)) >= 2, f"--{name}"
+    assert "\nexit codes: 0 done; 1 (prepare.py, predict.py) done, but some records" in text
     assert "default: None" not in text and sum(map(len, map(str.split, OPTIONS.values()))) <= 60
 
 

@@ -245,7 +245,7 @@ def test_a_network_and_a_loss_of_your_own_go_all_the_way(folder):
     mine = folder / "mine" / "my_net.py"
     mine.parent.mkdir()
     mine.write_text(MY_NET)
-    folds = ["--folds", "3", "--name", "own"]
+    folds = ["--folds", "3", "--ablate", "--name", "own"]
     train(folder, *folds, "--model", "mine/my_net.py:MyNet", "--loss", "mine/my_net.py:my_loss")
     saved = load_checkpoint(folder / "runs/own_fold0.pth")
     assert saved["spec"] == "my_net.py:MyNet" and saved["config"]["loss"] == "my_net.py:my_loss"
@@ -253,6 +253,10 @@ def test_a_network_and_a_loss_of_your_own_go_all_the_way(folder):
         load_model(folder / "runs/own_fold0.pth")
     assert load_model(folder / "runs/own_fold0.pth", network=f"{mine}:MyNet")
     assert read_json(folder / "runs/own/summary.json")["together"]["n_patients"] == 5
+    without = load_checkpoint(folder / "runs/own_fold0_no_vitals.pth")
+    assert (without["keys"], without["inputs"]) == (["ppg", "tpp"], KEYS[:-1])
+    assert {*read_json(folder / "runs/own_fold0/metrics.json")["compared"]} == {
+        "network without the PPG", "network without vitals"}
     code, _, err = call(*OPTIONS, *folds, cwd=folder)
     assert code == 2 and "model my_net.py:MyNet (now resnet_" in err
 
@@ -367,7 +371,8 @@ def test_a_parent_that_does_not_fit_is_refused(trained, other_patients, options,
 def test_fine_tuning_refuses_to_test_on_the_parents_patients(trained, copied):
     code, _, err = call(*OPTIONS, "--init-from", trained / "runs/M1.5.pth", "--split-seed", 1,
                         "--name", "child", cwd=copied)
-    assert code == 2 and "were trained or tuned on by it" in err and "--split-seed" in err
+    assert code == 2 and "trained or tuned on patients that would be tune patients here" in err
+    assert "fine-tuning needs --data of others" in err and not (copied / "runs/child").exists()
 
 
 # ---------------------------------------------------------------------- several runs, several ranks
@@ -535,6 +540,7 @@ def test_when_a_rank_or_its_launcher_dies_all_end_within_a_minute(folder, victim
 def spoil(folder, kind):
     """Writes the data file `bad.h5` of a kind of badness."""
     path = folder / "bad.h5"
+    (folder / "bad.py").write_text("def square(a, b, c): return (a - b) ** c")
     if kind == "absent":
         return
     if kind == "text":
@@ -573,7 +579,9 @@ def spoil(folder, kind):
     ("good", ("--lr", "0"), "--lr 0.0: expected more than 0"),
     ("good", ("--folds", "2"), "--folds 2: expected at least 3"),
     ("good", ("--keys", "ppg", "tpp", "--ablate"), "expected --keys with ppg and vitals"),
+    ("good", ("--ablate", "--init-from", "a.pth"), "expected --keys with ppg and vitals, and no"),
     ("good", ("--init-from", "a.pth"), "a.pth: no such checkpoint"),
+    ("good", ("--loss", "bad.py:square"), "the loss fails on a batch (TypeError: square() missing"),
     ("good", ("--name", "../elsewhere"), "expected letters, digits"),
     ("good", ("--recipe", "secret"), "invalid choice: 'secret'")])
 def test_training_refuses_bad_input_in_one_line_and_writes_nothing(tmp_path, kind, options,
@@ -584,3 +592,4 @@ def test_training_refuses_bad_input_in_one_line_and_writes_nothing(tmp_path, kin
     errors = [line for line in err.splitlines() if "error: " in line]
     assert code == 2 and len(errors) == 1 and message in errors[0], err
     assert "Traceback" not in err and tree(tmp_path) <= before | {"tpp_ppg.salt"}
+    assert not [*tmp_path.glob("runs/*/")]

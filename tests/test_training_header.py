@@ -358,7 +358,17 @@ def test_an_interrupted_loop_goes_on_to_the_same_bits(index, tmp_path, step, opt
     ({"precision": "int8"}, "precision 'int8'"),
     ({"device": "cuda:99"}, "device 'cuda:99'"),
     ({"criterion": "nll"}, r"an output of shape \(4, 1\); expected \[B, 2\]"),
-    ({"criterion": lambda a, b: torch.zeros(7)}, r"the loss has shape \(7,\)"),
+    ({"criterion": lambda a, b: a.sum() * torch.ones(7)}, r"the loss has shape \(7,\)"),
+    ({"criterion": lambda a, b: a[:, None] - b}, r"the loss has shape \(4, 4\)"),
+    ({"criterion": lambda a, b: (a - b).mean().item()}, "the loss, a float, has no gradient"),
+    ({"criterion": lambda a, b: a.detach().numpy()}, "the loss, a ndarray, has no gradient"),
+    ({"criterion": lambda a, b: a.detach() - b}, "the loss, a Tensor, has no gradient"),
+    ({"criterion": lambda a, b, c: a}, "the loss fails on a batch .TypeError: .* missing 1 requ"),
+    ({"criterion": nn.MSELoss}, r"expected a function .* got a class: give an .* MSELoss\(\)"),
+    ({"criterion": 3}, "--loss 3: expected mse"),
+    ({"model": nn.Flatten()}, "the network has no parameters"),
+    ({"model": nn.Sequential(Line((0, 0)), nn.BatchNorm1d(1).double()),
+      "loader": lines(0, batch_size=1)}, "the network fails on a batch .ValueError: Expected more"),
     ({"label": math.nan}, "the training loss is not finite at epoch 1, batch 1"),
     ({"tune_label": math.inf}, "the tune loss is inf after epoch 1"),
     ({"epochs": 900, "label": 10, "lr": 100.0}, "loss is (inf|nan|not finite) (at|after) epoch")])
@@ -501,11 +511,26 @@ def test_a_copy_of_a_model_has_its_own_weights():
 
 
 @pytest.mark.parametrize("network, keys, message", [
-    (small_model, ["ppg", "map", "dbp", "tpp"], "MyFirstResNet does not take them .expected 3 vit"),
+    (small_model, ["ppg", "map", "dbp", "tpp"], "does not take them .ValueError: expected 3 vit"),
+    (lambda: MyNet, KEYS, "network: expected an instance of nn.Module, got <class .*MyNet"),
+    (lambda: MyNet().double(), KEYS, "inputs ppg, map, dbp, hr: MyNet does not take them .*double"),
     (nn.Identity, ["ppg", "tpp"], r"Identity: an output of shape \(2, 1, 3600\)")])
 def test_a_network_that_does_not_fit_the_keys_is_refused(network, keys, message):
     with pytest.raises(DataError, match=message):
         NormalisedModel(network(), keys, NORMALISER)
+
+
+def test_a_network_that_shall_do_without_an_input_gets_the_mean_of_it(tmp_path):
+    ppg, vitals = some_inputs()
+    for keys, given in ((["ppg", "tpp"], [ppg]), (KEYS[1:], vitals)):
+        model = NormalisedModel(MyNet(), keys, NORMALISER, inputs=KEYS[:-1]).eval()
+        normalised = model.normalise(given)
+        inputs = ([*normalised, *torch.zeros(3, 4)] if model.with_ppg else
+                  [torch.zeros(4, 1, 3600), *normalised])
+        assert torch.allclose(model(*given), 40 + 15 * model.network(*inputs), atol=1e-4)
+        save_checkpoint(tmp_path / "m.pth", model)
+        again = load_model(tmp_path / "m.pth", network=MyNet)
+        assert torch.equal(again(*given), model(*given)) and again.inputs == KEYS[:-1]
 
 
 def test_predictions_stand_in_the_datasets_order(index):
