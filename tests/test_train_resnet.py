@@ -256,7 +256,7 @@ def test_a_network_and_a_loss_of_your_own_go_all_the_way(folder):
     without = load_checkpoint(folder / "runs/own_fold0_no_vitals.pth")
     assert (without["keys"], without["inputs"]) == (["ppg", "tpp"], KEYS[:-1])
     assert {*read_json(folder / "runs/own_fold0/metrics.json")["compared"]} == {
-        "network without the PPG", "network without vitals"}
+        "model without the PPG", "model without vitals"}
     code, _, err = call(*OPTIONS, *folds, cwd=folder)
     assert code == 2 and "model my_net.py:MyNet (now resnet_" in err
 
