@@ -102,7 +102,6 @@ def little_work(boosting_rounds=5):
     learned."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "BOOSTING_ROUNDS", boosting_rounds)
-        patch.setattr(baselines, "RIDGE_PENALTIES", (1.0, 100.0))
         patch.setattr(baselines, "FOLDS", 2)
         for name, builder in models.MODELS.items():
             patch.setitem(models.MODELS, name, lambda num_discrete, builder=builder, **options:
