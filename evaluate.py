@@ -105,8 +105,7 @@ def main() -> None:
 @dataclass
 class Segments:
     """N segments and what is predicted of them: arrays [N], in mmHg."""
-    # Where known also the network's own SD 'spread', and 'swapped', predicted from another's PPG.
-    fields: Dict[str, np.ndarray]
+    fields: Dict[str, np.ndarray]           # also the network's own 'spread', 'swapped' PPG's TPP
     patients: np.ndarray                    # numbers
     series: np.ndarray                      # numbers of uninterrupted series of minutes
     names: np.ndarray                       # of patients, to recognise them in several runs
@@ -311,8 +310,7 @@ def calibrate(path, data, condition=None, network=None, device=None) -> dict:
 # ---------------------------------------------------------------- the evaluation
 
 def evaluate(model_or_path, index=None, **options) -> dict:
-    """Score a model: `results["tpp"]["rmse"]`, … (docs/python.md); arguments as of
-    `evaluate_with_arrays`. Warnings go to stderr, too."""
+    """The results of `evaluate_with_arrays`; docs/python.md explains them. Warns on stderr."""
     results = evaluate_with_arrays(model_or_path, index, **options)[0]
     for line in results["problems"]:
         print(f"WARNING: {line}", file=sys.stderr)

@@ -97,7 +97,7 @@ def follow(segments, train):
              "mean of the known minutes": base,
              "mean + change of MAP": base + moved[:, 0],
              "ridge on changes of vitals": base + ridge.predict(moved),
-             "network, shifted": base + segments.tpp[later] - mean(segments.tpp)}
+             "model, shifted": base + segments.tpp[later] - mean(segments.tpp)}
     return segments.truth[later], found, segments.names[later]
 
 
@@ -111,7 +111,7 @@ def calibrated_rows(runs, index, folds):
         parts.append(follow(segments, train_of[fold]))
     truth, patients = (np.concatenate([part[i] for part in parts]) for i in (0, 2))
     found = {name: np.concatenate([part[1][name] for part in parts]) for name in parts[0][1]}
-    network = found["network, shifted"]
+    network = found["model, shifted"]
     return len(np.unique(patients)), [
         [name, *estimates(truth, network, one, patients)[:2 if one is network else 4]]
         for name, one in found.items()]
@@ -120,7 +120,7 @@ def calibrated_rows(runs, index, folds):
 def print_estimates(rows):
     tk_utils.print_table(
         [[row[0], *(report.shown(one) for one in [*row[1:], None, None][:4])] for row in rows],
-        ["TPP, mmHg", "RMSE by minute", "by patient", "network's skill by minute", "by patient"])
+        ["TPP, mmHg", "RMSE by minute", "by patient", "model's skill by minute", "by patient"])
 
 
 def main():
