@@ -108,7 +108,10 @@ def calibrated_rows(runs, index, folds):
         if fold not in train_of:
             train = datasets.split_index(index, 0, fold, folds)["train"]
             train_of[fold] = evaluate.read_segments(train, ["map", "dbp", "hr", "tpp"])
-        parts.append(follow(segments, train_of[fold]))
+        if all(np.bincount(one.patients).max() > KNOWN for one in (segments, train_of[fold])):
+            parts.append(follow(segments, train_of[fold]))
+    if not parts:
+        return 0, []
     truth, patients = (np.concatenate([part[i] for part in parts]) for i in (0, 2))
     found = {name: np.concatenate([part[1][name] for part in parts]) for name in parts[0][1]}
     network = found["model, shifted"]
@@ -157,7 +160,8 @@ def main():
         print_estimates(unseen)
         print(f"\nCALIBRATED: the first {KNOWN} labelled minutes of each of {n_followed} patients "
               "are known, the later ones are followed")
-        print_estimates(followed)
+        if followed:
+            print_estimates(followed)
         results[method] = {"unseen": unseen, "calibrated": followed, "n_segments": len(index),
                            "n_patients": index.n_patients, "together": scored["together"]}
         tk_utils.write_json(options.out, results)
