@@ -70,6 +70,18 @@ def run(script, *arguments, check=None, **options):
     return done
 
 
+@pytest.fixture
+def scripts_here(monkeypatch):
+    """What starts a script of ours by subprocess.run has it run in this process."""
+    start = subprocess.run
+
+    def run_here(command, check=False, **options):
+        if command[0] != sys.executable or not os.path.isfile(command[1]):
+            return start(command, check=check, **options)
+        return run(*command[1:], check=0 if check else None)
+    monkeypatch.setattr(subprocess, "run", run_here)
+
+
 def fork(work, folder, **environment):
     """A process of its own that does `work()` in `folder` and prints to the file .printed there."""
     def child():

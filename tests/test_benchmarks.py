@@ -1,24 +1,25 @@
-"""Each benchmark runs at toy size and prints its table; gpu.py: test_kernels.py."""
+"""Each benchmark runs at toy size and prints its table."""
 import json
 import os
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, needs_children
+from conftest import little_work, needs_children, run
+
+import models
+import simulate
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, run):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmarks")
-    run("simulate.py", "--out", "s.h5", "--patients", 12, "--segments", 7, "--workers", 1,
-        cwd=folder, check=0)
-    return folder
+    simulate.simulate_file(folder / "s.h5", 12, 7, 0)
+    with little_work():
+        yield folder
 
 
 @pytest.mark.parametrize("script, arguments, printed", [
-    ("evaluation.py", ["coverage", "--repeats", 2, "--draws", 20], "patients"),
-    ("evaluation.py", ["conformal", "--repeats", 3], "tune patients"),
+    ("evaluation.py", ["coverage", "--repeats", 1, "--draws", 20], "patients"),
+    ("evaluation.py", ["conformal", "--repeats", 1], "tune patients"),
     ("evaluation.py", ["scale", "--predictions", 20_000], "20,000 predictions of 40 patients"),
     ("read.py", ["--rows", 600, "--repeats", 1], "ours"),
     ("label.py", ["--segments", 10, "--repeats", 1], "segments/s"),
@@ -29,19 +30,26 @@ def folder(tmp_path_factory, run):
                      6, "--", "--epochs", 1, "--threads", 1], "gradient_boosting_ppg"),
     ("real.py", ["--data", "s.h5", "--folds", 3, "--seeds", 1, "--", "--epochs", 1, "--threads", 1],
      "CALIBRATED")])
-def test_a_benchmark_prints_its_table(folder, script, arguments, printed):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "benchmarks", script),
-                           *map(str, arguments)], cwd=folder, capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_benchmark_prints_its_table(folder, script, arguments, printed, scripts_here,
+                                      monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)     # no processes are started to simulate
+    done = run(f"benchmarks/{script}", *arguments, cwd=folder, check=0)
     assert printed in done.stdout and "FAILED" not in done.stdout, done.stdout
     if script == "training.py":
         assert list(json.loads((folder / "training.json").read_text())) == arguments[-1:]
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setattr(models, "get_model_v3", lambda vitals: models.MODELS["resnet_v3"](vitals))
+
+
 @needs_children       # it reads /proc
-def test_the_benchmark_of_scale_runs(folder):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "benchmarks", "scale.py"), "--part",
-                           "wait", "--repeats", "1"], cwd=folder, capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_benchmark_of_scale_runs(folder, narrow):
+    run("benchmarks/scale.py", "--part", "wait", "--repeats", 1, cwd=folder, check=0)
+
+
+def test_the_gpu_benchmark_runs_at_toy_size_on_cpu(folder, narrow):
+    out = run("benchmarks/gpu.py", "--device", "cpu", "--json", folder / "gpu.json",
+              "--ablate-kernels", check=0).stdout
+    assert "FAILED" not in out and (folder / "gpu.json").exists(), out

@@ -27,7 +27,7 @@ def twins(dtype=torch.float32, build=get_model_v3, **options):
 @pytest.mark.parametrize("fft", [True, False])
 @pytest.mark.parametrize("as_rows", [True, False])
 def test_twenty_float64_steps_stay_with_the_plain_network_to_1e_9(fft, as_rows):
-    plain, ours = twins(torch.float64)
+    plain, ours = twins(torch.float64, widths=(16, 16, 24))
     if as_rows:
         kernels.store_weights_as_rows(ours)
     inputs = batch(2, 1200, dtype=torch.float64)
@@ -266,13 +266,3 @@ def test_feed_yields_every_batch_on_the_device():
     batches = [(torch.full((2,), float(i)), torch.tensor([i])) for i in range(3)]
     got = list(feed(iter(batches), torch.device("cpu")))
     assert [one.tolist() for _, one in got] == [[0], [1], [2]]
-
-
-def test_the_gpu_benchmark_runs_at_toy_size_on_cpu(tmp_path):
-    out = tmp_path / "gpu.json"
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "benchmarks", "gpu.py"), "--device",
-                           "cpu", "--json", str(out), "--ablate-kernels"], capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAILED" not in done.stdout, done.stdout
-    assert out.exists()

@@ -1,6 +1,4 @@
 """models.py: the published network, its names, its numbers, its options and initial weights."""
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -110,11 +108,7 @@ def test_the_vitals_begin_with_the_weight_of_all_features():
     assert torch.allclose(balanced[:, 256:], plain[:, 256:] * (256 / 3) ** 0.5)
 
 
-def test_the_example_in_the_docstring_runs_and_learns_in_a_folder_with_models_py_alone(tmp_path):
+def test_the_example_in_the_docstring_runs_and_learns():
     example = models.__doc__.split("made-up data:")[1].split("A second architecture")[0]
     code = textwrap.dedent(example).replace("randn(32", "randn(8").replace("range(5)", "range(2)")
-    code += "\nassert estimate_mmhg.shape == (8,) and loss < 10\n"
-    with open(models.__file__) as file:
-        (tmp_path / "models.py").write_text(file.read())
-    (tmp_path / "example.py").write_text(code)
-    subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True, timeout=120)
+    exec(code + "\nassert estimate_mmhg.shape == (8,) and loss < 10\n", {})

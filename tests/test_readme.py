@@ -19,10 +19,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, little_work
 
-import baselines
-import models
 import report
 import simulate
 from tk_utils import run_script
@@ -32,12 +30,13 @@ PAGES = ["README.md", *sorted(os.path.relpath(path, ROOT)
 SETTING_UP = r"python -m venv |pip install |\.venv/bin/pip install "      # not again in a test
 # (pattern, replacement): every one that fits makes a command or a Python block end sooner
 SHORTER = [
+    (r"--threads \d+", "--threads 1"),
     (r"--nnodes=\d+ |--rdzv-\S+ ", ""), (r"--nproc_per_node=\d+", "--nproc_per_node=2"),
     (r"(torchrun.*)--batch-size \d+", r"\1"), (r"data/\*", "data/a*"),
     (r"(train_resnet\.py.*)--folds \d+", r"\1--folds 3"),
     (r"(train_resnet\.py.*)--seeds \d+", r"\1--seeds 2"),
     (r"(.*train_resnet\.py.*)", r"\1 --fresh --epochs 1 --batch-size 8"),
-    (r"(.*simulate\.py .*)", r"\1 --patients 20 --segments 2 --workers 1"),
+    (r"(.*simulate\.py .*)", r"\1 --patients 15 --segments 2 --workers 1"),
     (r"(.*prepare\.py.*)--workers \d+", r"\1--workers 1"),
     (r"(.*evaluate\.py.*--condition.*)", r"\1 --split all"),      # of few test patients
     (r"(.*examples/own_arrays\.py.*)", r"\1 --epochs 1 --segments 40"),
@@ -90,11 +89,7 @@ def shorten(text):
 def folder(tmp_path_factory):
     """The files that the pages speak of; in this process, the networks are small."""
     folder = tmp_path_factory.mktemp("reader")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, builder in list(models.MODELS.items()):
-            patch.setitem(models.MODELS, name, lambda num_discrete, builder=builder, **options:
-                          builder(num_discrete, **{"widths": (4, 4, 8), **options}))
-        patch.setattr(baselines, "BOOSTING_ROUNDS", 5)
+    with little_work(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "FIGURES", dict(list(report.FIGURES.items())[:2]))
         patch.setenv("MPLBACKEND", "agg")
         patch.setenv("PYTHONPATH", ROOT)
@@ -159,7 +154,7 @@ def run_line(command):
     words = [one for word in words for one in sorted(glob.glob(word)) or [word]]
     if words[0] == "torchrun":
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        words = [os.path.join(ROOT, word) if word == "train_resnet.py" else word for word in words]
+        words = [__file__ if word == "train_resnet.py" else word for word in words]     # see below
         return subprocess.run([*launcher, *words[1:]], timeout=300, env=dict(
             os.environ, OMP_NUM_THREADS="1")).returncode
     script = words[1]
@@ -262,3 +257,9 @@ def test_the_citation_file_names_what_the_readme_cites():
     for key in ("title", "message", "authors", "license"):
         assert re.search(rf"^{key}: ?", yaml, re.M)
     assert re.search(r"doi: (\S+)", yaml).group(1) in README
+
+
+if __name__ == "__main__":      # train_resnet.py for torchrun
+    import train_resnet
+    with little_work():
+        sys.exit(run_script(train_resnet.main))

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_file
+from conftest import ROOT, fork_ranks, make_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -298,11 +298,16 @@ def train_in_double_precision(path):
 
 
 def test_two_processes_equal_one_to_the_ninth_digit(index, tmp_path):
+    def work():
+        torch.distributed.init_process_group("gloo")
+        found = train_in_double_precision(index.paths[0])
+        if distributed()[0] == 0:
+            torch.save(found, "out")
+
     # 24 tune segments in batches of 23: the second process has none of the last batch.
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", __file__, index.paths[0], tmp_path / "out"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for process in fork_ranks(work, tmp_path):
+        process.join(60)
+        assert process.exitcode == 0, (tmp_path / ".printed").read_text()
     for two, one in zip(torch.load(tmp_path / "out", weights_only=True),
                         train_in_double_precision(index.paths[0])):
         assert torch.allclose(two, one, rtol=1e-9, atol=1e-9)
@@ -586,10 +591,3 @@ def test_modules_need_what_their_docstrings_name_and_importing_them_does_no_work
                           cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert {*os.listdir(tmp_path)} == {f"{name}.py" for name in names}
-
-
-if __name__ == "__main__":      # as one of two processes: see above
-    torch.distributed.init_process_group("gloo")
-    found = train_in_double_precision(sys.argv[1])
-    if distributed()[0] == 0:
-        torch.save(found, sys.argv[2])
