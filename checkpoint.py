@@ -18,7 +18,6 @@ import re
 import sys
 import zipfile
 from contextlib import suppress
-from functools import lru_cache
 from typing import Callable, List, Optional, Set, Tuple
 
 import filelock
@@ -29,7 +28,7 @@ from torch import nn
 import datasets
 from datasets import LABELS, DataError, DatasetIndex
 from models import MODELS, MyFirstResNet, SpreadResNet
-from tk_utils import ScriptParser, atomic_file, atomic_path, one_line, run_script
+from tk_utils import ScriptParser, atomic_file, atomic_path, one_line, printable, run_script
 
 SEEN = ["train", "tune", "ancestors"]       # parts of a split that shaped the weights
 
@@ -116,16 +115,23 @@ def load_checkpoint(path) -> dict:
     return checkpoint
 
 
-@lru_cache(maxsize=None)
 def _module(path):
-    """The module of a file, executed once."""
-    sys.path.append(os.path.dirname(path))      # for what the file imports from its own folder
-    name = os.path.splitext(os.path.basename(path))[0]
-    source = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(source)
-    sys.modules.setdefault(name, module)
-    source.loader.exec_module(module)
-    return module
+    """The module of a file, executed once: not again while it runs, as the script or as this."""
+    running = sys.modules["__main__"]
+    if os.path.realpath(getattr(running, "__file__", None) or "") == path:
+        return running
+    if path not in sys.modules:
+        sys.path.append(os.path.dirname(path))  # for what the file imports from its own folder
+        name = os.path.splitext(os.path.basename(path))[0]
+        source = importlib.util.spec_from_file_location(name, path)
+        sys.modules[path] = module = importlib.util.module_from_spec(source)
+        sys.modules.setdefault(name, module)
+        try:
+            source.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[path]
+            raise
+    return sys.modules[path]
 
 
 def load_by_name(name, table: dict, option: str) -> Callable:
@@ -282,11 +288,9 @@ def look_up():
     with datasets.open_file(options.file) as file:
         for i, patient, group in datasets.groups_of(file):
             names.update({str(i): patient, hash_patients([patient], salt)[0]: patient})
-            names.update((f"{i}/{j}", f"{patient}/{name}")
-                         for j, name, _ in datasets.groups_of(group))
+            names.update({f"{i}/{j}": f"{patient}/{k}" for j, k, _ in datasets.groups_of(group)})
     for who in options.who:
-        name = names.get(who, "not in this file")
-        print(f"{who}: {name if name.isprintable() else repr(name)}")   # a terminal would obey it
+        print(f"{who}: {printable(names.get(who, 'not in this file'))}")
 
 
 if __name__ == "__main__":

@@ -475,30 +475,30 @@ def export(predictor, path):
     names = ["ppg", *predictor.needed]
     outputs = ["tpp"] if module.half is None else ["tpp", "low", "high"]
     old = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
-    with warnings.catch_warnings():
+    with tk_utils.one_line(f"{path}: not written", DataError), warnings.catch_warnings():
         warnings.simplefilter("ignore")         # that the tracer keeps sizes as constants
         torch.onnx.export(module, tuple(x[:2] for x in inputs), buffer, input_names=names,
                           output_names=outputs, opset_version=17,      # the highest of PyTorch 2.0
                           do_constant_folding=False,    # it loses one of two equal parameters
                           dynamic_axes={name: {0: "batch"} for name in names + outputs}, **old)
-    graph = onnx.load_from_string(buffer.getvalue())
-    units = ", ".join(f"{key} [batch] {FIELDS[key].unit}" for key in predictor.needed)
-    onnx.helper.set_model_props(graph, {
-        "inputs": f"ppg [batch, 1, {SEGMENT_SAMPLES}] at {FS} Hz in any unit; {units}",
-        "outputs": f"{', '.join(outputs)} [batch] mmHg" + (
-            "" if module.half is None else f"; low to high: {EXPORT_LEVEL:.0%} interval"),
-        "trained_on": predictor.origin, "use": "research only; no medical device"})
-    onnx.checker.check_model(graph)
-    data = graph.SerializeToString()
-    onnxruntime.set_default_logger_severity(3)  # errors only
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    differences = []
-    for n in (EXPORT_SEGMENTS, 1, 7):
-        part = [x[:n] for x in inputs]
-        with torch.no_grad():
-            expected = module(*part)
-        answers = session.run(None, {name: x.numpy() for name, x in zip(names, part)})
-        differences += [np.abs(a - b.numpy()).max() for a, b in zip(answers, expected)]
+        graph = onnx.load_from_string(buffer.getvalue())
+        units = ", ".join(f"{key} [batch] {FIELDS[key].unit}" for key in predictor.needed)
+        onnx.helper.set_model_props(graph, {
+            "inputs": f"ppg [batch, 1, {SEGMENT_SAMPLES}] at {FS} Hz in any unit; {units}",
+            "outputs": f"{', '.join(outputs)} [batch] mmHg" + (
+                "" if module.half is None else f"; low to high: {EXPORT_LEVEL:.0%} interval"),
+            "trained_on": predictor.origin, "use": "research only; no medical device"})
+        onnx.checker.check_model(graph)
+        data = graph.SerializeToString()
+        onnxruntime.set_default_logger_severity(3)  # errors only
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        differences = []
+        for n in (EXPORT_SEGMENTS, 1, 7):
+            part = [x[:n] for x in inputs]
+            with torch.no_grad():
+                expected = module(*part)
+            answers = session.run(None, {name: x.numpy() for name, x in zip(names, part)})
+            differences += [np.abs(a - b.numpy()).max() for a, b in zip(answers, expected)]
     worst = np.max(differences)                 # NaN if one is
     if not worst <= EXPORT_TOLERANCE:
         raise DataError(f"{path}: not written, as onnxruntime differs from PyTorch by "

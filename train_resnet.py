@@ -168,8 +168,8 @@ def train_and_score(options, data, fitted, place):
             print("interrupted; saved: the same command goes on from here", file=sys.stderr)
             sys.exit(3)
         except header.NonFiniteLoss as problem:
-            patients = patients_of(loaders[0], problem, data.salt)
-            raise header.TrainingError(f"{problem}. {patients}") from None
+            raise header.TrainingError(
+                f"{problem}. {patients_of(loaders[0], problem, data.salt)}") from None
 
 
 def list_runs(options):
@@ -338,14 +338,11 @@ def make_loaders(options, recipe, sets):
     device = header.choose_device(options.device)
     on_cuda = device.type == "cuda"
     workers = (4 if on_cuda else 0) if options.workers is None else options.workers
-    loaders = [header.make_loader(
+    return [header.make_loader(
         sets[name], recipe["batch_size"] * world, shuffle=name == "train", seed=options.seed,
         workers=workers, pin_memory=on_cuda, rank=rank, world=world,
         device_cache=device if on_cuda and options.device_cache == "auto" else None)
         for name in ("train", "tune")]
-    if rank == 0 and getattr(loaders[0], "device", None) is not None:
-        print("the data are kept in the GPU's memory (--device-cache off reads them each time)")
-    return loaders
 
 
 # -------------------------------------------------------------------------------------- training
@@ -413,8 +410,7 @@ def patients_of(loader, problem, salt) -> str:
     for number in problem.batches:
         loader.sampler.set_epoch(problem.epoch, number)
         items.extend(next(iter(loader.sampler)))
-    segments = loader.dataset.segments(items)
-    patients = index.patients[np.unique(index.segment_patients()[segments])]
+    patients = index.patients[np.unique(index.segment_patients()[loader.dataset.segments(items)])]
     return (f"Its patients: {', '.join(header.hash_patients(patients.tolist(), salt))} "
             "(python checkpoint.py FILE --who HASH names them)")
 

@@ -239,7 +239,7 @@ class NormalisedModel(nn.Module):
     def forward(self, *inputs):
         given = normalised = self.normalise(inputs)
         if len(self.inputs) > len(inputs):
-            zeros = torch.zeros_like(inputs[0].reshape(len(inputs[0]), -1)[:, 0])       # [B]
+            zeros = torch.zeros_like(inputs[0][:, 0, 0] if self.with_ppg else inputs[0])    # [B]
             given = self.complete(dict(zip(self.keys, normalised)), zeros)
         return self.to_mmhg(kernels.accelerate(self.network)(*given), inputs, normalised)
 

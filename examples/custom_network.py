@@ -49,7 +49,7 @@ def main(data, recordings, path="runs/two_blocks.pth"):
     model, _ = tpp.training_loop(model, tpp.make_loader(train, 16, shuffle=True),
                                  tpp.make_loader(tune, 16), total_epochs=10, lr=3e-3,
                                  criterion=smooth_l1, verbose=True)
-    tpp.save_checkpoint(path, model, calibration=make_calibration(model, tune))
+    tpp.save_checkpoint(path, model, split=parts, calibration=make_calibration(model, tune))
     model = tpp.load_model(path, network=TwoBlocks)
     report.print_results(evaluate(model, parts["test"], train=parts["train"], tune=parts["tune"]))
     for recording in recordings:

@@ -15,6 +15,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from evaluate import Fitted, evaluate
+from metrics import LEAST_PATIENTS
+from report import of_ci95, shown
 from tk_utils import print_table
 from training_header import create_dataset_index, split_index
 
@@ -49,7 +51,8 @@ test, fitted, rows = split_index(create_dataset_index(path=options.data))["test"
 for name, path in (("parent as it is", options.checkpoint), ("fine-tuned", "runs/fine_tuned.pth"),
                    ("from scratch", "runs/from_scratch.pth")):
     found = evaluate(path, test, fitted=fitted)["tpp"]
-    rows.append([name] + ["{:.2f} ({:.2f} to {:.2f})".format(found[key], *found["ci95"][key])
-                          for key in ("rmse", "bias")])
+    rows.append([name, *(shown(of_ci95(found, key)) for key in ("rmse", "bias"))])
 print(f"\n{len(test)} segments of {test.n_patients} test patients of {options.data}, mmHg (95 %):")
+if test.n_patients < LEAST_PATIENTS:
+    print(f"below {LEAST_PATIENTS} test patients there are no intervals")
 print_table(rows, ["network", "RMSE", "bias"])

@@ -166,6 +166,17 @@ def test_a_file_that_gives_no_network_is_refused_in_one_line(tmp_path, monkeypat
     sys.modules.pop("bad", None)
 
 
+def test_a_script_whose_network_it_loads_itself_runs_once(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from checkpoint import new_network\nfrom torch import nn\nprint('runs')\n"
+        "class Net(nn.Linear):\n    def __init__(self): super().__init__(3, 1)\n"
+        "new_network('mine.py:Net')")
+    for arguments in (["mine.py"], ["-c", "from checkpoint import *; new_network('mine.py:Net')"]):
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, text=True,
+                              capture_output=True, env=dict(os.environ, PYTHONPATH=ROOT))
+        assert done.stdout.split() == ["runs"], done.stderr
+
+
 def test_from_python_the_split_may_be_what_split_index_gave(tmp_path):
     index = create_dataset_index(path=make_file(tmp_path / "d.h5"), condition="any")
     parts = split_index(index)

@@ -131,6 +131,14 @@ def test_a_network_of_your_own_predicts_and_exports(tmp_path, night):
     assert code == 0 and "from PyTorch on 64 segments" in out and "3 minutes, 3 with TPP" in out
     rows = out[out.index("start_s  "):].splitlines()        # the table, 100 columns at most
     assert rows[3].startswith("   60.0") and max(map(len, rows[:5])) <= 100
+    import onnx
+    said = {one.key: one.value for one in onnx.load(str(tmp_path / "own.onnx")).metadata_props}
+    assert said["outputs"] == "tpp [batch] mmHg"            # no interval, as it is not calibrated
+    model = NormalisedModel(Own(), ["ppg", "tpp"], load_model(model, network=Own()).normaliser,
+                            inputs=["ppg", "map"])          # as by --ablate: without the vitals
+    code, out, err = run(save_checkpoint(tmp_path / "b.pth", model) and tmp_path / "b.pth",
+                         "--model", f"{__file__}:Own", "--export", tmp_path / "b.onnx")
+    assert code == 0 and "from PyTorch on 64 segments" in out, err
 
 
 def test_several_recordings_make_one_table_and_names_stay_private(tmp_path, night, checkpoint):
