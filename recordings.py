@@ -49,7 +49,7 @@ def _numbers(kind, sites):
 CHANNELS = {
     "ppg": ["pleth", "ppg", "plethr", "plethl", "plethwave", "spo2wave", "spo2waveform",
             "spo2pleth", "plethspo2", "spo2ppg", "ppgfinger", "fingerppg", "plethysmogram",
-            "photoplethysmogram", "plethysmograph"],
+            "photoplethysmogram", "plethysmograph", "bvp", "bloodvolumepulse"],
     "abp": [site + ending for ending in ("", "wave", "waveform") for site in ARTERIAL],
     "map": [*_numbers("map", ARTERIAL), "map", "mbp", "mabp", "meanbp", "meanarterialpressure",
             "bpmean"],

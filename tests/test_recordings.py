@@ -251,6 +251,7 @@ def test_a_vitals_table_is_checked_as_the_recording_s_numbers_are(tmp_path, text
 
 
 @pytest.mark.parametrize("text, complaint", [
+    ("time_s,NIBP\n0,120/80\n60,110/70\n", "no row of numbers"),
     ("time_s,MAP [furlong]\n0,80\n60,90\n", "--unit CHANNEL=UNIT"),
     ("time_s,weight\n0,80\n60,90\n", "any of map"), ("map,dbp\n80,60\n", "no time column"),
     ("time_s,map\n60,80\n0,90\n", "times of MAP do not increase"),
