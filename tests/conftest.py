@@ -11,6 +11,7 @@ import runpy
 import socket
 import subprocess
 import sys
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -27,7 +28,11 @@ import torch  # noqa: E402 - after the number of threads is set
 import baselines  # noqa: E402
 import models  # noqa: E402
 import simulate  # noqa: E402
-from datasets import TPP_PPG_dataset, create_dataset_index  # noqa: E402
+from checkpoint import CheckpointError  # noqa: E402
+from datasets import DataError, TPP_PPG_dataset, create_dataset_index  # noqa: E402
+from recordings import RecordingError  # noqa: E402
+from tk_utils import run_script  # noqa: E402
+from training_header import TrainingError  # noqa: E402
 
 
 def pytest_configure(config):
@@ -45,8 +50,14 @@ def recordings():
     return SHARED
 
 
-def run_main(main, *arguments, cwd=".", encoding="utf-8"):
-    """(exit code, stdout, stderr) of a script's `main()` in this process."""
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_here(main, *arguments, cwd=".", encoding="utf-8"):
+    """What `main()` of a script does with these arguments, in this process."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(streams[0]), \
             contextlib.redirect_stderr(streams[1]):
@@ -56,16 +67,22 @@ def run_main(main, *arguments, cwd=".", encoding="utf-8"):
             code = main()
         except SystemExit as end:
             code = end.code
-    return (code or 0, *(stream.seek(0) or stream.read() for stream in streams))
+    return Done(code or 0, *(stream.seek(0) or stream.read() for stream in streams))
+
+
+def call(module, *arguments, **options):
+    """What a script's module does, as it is in this process."""
+    return run_here(lambda: run_script(module.main, CheckpointError, DataError, RecordingError,
+                                       TrainingError), *arguments, **options)
 
 
 def run(script, *arguments, check=None, **options):
-    """The CompletedProcess of a script that runs as a user's would, but in this process."""
+    """What a script does, read anew from its file as a user's would be."""
     path = os.path.join(ROOT, script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [os.path.dirname(path), *sys.path])
-        done = subprocess.CompletedProcess(arguments, *run_main(
-            lambda: runpy.run_path(path, run_name="__main__") and 0, *arguments, **options))
+        done = run_here(lambda: runpy.run_path(path, run_name="__main__") and 0, *arguments,
+                        **options)
     assert check in (None, done.returncode), done.stdout + done.stderr
     return done
 
@@ -75,11 +92,11 @@ def scripts_here(monkeypatch):
     """What starts a script of ours by subprocess.run has it run in this process."""
     start = subprocess.run
 
-    def run_here(command, check=False, **options):
+    def start_here(command, check=False, **options):
         if command[0] != sys.executable or not os.path.isfile(command[1]):
             return start(command, check=check, **options)
         return run(*command[1:], check=0 if check else None)
-    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(subprocess, "run", start_here)
 
 
 def fork(work, folder, **environment):

@@ -70,11 +70,21 @@ def test_each_rule_refuses_its_segments_and_the_report_counts_them(tmp_path):
         assert len(index) == kept
 
 
+def replace(group, key, values):
+    del group[key]
+    group[key] = values
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda group: group.pop("r2"), "patient 1, encounter 0.*no field 'r2'"),
     (lambda group: group.pop("ppg"), "patient 1, encounter 0.*no field 'ppg'"),
     (lambda group: group["map"].attrs.update(scale_factor=0.1),
      "patient 1, encounter 0.*field 'map': scaled by its attribute 'scale_factor'"),
+    (lambda group: replace(group, "map", np.array([b"MRN0"] * 8)), "map"),
+    (lambda group: replace(group, "map", group["map"][:5]), "patient 1, encounter 0.*map"),
+    (lambda group: replace(group, "ppg", np.zeros((8, 3000), "f4")), "patient 1, encounter 0.*ppg"),
+    (lambda group: replace(group, "map", h5py.ExternalLink("a.h5", "/map")), "patient 1"),
+    (lambda group: (group.pop("map"), group.create_dataset("map", (8,), "f4")), "map"),
     (lambda group: group.file.attrs.update(fs=125), "segments of 60 s at 60 Hz"),
     (lambda group: [group.file.pop(name) for name in list(group.file)], "found no encounter")])
 def test_a_malformed_file_is_refused_in_one_line_without_identifiers(published, spoil, message):

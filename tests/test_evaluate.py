@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import little_work, make_file
+from conftest import KEYS, little_work, make_file
 
 import checkpoint as checkpoints
 import evaluate
@@ -18,7 +18,6 @@ from checkpoint import CheckpointError, load_checkpoint
 from datasets import DataError, TPP_PPG_dataset, create_dataset_index, fit_normaliser, split_index
 from training_header import NormalisedModel, load_model, predict_dataset
 
-KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 BASELINES = {"mean_tpp", "map_minus_mean_pcrit", "ridge", "gradient_boosting",
              "ridge_ppg", "gradient_boosting_ppg", "ridge_all", "gradient_boosting_all"}
 

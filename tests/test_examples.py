@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, little_work, run
+from conftest import KEYS, ROOT, SHARED, little_work, run
 
 import simulate
 from training_header import (
@@ -21,7 +21,6 @@ from training_header import (
     save_checkpoint,
 )
 
-KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 EXAMPLES = os.path.join(ROOT, "examples")
 
 

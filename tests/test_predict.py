@@ -1,6 +1,4 @@
 """predict.py: recordings in, TPP by minute out; the export."""
-import contextlib
-import io
 import re
 import shutil
 
@@ -9,18 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import KEYS, call
 
 import predict
 import prepare
-import tk_utils
-from checkpoint import CheckpointError, save_checkpoint
-from datasets import DataError
+from checkpoint import save_checkpoint
 from models import get_model_v3
-from recordings import RecordingError
 from training_header import NormalisedModel, load_model
 
 FS = 100
-KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 
 
 class Own(torch.nn.Module):     # no features()
@@ -57,15 +52,7 @@ def checkpoint(tmp_path_factory):
 
 
 def run(*arguments):
-    """(exit code, stdout, stderr) in this process: a subprocess takes seconds to import PyTorch."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = tk_utils.run_script(lambda: predict.main(list(map(str, arguments))),
-                                       CheckpointError, DataError, RecordingError)
-        except SystemExit as stop:      # argparse
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
+    return call(predict, *arguments)
 
 
 def predicted(tmp_path, *arguments):

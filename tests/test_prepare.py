@@ -1,40 +1,25 @@
 """prepare.py: recordings in, one file of the layout and a quality page out."""
-import contextlib
 import csv
-import io
 import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import time
 
 import filelock
 import h5py
 import numpy as np
 import pytest
+from conftest import call
 
 import datasets
 import labels
 import prepare
 import simulate
-import tk_utils
-from datasets import DataError
-from recordings import RecordingError
-
-ROOT = os.path.dirname(os.path.abspath(prepare.__file__))
 
 
 def run(*arguments):
-    """prepare.py in this process: quicker than in one of its own."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = tk_utils.run_script(
-                lambda: prepare.main([str(a) for a in arguments]), DataError, RecordingError)
-        except SystemExit as stop:  # argparse
-            code = stop.code
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+    return call(prepare, *arguments)
 
 
 def pulse(t, delay_s=0.0):

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from test_formats import write_wfdb
 
 import recordings
 from recordings import CHANNELS, Channel, RecordingError, check_vitals, find_recordings, plain_name
@@ -52,12 +53,6 @@ def number(every_s, value):
     """A column with a number in every `every_s` seconds, and empty cells between."""
     return lambda t: np.where(np.abs(t / every_s - np.rint(t / every_s)) < 1e-6,
                               value(np.rint(t / every_s)) if callable(value) else value, np.nan)
-
-
-def write_wfdb(folder, name, samples, fs=125, signal="ABP", unit="/mmHg"):
-    np.rint(np.asarray(samples) * 100).astype("<i2").tofile(os.path.join(folder, name + ".dat"))
-    with open(os.path.join(folder, name + ".hea"), "w") as file:
-        file.write(f"{name} 1 {fs} {len(samples)}\n{name}.dat 16 100{unit} 16 0 0 0 0 {signal}\n")
 
 
 def wave(t):
@@ -337,7 +332,8 @@ def test_an_inverted_abp_is_said_and_a_ppg_that_is_a_copy_of_it_refused(tmp_path
 
 def test_a_long_recording_is_read_in_little_more_memory_than_its_windows_need(tmp_path):
     """Two hours at 500 Hz: 58 MB as float64; 4 MB as windows, and what a piece needs."""
-    write_wfdb(tmp_path, "long", np.tile(light(np.arange(500 * 60) / 500), 120), 500, "PLETH", "")
+    ppg = np.tile(light(np.arange(500 * 60) / 500), 120)
+    write_wfdb(tmp_path, "long", ppg, 500, signal="PLETH", unit="")
     recorded = windows(tmp_path / "long.hea")
     tracemalloc.start()
     for _ in range(2):      # it can be read twice

@@ -9,22 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 
+import conftest
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    children,
-    fork,
-    fork_ranks,
-    little_work,
-    make_file,
-    needs_children,
-    run_main,
-)
+from conftest import KEYS, fork, fork_ranks, little_work, make_file, needs_children
 
 import train_resnet
 from checkpoint import CheckpointError, hash_patients, load_checkpoint, read_salt
@@ -32,7 +23,6 @@ from datasets import DataError, TPP_PPG_dataset, create_dataset_index, split_ind
 from tk_utils import run_script
 from training_header import TrainingError, load_model
 
-KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 OPTIONS = ["--data", "d.h5", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
 SIDE_FILES = {"trajectory.pth", "log.csv", "metrics.json", "run.json", "card.md"}
 FIGURES = {f"figures_resnet/{name}_plot.png" for name in (
@@ -56,10 +46,6 @@ def same_weights(one, other):
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-def main():
-    return run_script(train_resnet.main, CheckpointError, DataError, TrainingError)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with little_work():
@@ -67,8 +53,7 @@ def small():
 
 
 def call(*arguments, cwd):
-    """(exit code, stdout, stderr) of a run in this process."""
-    return run_main(main, *arguments, cwd=cwd)
+    return conftest.call(train_resnet, *arguments, cwd=cwd)
 
 
 def train(folder, *options):
@@ -152,20 +137,6 @@ def test_patients_are_split_by_hash_and_normalised_by_the_train_patients_alone(t
     column = TPP_PPG_dataset(parts["train"], "segment", ["ppg", "tpp"]).column("tpp").double()
     assert saved["normaliser"]["tpp"]["mean"] == pytest.approx(column.mean().item())
     assert saved["normaliser"]["tpp"]["sd"] == pytest.approx(column.std(unbiased=False).item())
-
-
-def test_no_path_no_patient_and_no_salt_is_in_what_leaves_the_hospital(trained):
-    with h5py.File(trained / "d.h5", "r") as file:
-        names = [name.encode() for name in file]
-    secrets = [str(trained).encode(), b"d.h5", os.path.expanduser("~").encode() + b"/",
-               ROOT.encode(), read_salt(trained / "tpp_ppg.salt").encode(), *names]
-    with zipfile.ZipFile(trained / "runs/M1.5.pth") as archive:
-        shared = [name.encode() + archive.read(name) for name in archive.namelist()]
-    shared += [(trained / "runs/M1.5" / name).read_bytes() for name in SIDE_FILES - {"run.json"}]
-    for secret in secrets:
-        assert not any(secret in member for member in shared), secret
-    private = read_json(trained / "runs/M1.5/run.json")
-    assert "PRIVATE" in private["_"] and private["data"] == [str(trained / "d.h5")]
 
 
 def test_without_data_default_patients_are_simulated_once_and_called_so(monkeypatch, tmp_path):
@@ -266,7 +237,7 @@ def command(*options):
     """train_resnet.py with these options, for a fork."""
     def work():
         sys.argv = ["train_resnet.py", *OPTIONS, *options]
-        return main()
+        return run_script(train_resnet.main, CheckpointError, DataError, TrainingError)
     return work
 
 
@@ -506,7 +477,7 @@ def change(process, folder):
 @pytest.mark.parametrize("workers, harm, message", [
     (0, change, "changed since the index was made"),
     (0, lambda process, folder: os.truncate(folder / "d.h5", 2000), "d.h5"),
-    (2, lambda process, folder: os.kill(children(process.pid)[-1], signal.SIGKILL),
+    (2, lambda process, folder: os.kill(conftest.children(process.pid)[-1], signal.SIGKILL),
      "a loader worker")])
 def test_what_happens_to_a_run_ends_in_one_line(folder, workers, harm, message):
     process = started(folder, "--workers", str(workers))
@@ -528,7 +499,7 @@ def test_when_a_rank_or_its_launcher_dies_all_end_within_a_minute(folder, victim
     reading, writing = os.pipe()
     launcher = started(folder, work=launch)
     os.close(writing)
-    killed = children(launcher.pid)[-1] if victim == "a rank" else launcher.pid
+    killed = conftest.children(launcher.pid)[-1] if victim == "a rank" else launcher.pid
     os.kill(killed, signal.SIGKILL)
     ended, _, _ = select.select([reading], [], [], 60)      # closed by the last that ends
     os.close(reading)

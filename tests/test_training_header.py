@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fork_ranks, make_file
+from conftest import KEYS, ROOT, fork_ranks, make_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,7 +25,6 @@ from training_header import (
     get_model_v3, load_model, make_loader, predict_dataset, predict_with_anchor,
     predict_with_spread, reset_all_seeds, save_checkpoint, training_loop)
 
-KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
 SMALL = {"num_discrete": 3, "widths": (4, 4, 8), "kernel_sizes": 5}
 NORMALISER = {"map": {"mean": 75.0, "sd": 11.0}, "dbp": {"mean": 56.0, "sd": 10.0},
               "hr": {"mean": 77.0, "sd": 17.0}, "tpp": {"mean": 40.0, "sd": 15.0}}
@@ -545,19 +544,6 @@ def test_predictions_stand_in_the_datasets_order(index):
     with torch.no_grad():
         assert np.allclose(whole, model(*inputs)[:, 0], atol=1e-4) and spread is None
     assert np.allclose(whole, predict_dataset(model, dataset, 7, "cpu"), atol=1e-4)
-
-
-def test_your_own_network_and_loader_train_save_load_and_predict(index, tmp_path):
-    data = TPP_PPG_dataset(index, "segment", KEYS)
-    model = NormalisedModel(MyNet(), KEYS, fit_normaliser(data, KEYS[1:]))
-    model, seen = training_loop(model, DataLoader(data, 10, shuffle=True, drop_last=True),
-                                DataLoader(data, 16), 4, 1e-2, criterion=cubic, device="cpu")
-    assert seen["epoch_train_loss"][-1] < seen["epoch_train_loss"][0]
-    save_checkpoint(tmp_path / "m.pth", model)
-    again = load_model(tmp_path / "m.pth", network=MyNet())
-    expected, spread = predict_with_spread(model, data, device="cpu")
-    assert np.array_equal(predict_dataset(again, data, device="cpu"), expected)
-    assert spread is None and again.outputs == 1
 
 
 # ----------------------------------------------------------------------------- modules and imports
