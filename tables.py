@@ -95,8 +95,8 @@ class Csv:
                 rows.append((i, [cell.strip("'\" ") for cell in next(self._rows(line))]))
         data = [(i, row) for i, row in rows if _share(row, _is_value) > 0.5]
         if len(rows) > 1 and not data:
-            raise RecordingError(self.path, "no row of numbers; cells such as '75 mmHg' or '120/80' "
-                                            "are text: export a number in each cell")
+            raise RecordingError(self.path, "no row of numbers; cells such as '75 mmHg' or "
+                                            "'120/80' are text: export a number in each cell")
         width = statistics.mode(len(row) for _, row in data) if data else 0
         begin = next((i for i, row in data if len(row) == width), len(lines))
         above = [one for one in rows if one[0] < begin and one not in data]

@@ -338,11 +338,14 @@ def make_loaders(options, recipe, sets):
     device = header.choose_device(options.device)
     on_cuda = device.type == "cuda"
     workers = (4 if on_cuda else 0) if options.workers is None else options.workers
-    return [header.make_loader(
+    loaders = [header.make_loader(
         sets[name], recipe["batch_size"] * world, shuffle=name == "train", seed=options.seed,
         workers=workers, pin_memory=on_cuda, rank=rank, world=world,
         device_cache=device if on_cuda and options.device_cache == "auto" else None)
         for name in ("train", "tune")]
+    if rank == 0 and loaders[0].device is not None:
+        print("the data are kept in the GPU's memory (--device-cache off reads them each time)")
+    return loaders
 
 
 # -------------------------------------------------------------------------------------- training
@@ -376,6 +379,9 @@ def train(options, recipe, model, loaders, files, description, place):
             pd.DataFrame(log).to_csv(file, index=False, float_format="%.6g")
         if options.tensorboard:
             log_to_tensorboard(files, recipe, loss, log)
+        busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() + 0.5
+        if busy and len(log) == 1 and torch.get_num_threads() > 1 and not place:
+            print("other programs keep this machine's cores busy: --threads 1 may be faster")
 
     model, trajectory = header.training_loop(
         model, *loaders, criterion=loss, device=options.device, precision=options.precision,

@@ -321,7 +321,8 @@ def batch_loss(network, batch, loss: Loss, bf16=False) -> torch.Tensor:
     *inputs, label = batch
     if len(label) == 0:         # this process's share of a short batch is empty
         return 0 * batch_loss(network, [t.new_zeros(1, *t.shape[1:]) for t in batch], loss, bf16)
-    with one_line("the network fails on a batch", TrainingError), (
+    alone = distributed()[1] == 1       # else it may be that another process has ended
+    with one_line("the network fails on a batch", TrainingError) if alone else nullcontext(), (
             torch.autocast(label.device.type, torch.bfloat16) if bf16 else nullcontext()):
         out = network(*inputs).to(label.dtype)
     if out.shape[:1] != label.shape or out.numel() != len(label) * loss.outputs:
