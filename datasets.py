@@ -228,9 +228,8 @@ def gate_report(path, condition=DEFAULT_CONDITION):
     counts, gate = {}, get_gate(condition)
     for one in as_paths(path):
         for *_, fields, where in scan(one):
-            rules = apply_gate(gate, fields, where)
-            left = np.ones(len(rules[0][1]), bool)
-            for text, kept in [("all segments", left), *rules]:
+            left = np.ones(len(fields["ppg"]), bool)
+            for text, kept in [("all segments", left), *apply_gate(gate, fields, where)]:
                 left = left & kept
                 count = counts.setdefault(text, np.zeros(2, int))
                 count += (~kept).sum(), left.sum()
@@ -273,7 +272,7 @@ def origin_of(paths, name: str = "origin") -> str:
     return ", ".join(sorted(found))
 
 
-def place(path, patient, encounter):
+def place_text(path, patient, encounter):
     """For messages: where in a file, by numbers, and how to get the names."""
     return (f"{path}: patient {patient}, encounter {encounter} "
             f"(names: python checkpoint.py {path} --who {patient}/{encounter})")
@@ -287,8 +286,8 @@ def groups_of(parent):
 
 
 def scan(path, wanted=None):
-    """Yields (patient, encounter, their numbers, {field: h5py dataset}, `place`) of each encounter
-    of a file, or of {patient: encounters}. What is no encounter with fields is ignored."""
+    """Yields (patient, encounter, their numbers, {field: h5py dataset}, `place_text`) of each
+    encounter of a file, or of {patient: encounters}; ignores what is no encounter with fields."""
     with open_file(path) as file:
         with reading(path):
             if any(file.attrs.get(name, 60) != 60 for name in ("fs", "segment_seconds")):
@@ -297,7 +296,7 @@ def scan(path, wanted=None):
                           for j, name, group in groups_of(groups)]
         for patient, name, numbers, group in encounters:
             if wanted is None or name in wanted.get(patient, ()):
-                where = place(path, *numbers)
+                where = place_text(path, *numbers)
                 with reading(where):
                     fields = find_fields(group)
                 if fields:
@@ -354,7 +353,7 @@ class DatasetIndex:
     condition: str                  # the gate's canonical text
     patients: np.ndarray            # [P] str (MRNs)
     encounters: np.ndarray          # [E] str (CSNs)
-    places: np.ndarray              # [E, 2] int32: numbers in the file, for `place`
+    places: np.ndarray              # [E, 2] int32: numbers in the file, for `place_text`
     encounter_patient: np.ndarray   # [E] int32, ascending
     encounter_file: np.ndarray      # [E] int32
     fields: np.ndarray              # [K] str: those that all encounters have
@@ -465,27 +464,29 @@ def index_files(paths, gate, mrn_to_csns):
             passed = np.logical_and.reduce([kept for _, kept in apply_gate(gate, fields, where)])
             stored = {key: item.id.get_offset() if item.dtype == "<f4" else None
                       for key, item in fields.items()}      # no offset: chunks, or in the header
-            found.append((patient, name, numbers, number, stored, np.flatnonzero(passed)))
-        if wanted is None and (not found or found[-1][3] != number):
+            found.append({"patient": patient, "encounter": name, "place": numbers, "file": number,
+                          "stored": stored, "rows": np.flatnonzero(passed)})
+        if wanted is None and (not found or found[-1]["file"] != number):
             raise DataError(f"{path}: expected /<patient>/<encounter>/<field>, found no encounter")
-    found.sort(key=lambda one: one[0])      # stable: files and encounters keep their order
+    found.sort(key=lambda one: one["patient"])      # stable: files, encounters keep their order
     where = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    if len({one[:2] for one in found}) < len(found):
+    if len({(one["patient"], one["encounter"]) for one in found}) < len(found):
         raise DataError(f"{where}: the same patient and encounter are in two of the files")
     if wanted and len(found) < sum(map(len, wanted.values())):
         raise DataError(f"{where}: only {len(found)} of the encounters asked for are there")
-    found = [one for one in found if len(one[-1])]
+    found = [one for one in found if len(one["rows"])]
     if not found:
         raise DataError(f"{where}: no segment passes the quality gate {str(gate)!r}")
-    patients, encounters, places, files, stored, passed = zip(*found)
-    names, numbers = np.unique(patients, return_inverse=True)
-    fields = sorted(set.intersection(*map(set, stored)))
+    column = {name: [one[name] for one in found] for name in found[0]}
+    patients, numbers = np.unique(column["patient"], return_inverse=True)
+    fields = sorted(set.intersection(*map(set, column["stored"])))
+    stored = [[one[key] or ENCODED for one in column["stored"]] for key in fields]
     return DatasetIndex(
-        paths, np.array(stamps), str(gate), names, np.array(encounters),
-        np.array(places, np.int32), numbers.astype(np.int32), np.array(files, np.int32),
-        np.array(fields), np.array([[one[key] or ENCODED for one in stored] for key in fields]),
-        np.cumsum([0, *map(len, passed)], dtype=np.int64),
-        np.concatenate(passed).astype(np.int32))
+        paths, np.array(stamps), str(gate), patients, np.array(column["encounter"]),
+        np.array(column["place"], np.int32), numbers.astype(np.int32),
+        np.array(column["file"], np.int32), np.array(fields), np.array(stored),
+        np.cumsum([0, *map(len, column["rows"])], dtype=np.int64),
+        np.concatenate(column["rows"]).astype(np.int32))
 
 
 def stamp(path):
@@ -505,7 +506,7 @@ def check_unchanged(index: DatasetIndex, files=None) -> None:
 # -------------------------------------------------------------------------------------------- split
 
 def split_hash(patients, split_seed):
-    """[P] in [0, 1): each patient's place in a random order, a function of it and the seed."""
+    """[P] in [0, 1): each patient's position in a random order, a function of it and the seed."""
     digests = [hashlib.blake2b(f"{split_seed}/{patient}".encode(), digest_size=8).digest()
                for patient in patients]
     return np.array([int.from_bytes(digest, "big") / 2.0 ** 64 for digest in digests])
@@ -526,17 +527,16 @@ def split_patients(patients, split_seed=0):
 
 
 def fold_patients(index, split_seed, folds):
-    """The fold, 0 to folds - 1, in which each patient of an index is tested, [P]. The patients of
-    each file (that of their first encounter by name) are dealt out in the order of `split_hash`,
-    continuing where the file before ended: folds differ by one patient at most, in a file, too."""
+    """The fold, 0 to folds - 1, in which each patient of an index is tested, [P]. The patients are
+    dealt out like cards, file by file (a patient's file is that of the first encounter by name), in
+    the order of `split_hash`: folds differ by one patient at most, in each file, too."""
     by_name = np.lexsort((index.encounters, index.encounter_patient))
-    first = by_name[np.searchsorted(index.encounter_patient, np.arange(index.n_patients))]
-    source, position = index.encounter_file[first], split_hash(index.patients, split_seed)
-    begin = np.ones(len(index.paths))
-    np.minimum.at(begin, source, position)
-    tested = np.empty(index.n_patients, np.int64)
-    tested[np.lexsort((position, begin[source]))] = np.arange(index.n_patients) % folds
-    return tested
+    _, first = np.unique(index.encounter_patient[by_name], return_index=True)
+    file_of_patient = index.encounter_file[by_name[first]]
+    order = np.argsort(split_hash(index.patients, split_seed))
+    files = dict.fromkeys(file_of_patient[order])       # in the order of their first patients
+    dealt = np.concatenate([order[file_of_patient[order] == file] for file in files])
+    return np.argsort(dealt) % folds
 
 
 def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, DatasetIndex]:
@@ -580,11 +580,10 @@ class TPP_PPG_dataset(Dataset):
             index.sources(key)
         if percentage < 100:
             item = np.arange(len(index)) if level == "segment" else index.segment_patients()
-            chosen = np.zeros(item[-1] + 1, bool)
-            share = max(1, round(percentage / 100 * len(chosen)))
-            chosen[np.random.default_rng(seed).choice(len(chosen), share, replace=False,
-                                                      shuffle=False)] = True
-            index = index.select_segments(chosen[item])
+            n = item[-1] + 1
+            chosen = np.random.default_rng(seed).choice(
+                n, max(1, round(percentage / 100 * n)), replace=False, shuffle=False)
+            index = index.select_segments(np.isin(item, chosen))
         self.index, self._columns = index, {}
         self.epoch = torch.full((1,), -1, dtype=torch.int64)    # a loader shares it
 
@@ -614,7 +613,7 @@ class TPP_PPG_dataset(Dataset):
         segment, index = self.segments([item])[0], self.index
         encounter = np.searchsorted(index.starts, segment, "right") - 1
         path = index.paths[index.encounter_file[encounter]]
-        return f"{place(path, *index.places[encounter])}, row {index.rows[segment]}"
+        return f"{place_text(path, *index.places[encounter])}, row {index.rows[segment]}"
 
     def __getitem__(self, item):
         if np.ndim(item):
@@ -670,7 +669,7 @@ class TPP_PPG_dataset(Dataset):
                 with open_file(path) as file:
                     for e in np.unique(encounters[encoded]):
                         patient = index.patients[index.encounter_patient[e]]
-                        with reading(f"{place(path, *index.places[e])}, field {key!r}"):
+                        with reading(f"{place_text(path, *index.places[e])}, field {key!r}"):
                             item = file[patient][index.encounters[e]][key]
                             values = item if key in WAVEFORMS else item[:]
                             for i in encoded[encounters[encoded] == e]:
