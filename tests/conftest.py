@@ -146,21 +146,6 @@ def simulated(tmp_path_factory):
     return path
 
 
-def read_terminal(main):
-    """All that a process writes to the other end of a pseudo-terminal, until it closes that."""
-    seen = b""
-    while True:
-        try:
-            piece = os.read(main, 4096)
-        except OSError:                         # how Linux says that the other end is closed
-            break
-        if not piece:
-            break
-        seen += piece
-    os.close(main)
-    return seen
-
-
 needs_children = pytest.mark.skipif(
     not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"),
     reason="needs Linux's list of a process's children")

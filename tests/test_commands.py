@@ -90,7 +90,9 @@ def needed(module, found=None):
 @pytest.mark.parametrize("module, others", [
     ("models", ()), ("datasets", ()), ("signals", ()),
     ("labels", ("signals",)), ("recordings", ("formats", "tables")), ("metrics", ()),
-    ("tk_utils", ())])
+    ("tk_utils", ()), ("checkpoint", ("models", "datasets", "tk_utils")), ("training_header", (
+        "anchor", "checkpoint", "models", "datasets", "loaders", "tk_utils", "kernels",
+        "cuda_graph"))])
 def test_a_module_imports_those_that_its_docstring_names_and_no_others(module, others):
     assert needed(module) == set(others)
     with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:

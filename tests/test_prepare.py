@@ -160,16 +160,6 @@ def test_a_pipe_is_a_record_that_cannot_be_used_and_links_are_followed_once(tmp_
     assert "of 3): not a regular file" in done.stderr
 
 
-def test_a_folder_that_cannot_be_opened_is_a_record_that_cannot_be_used(tmp_path, minute):
-    many(tmp_path / "records" / "closed", minute, 1).chmod(0)
-    shutil.copy(minute, tmp_path / "records")
-    if os.access(tmp_path / "records" / "closed", os.R_OK):
-        pytest.skip("root opens every folder")
-    done = run(tmp_path / "records", "--out", tmp_path / "o.h5")
-    (tmp_path / "records" / "closed").chmod(0o700)
-    assert done.returncode == 1 and "a folder that cannot be opened" in done.stderr
-
-
 def test_where_nothing_is_usable_the_old_file_stays_and_the_exit_code_is_2(tmp_path):
     (tmp_path / "a.csv").write_text("ABP,PLETH\n" + "80,1\n" * 7000)   # usable, though flat
     options = [tmp_path / "a.csv", "--fs", 100, "--out", tmp_path / "o.h5"]

@@ -206,17 +206,16 @@ def test_ci_runs_exactly_the_commands_of_readme_and_contributing():
     assert all(f"\n{line} || exit 1\n" in ci for line in lines)
 
 
-def test_the_pages_commands_are_found():
+def test_the_commands_are_found_and_those_that_set_up_and_run_stand_first():
     scripts = {word for command in COMMANDS for word in re.findall(r"[\w/]+\.py", command)}
     assert scripts >= {"train_resnet.py", "evaluate.py", "predict.py", "prepare.py", "simulate.py",
                        "checkpoint.py"}
-
-
-def test_the_two_set_up_and_run_commands_stand_first():
     first, second = (step for step in steps_of("README.md") if step.startswith("python -m venv"))
     venv = "python -m venv .venv && .venv/bin/pip install -r "
     assert first == venv + "requirements.txt && .venv/bin/python train_resnet.py"
     assert second == venv + "requirements-dev.txt && .venv/bin/python -m pytest"
+    top = "\n".join(README.splitlines()[:100])
+    assert all(word in top for word in ("predict.py", "prepare.py", "--model"))
 
 
 @pytest.mark.parametrize("script", sorted({name for page in PAGES for name in
@@ -244,11 +243,6 @@ def test_every_file_that_a_page_names_is_there(page):
 def test_the_table_of_modules_is_complete():
     named = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.M))
     assert named == {name for name in os.listdir(ROOT) if name.endswith(".py")}
-
-
-def test_the_first_hundred_lines_show_own_recording_own_data_and_own_network():
-    first = "\n".join(README.splitlines()[:100])
-    assert all(word in first for word in ("predict.py", "prepare.py", "--model"))
 
 
 def test_the_citation_file_names_what_the_readme_cites():
