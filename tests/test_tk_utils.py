@@ -249,7 +249,7 @@ def test_the_git_revision_is_that_of_the_files_own_checkout_or_none(tmp_path):
 
 # ---------------------------------------------------------------- figures
 SCORES = {"rmse": 5.123, "mae": 4.0, "mead": 3.3, "bias": -0.25, "sd": 5.1, "r2": 0.87,
-          "p_crit_r2": 0.8, "n_patients": 2000}
+          "p_crit_r2": 0.8, "n_patients": 2000, "n": 1234}
 
 
 def drawn(figure, tmp_path):
