@@ -21,16 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import models
 from cuda_graph import capture_inference, capture_step, feed  # noqa: F401 - one name for speed
-from models import (
-    ConvBlock,
-    MyFirstResNet,
-    ResBlockV1,
-    ResBlockV2,
-    ResBlockV3,
-    SpreadResNet,
-    log_spread,
-)
 
 try:                                    # comes with PyTorch's CUDA builds for Linux
     import triton
@@ -49,10 +41,12 @@ def accelerate(network: nn.Module, fft: bool = True):
     Call it after `network.to(device)`. Works for the networks of models.py with a waveform; hooks
     on the layers do not run. fft: on CPU, use `convolve_by_fft`.
     """
-    if type(network) not in (MyFirstResNet, SpreadResNet) or not network.in_channels:
+    if (type(network) not in (models.MyFirstResNet, models.SpreadResNet)
+            or not network.in_channels):
         return network
-    kinds = [type(layer) for layer in network.layers]
-    if kinds[0] is not ConvBlock or not set(kinds[1:]) <= {ResBlockV1, ResBlockV2, ResBlockV3}:
+    first, *blocks = (type(layer) for layer in network.layers)
+    known = {models.ResBlockV1, models.ResBlockV2, models.ResBlockV3}
+    if first is not models.ConvBlock or not set(blocks) <= known:
         return network
     if next(network.parameters()).is_cuda:
         store_weights_as_rows(network)
@@ -98,10 +92,9 @@ def keep_freed_memory():
     """On CPU with glibc: freed activations stay with the process, not returned to the system.
 
     A training step frees and takes the same few hundred megabytes again; by default each is
-    unmapped and faulted in anew. Gain of the whole step: 10 % at batch 16, 17 % at
-    batch 32.
-    (mallopt's parameters: malloc.h.)
+    unmapped and faulted in anew. Gain of the whole step: 10 % at batch 16, 17 % at batch 32.
     """
+    # of malloc.h, for mallopt
     m_trim_threshold, m_mmap_max = -1, -4
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     if libc is not None and hasattr(libc, "gnu_get_libc_version"):
@@ -129,7 +122,7 @@ def prepare_device(device: torch.device, precision: str = "tf32"):
 
 # ------------------------------------------------------------------------------- network on rows
 
-def rows_features(network, ppg, dtype=None, fft=False):
+def rows_features(network, ppg, dtype, fft):
     """`network.waveform_features(ppg)`, layers as rows of `dtype`: [B, in_channels, L] -> [B, F].
 
     A strided convolution runs as one of stride 1 over rows of `stride` samples (space to depth),
@@ -138,19 +131,20 @@ def rows_features(network, ppg, dtype=None, fft=False):
     written by hand, so that the skip's gradient is added in place. Gain over models.py on CPU,
     without FFT: 30 % of the whole step at batch 16, 26 % at batch 32 (with FFT 48 and 46 %).
     """
-    dtype = dtype or ppg.dtype
-    (first, *blocks), with_spread = network.layers, isinstance(network, SpreadResNet)
+    (first, *blocks), with_spread = network.layers, isinstance(network, models.SpreadResNet)
     with torch.autocast(ppg.device.type, enabled=False):
         samples = ppg.shape[2]
         plan = Strided.of(samples, blocks[0].conv1.conv)
         conv, norm = first.conv, first.instance_norm
         if conv.in_channels == 1 and conv.kernel_size[0] < 16:
-            x = FirstLayer.apply(ppg[:, 0], conv.weight, norm.weight, norm.bias, norm.eps, plan,
-                                 dtype)
-            spreads = [first_spread(conv, ppg[:, 0])] if with_spread else []
+            wave = ppg[:, 0].contiguous()
+            mean, covariance = patch_statistics(wave, conv.kernel_size[0])
+            x = FirstLayer.apply(wave, mean, covariance, conv.weight, norm.weight, norm.bias,
+                                 norm.eps, plan, dtype)
+            spreads = [first_spread(covariance, conv.weight).to(ppg.dtype)] if with_spread else []
         else:
             x = conv(ppg)
-            spreads = [log_spread(x)] if with_spread else []
+            spreads = [models.log_spread(x)] if with_spread else []
             x = F.relu(norm(x)).transpose(1, 2).to(dtype)
             x = F.pad(x, (0, 0, plan.lead, plan.length - plan.lead - samples))
         for block in blocks:
@@ -162,7 +156,7 @@ def rows_features(network, ppg, dtype=None, fft=False):
                 block.conv2.weight, block.conv1x1.weight, plan, block.conv1.instance_norm.eps, fft)
             samples = plan.rows
             if with_spread:
-                spreads.append(log_spread(x.to(ppg.dtype), dim=1))
+                spreads.append(models.log_spread(x.to(ppg.dtype), dim=1))
             if hasattr(block, "mini_res_end"):
                 norm = block.mini_res_end.instance_norm
                 x = NormReLURows.apply(x, norm.weight, norm.bias, norm.eps)
@@ -170,14 +164,10 @@ def rows_features(network, ppg, dtype=None, fft=False):
         return torch.cat([ZeroGradients.apply(x.to(ppg.dtype).mean(1), *biases), *spreads], 1)
 
 
-def first_spread(conv, ppg):
-    """`log_spread(conv(ppg))` from the covariance of the PPG's patches: [B, L] -> [B, C]."""
-    kernel = conv.kernel_size[0]
-    moments = patch_moments(ppg.contiguous(), kernel) / ppg.shape[1]        # [B, K + 1, K + 1]
-    mean, taps = moments[:, kernel, :kernel, None], conv.weight[:, 0].t().double()
-    covariance = moments[:, :kernel, :kernel] - mean * mean.transpose(1, 2)
-    variance = (torch.matmul(covariance, taps) * taps).sum(1)
-    return (0.5 * torch.log(variance + 1e-5)).to(ppg.dtype)
+def first_spread(covariance, weight):
+    """`log_spread` of a convolution's output from the covariance of its patches: [B, C] float64."""
+    taps = weight[:, 0].t().double()
+    return 0.5 * torch.log((torch.matmul(covariance, taps) * taps).sum(1) + 1e-5)
 
 
 class Strided(NamedTuple):
@@ -320,17 +310,13 @@ class ResidualBlock(torch.autograd.Function):
 class FirstLayer(torch.autograd.Function):
     """`relu(norm(conv(ppg)))` written once, as padded rows: [B, L] -> [B, plan.length, C].
 
-    The filters are normalised instead of the output. The backward pass
-    computes the output again, which is cheaper than to read it. No gradient for the PPG.
-    Gain of the whole step on CPU: 8 % at batch 16, 17 % at batch 32.
+    The filters are normalised instead of the output, by the PPG's `patch_statistics`. The backward
+    pass computes the output again, which is cheaper than to read it. No gradient for the PPG. Gain
+    of the whole step on CPU: 8 % at batch 16, 17 % at batch 32.
     """
 
     @staticmethod
-    def forward(ctx, ppg, weight, gain, shift, eps, plan, dtype):
-        ppg, kernel = ppg.contiguous(), weight.shape[2]
-        moments = patch_moments(ppg, kernel) / ppg.shape[1]     # [B, K + 1, K + 1] float64
-        mean = moments[:, kernel, :kernel].unsqueeze(2)         # [B, K, 1]
-        covariance = moments[:, :kernel, :kernel] - mean * mean.transpose(1, 2)
+    def forward(ctx, ppg, mean, covariance, weight, gain, shift, eps, plan, dtype):
         taps = weight[:, 0].t().double()                        # [K, C]
         product = torch.matmul(covariance, taps)                # [B, K, C]
         root = torch.rsqrt((product * taps).sum(1, keepdim=True) + eps)         # [B, 1, C]
@@ -351,8 +337,9 @@ class FirstLayer(torch.autograd.Function):
         taps = weight[:, 0].t().double()
         along = (grad * taps).sum(1, keepdim=True) * root       # [B, 1, C]
         grad = root * gain * (grad - along * root * product)    # variance = taps' covariance taps
-        return (None, grad.sum(0).t().unsqueeze(1).to(weight.dtype), along.sum((0, 1)).to(
-            gain.dtype), grad_shift.sum((0, 1)).to(gain.dtype), None, None, None)
+        return (None, None, None, grad.sum(0).t().unsqueeze(1).to(weight.dtype),
+                along.sum((0, 1)).to(gain.dtype), grad_shift.sum((0, 1)).to(gain.dtype),
+                None, None, None)
 
 
 def convolve_by_fft(x, weight):
@@ -505,6 +492,13 @@ def patch_moments(ppg, kernel):
         return parts.sum(1)[:, :kernel + 1, :kernel + 1]
     patches = patch_rows(ppg, kernel).double()
     return torch.bmm(patches.transpose(1, 2), patches)
+
+
+def patch_statistics(ppg, kernel):
+    """Mean [B, K, 1] and covariance [B, K, K] of the K samples around each sample, float64."""
+    moments = patch_moments(ppg, kernel) / ppg.shape[1]
+    mean = moments[:, kernel, :kernel].unsqueeze(2)
+    return mean, moments[:, :kernel, :kernel] - mean * mean.transpose(1, 2)
 
 
 def patches_relu(ppg, filters, plan, dtype):

@@ -270,7 +270,7 @@ class PlainFirstLayer:
     """`kernels.FirstLayer` by PyTorch's convolution, norm and ReLU."""
 
     @staticmethod
-    def apply(ppg, weight, gain, shift, eps, plan, dtype):
+    def apply(ppg, mean, covariance, weight, gain, shift, eps, plan, dtype):
         x = torch.nn.functional.conv1d(ppg.unsqueeze(1), weight, padding=weight.shape[2] // 2)
         x = kernels.NormReLURows.apply(x.transpose(1, 2).to(dtype).contiguous(), gain, shift, eps)
         return torch.nn.functional.pad(
