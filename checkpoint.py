@@ -18,7 +18,7 @@ import re
 import sys
 import zipfile
 from contextlib import suppress
-from typing import Callable, List, Optional, Set, Tuple
+from typing import Callable, List, NamedTuple, Optional, Set, Tuple
 
 import filelock
 import numpy as np
@@ -113,6 +113,24 @@ def load_checkpoint(path) -> dict:
         if not torch.isfinite(weights).all():
             raise CheckpointError(f"{path}: weights {name}: expected finite numbers")
     return checkpoint
+
+
+class Run(NamedTuple):
+    """What a checkpoint says of its run; by default, what holds for a model in memory."""
+    condition: str = "default"          # the quality gate
+    loss: str = "mse"
+    origin: str = "unknown"             # of the data, as `datasets.origin_of`
+    label_method: str = "published"
+    split: dict = {}                    # {part: hashed patients}
+    calibration: dict = {}              # of the prediction intervals
+
+
+def run_of(checkpoint: Optional[dict]) -> Run:
+    """The `Run` of a checkpoint, or of a model without one."""
+    if checkpoint is None:
+        return Run()
+    found = {**checkpoint["config"], **checkpoint["provenance"], **checkpoint}
+    return Run(**{name: found[name] for name in Run._fields if name in found})
 
 
 def _module(path):

@@ -38,7 +38,6 @@ SCORED = ["map", "p_crit", "tpp"]           # fields without which there are no 
 MAX_BASELINE_SEGMENTS = 100_000             # train segments for the baselines: more adds nothing
 MAX_HASHED_SEGMENTS = 200_000               # segments of a part searched for shared seconds
 MIN_CHANGE_MMHG = 0.01                      # predictions that vary by less are constant
-Fitted = dict       # what several evaluations share (baselines, results): pass the same to each
 # Runs that train_resnet.py --ablate trains in addition, by the endings of their names.
 ABLATIONS = {"_no_ppg": "model without the PPG", "_no_vitals": "model without vitals"}
 PROBLEMS = {    # checks, in words
@@ -82,10 +81,11 @@ def main() -> None:
     paths = options.checkpoints
     for path in filter(None, (options.report, options.json)):
         tk_utils.check_writable(path)
-    for path in paths if options.calibrate else ():
-        calibrate(path, options.calibrate, options.condition, options.model)
-    if options.calibrate and not options.data:
-        return
+    if options.calibrate:
+        for path in paths:
+            calibrate(path, options.calibrate, options.condition, options.model)
+        if not options.data:
+            return
     settings = {"data": options.data, "split": options.split, "condition": options.condition,
                 "network": options.model, "full": bool(options.report)}
     if len(paths) > 1:
@@ -164,7 +164,7 @@ def choose_segments(path, checkpoint, data, split, condition):
 
 def read_parts(path, checkpoint, files, condition=None):
     """(index of the files, the part of the run in which each patient was or None, the salt)."""
-    condition = condition or checkpoint["config"].get("condition", "default")
+    condition = condition or checkpoints.run_of(checkpoint).condition
     index = create_dataset_index(condition=condition, path=files)
     salt_path = read_run(path).get("salt_file") or checkpoints.default_salt_path(files[0])
     return index, checkpoints.patient_parts(index, checkpoint, salt_path), salt_path
@@ -257,14 +257,15 @@ def predict_with_swapped_ppg(model, segments: Segments, device) -> None:
     segments.fields["swapped"] = predict_tpp(model, dataset, device)[0]
 
 
-def predict_ablations(path, checkpoint, index, device, network) -> Dict[str, np.ndarray]:
-    """{name in tables: TPP [N]} of the runs that --ablate trained in addition to this one."""
+def predict_ablations(path, split, index, device, network) -> Dict[str, np.ndarray]:
+    """{name in tables: TPP [N]} of the runs that --ablate trained in addition to this one, on the
+    same split."""
     found = {}
     for ending, name in ABLATIONS.items():
         other = os.path.splitext(path)[0] + ending + ".pth"
-        saved = checkpoints.load_checkpoint(other) if os.path.exists(other) else {"split": {}}
-        if saved["split"] and all(saved["split"][part] == checkpoint["split"].get(part)
-                                  for part in datasets.PARTS):
+        saved = checkpoints.load_checkpoint(other) if os.path.exists(other) else None
+        theirs = checkpoints.run_of(saved).split
+        if theirs and all(theirs[part] == split.get(part) for part in datasets.PARTS):
             model = load_model(saved, device, network)
             dataset = TPP_PPG_dataset(index, "segment", model.keys)
             found[name] = predict_tpp(model, dataset, device)[0]
@@ -291,7 +292,7 @@ def calibrate(path, data, condition=None, network=None, device=None) -> dict:
     """Fit the intervals of a checkpoint on the patients of `data` that it was neither trained nor
     tested on, and store them in it. Returns the new calibration."""
     saved, files = checkpoints.load_checkpoint(path), tk_utils.find_files(data)
-    model, split = load_model(saved, device, network), dict(saved["split"])
+    model, split = load_model(saved, device, network), dict(checkpoints.run_of(saved).split)
     index, parts, salt_path = read_parts(path, saved, files, condition)
     if parts is not None:
         free = ~np.isin(parts, ["train", "ancestors", "test"])
@@ -325,46 +326,47 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     model_or_path: a `NormalisedModel` or the path of a checkpoint (network: its architecture where
     it is your own). index: what to score, a `DatasetIndex` or dataset; without it, the patients
     `split` of the files `data` (default: of the run) that pass the gate `condition`. train, tune:
-    the run's own parts, for baselines, calibration and checks. fitted: shared between calls. full:
-    also what only the report shows.
+    the run's own parts, for baselines, calibration and checks. fitted: a dict that keeps baselines
+    and results; with the same one in several calls, none is computed twice. full: also what only
+    the report shows.
     """
-    fitted, device = Fitted() if fitted is None else fitted, choose_device(device)
+    fitted, device = {} if fitted is None else fitted, choose_device(device)
     path = None if hasattr(model_or_path, "keys") else os.fspath(model_or_path)
     model = load_model(path, device, network) if path else model_or_path
-    checkpoint = getattr(model, "checkpoint", None) or {}
+    run = checkpoints.run_of(model.checkpoint)
     if index is not None:
         parts = [getattr(one, "index", one) for one in (index, train, tune)]
         about, calibrated = {"split": split or "given", "problems": []}, 0
     elif path:
-        parts, about, calibrated = choose_segments(path, checkpoint, data, split, condition)
+        parts, about, calibrated = choose_segments(
+            path, model.checkpoint, data, split, condition)
     else:
         raise DataError("a model in memory needs the index of the segments to score")
     scored, train, tune = parts
-    calibration = checkpoint.get("calibration") or {}
+    calibration = run.calibration
     if not calibration and train is not None:
         calibration = make_calibration(model, TPP_PPG_dataset(tune, "segment", model.keys), device)
     segments = read_segments(scored, model.keys)
     add_baselines(segments, train, tune, model.keys, fitted)
     predict_segments(model, segments, calibration, device)
     if path:
-        segments.compared = predict_ablations(path, checkpoint, scored, device, network)
+        segments.compared = predict_ablations(path, run.split, scored, device, network)
     if full and model.with_ppg:
         predict_with_swapped_ppg(model, segments, device)
 
-    origin, split = domain_of(scored)["origin"], checkpoint.get("split")
-    loss = checkpoint.get("config", {}).get("loss", "mse")
+    origin = domain_of(scored)["origin"]
     results = {
         "checkpoint": os.path.basename(path) if path else "model in memory", **about,
         "date": time.strftime("%Y-%m-%d"), "keys": list(model.keys),
         "condition": scored.condition, "origin": origin, "simulated": "simulated" in origin,
-        "note": tk_utils.simulated_note(origin, checkpoint.get("provenance", {}).get("origin", "")),
-        "loss_label": getattr(LOSSES.get(loss), "label",
-                              f"Loss, {loss.rpartition(':')[2]}"),
-        "shares": kept_shares(getattr(model, "anchor", None)),
-        "n_train_patients": len(split["train"]) if split else train and train.n_patients,
-        "n_tune_patients": len(split["tune"]) if split else tune and tune.n_patients,
+        "note": tk_utils.simulated_note(origin, run.origin),
+        "loss_label": getattr(LOSSES.get(run.loss), "label",
+                              f"Loss, {run.loss.rpartition(':')[2]}"),
+        "shares": kept_shares(model.anchor),
+        "n_train_patients": len(run.split["train"]) if run.split else train and train.n_patients,
+        "n_tune_patients": len(run.split["tune"]) if run.split else tune and tune.n_patients,
         **score_all(segments, full)}
-    results["checks"].update(check_parts(split, scored, train, tune))
+    results["checks"].update(check_parts(run.split, scored, train, tune))
     if calibration:
         results["uncertainty"].update(
             n_calibration_patients=calibration["n_patients"], n_patients_of_calibration=calibrated)
@@ -415,7 +417,10 @@ def score_all(scored: Segments, full: bool = False) -> dict:
                           n_low=scored.count(truth < metrics.LOW_TPP)),
         "standards": metrics.standards(patients, truth, tpp),
         "bland_altman": metrics.bland_altman(patients, truth, tpp),
-        "uncertainty": uncertainty_summary(scored, patients),
+        "uncertainty": {"levels": {
+            percent(level): {"refused": bounds} if isinstance(bounds, str) else
+            metrics.coverage(patients, truth, *bounds)
+            for level, bounds in scored.intervals.items()}},
         "checks": {"constant_output": len(scored) > 1 and bool(np.ptp(tpp) < MIN_CHANGE_MMHG)},
         **{key: {name: score_other(scored, prediction, patients)
                  for name, prediction in getattr(scored, key).items()}
@@ -456,14 +461,6 @@ def score_other(scored: Segments, prediction, patients) -> dict:
         p_crit_r2=metrics.scores(fields["p_crit"], fields["map"] - prediction)["r2"],
         skill=metrics.skill(truth, tpp, prediction, patients),
         skill_per_patient=metrics.skill(truth, tpp, prediction, patients, by_patient=True))
-
-
-def uncertainty_summary(scored: Segments, patients) -> dict:
-    """Coverage and width of the intervals."""
-    return {"levels": {
-        percent(level): {"refused": bounds} if isinstance(bounds, str) else
-        metrics.coverage(patients, scored.truth, *bounds)
-        for level, bounds in scored.intervals.items()}}
 
 
 def strata(scored: Segments) -> List[dict]:
@@ -534,7 +531,7 @@ def problems(checks: dict, shares: Optional[dict] = None) -> List[str]:
 def compare_runs(paths, **options) -> Tuple[dict, Segments]:
     """Several runs, such as seeds or folds: ({'runs', 'together'}, all segments). options: of
     `evaluate_with_arrays`; runs that `fitted` has are not scored again."""
-    fitted, full = options.setdefault("fitted", Fitted()), options.get("full", False)
+    fitted, full = options.setdefault("fitted", {}), options.get("full", False)
     found = [fitted.get((path, full)) or evaluate_with_arrays(path, **options) for path in paths]
     runs = [results for results, _ in found]
     tk_utils.print_table(*report.runs_table(runs))

@@ -32,6 +32,7 @@ import report
 import signals
 import tk_utils
 import training_header as header
+from checkpoint import run_of
 from datasets import FIELDS, FS, SEGMENT_SAMPLES, SEGMENT_SECONDS, VITALS, WINDOW, DataError
 from recordings import RecordingError
 from tk_utils import counted
@@ -145,8 +146,7 @@ class Predictor:
         self.model, self.name, self.vitals_path = model, name, vitals_path
         self.reading = {**WINDOW, **reading, "polarity": signals.ppg_polarity}
         self.inputs, self.remarks = list(model.keys[1:-1]), []
-        unknown = [key for key in self.inputs if key not in VITALS]
-        if unknown or not model.with_ppg:
+        if not model.with_ppg:
             raise DataError(f"{name}: predict.py needs a network of the PPG and the vitals of "
                             "datasets.FIELDS; evaluate.py scores any other")
         self.gives_p_crit = model.keys[-1] == "p_crit"
@@ -158,16 +158,13 @@ class Predictor:
                 raise DataError(f"--{key} {value:g}: expected {low:g} to {high:g}")
         if self.given.get("dbp", 0) >= self.given.get("map", np.inf):
             raise DataError("--dbp {dbp:g}: expected less than --map {map:g}".format(**self.given))
-        checkpoint = getattr(model, "checkpoint", None) or {}
-        provenance = checkpoint.get("provenance") or {}
-        self.origin = provenance.get("origin", "unknown")
+        run = run_of(model.checkpoint)
+        self.origin, self.method, self.calibration = run.origin, run.label_method, run.calibration
         self.warning = tk_utils.simulated_note("recordings", self.origin)
-        self.method = provenance.get("label_method", "published")
         if self.method not in labels.METHODS:
             self.remarks.append(f"labels are 'published', not {self.method!r} as the network's own")
             self.method = "published"
-        self.gate = datasets.get_gate((checkpoint.get("config") or {}).get("condition", "default"))
-        self.calibration = checkpoint.get("calibration") or {}
+        self.gate = datasets.get_gate(run.condition)
         self.remarks += report.influence_lines(header.kept_shares(model.anchor))
         self.levels = self.usable_levels()
 
@@ -198,7 +195,7 @@ class Predictor:
             except (RecordingError, DataError) as error:
                 if len(found) == 1 and not item.in_folder:
                     raise
-                print(recordings.shown(found, number), tk_utils.printable(
+                print(recordings.public_name(found, number), tk_utils.printable(
                     getattr(error, "what", error)), sep=": ", file=sys.stderr)
                 failed += 1
                 continue
@@ -319,7 +316,7 @@ def choose_vitals(needed, n, sources):
     source that has a plausible value, at most MAX_AGE_S old; SBP and DBP of a source give PP."""
     columns, none = {}, np.full(n, np.nan)
     for key in needed:
-        low, high = WINDOW["limits"].get(key, (-np.inf, np.inf))
+        low, high = WINDOW["limits"][key]
         value, age_s, came_from = none.copy(), none.copy(), np.full(n, "", object)
         for name, source in sources.items():
             found, found_age_s = source.get(key, (none, none))

@@ -126,7 +126,7 @@ def main():
     note = tk_utils.simulated_note(data.provenance["origin"], "")
     if note and is_first():
         print(f"*** {note} ***")
-    runs, fitted = list_runs(options), evaluate.Fitted()
+    runs, fitted = list_runs(options), {}
     for number, one in enumerate(runs, 1):
         place = f" ({number} of {len(runs)})" if len(runs) > 1 else ""
         train_and_score(one, data, fitted, place)

@@ -149,7 +149,7 @@ def main():
         seeds = [f"_seed{seed}" for seed in range(options.seeds)] if repeats else [""]
         runs = [(fold, f"runs/{name}{seed}_fold{fold}.pth")
                 for seed in seeds for fold in range(options.folds)]
-        fitted = evaluate.Fitted()
+        fitted = {}
         scored, segments = evaluate.compare_runs([path for _, path in runs], fitted=fitted)
         index = datasets.create_dataset_index(path=path)
         unseen = unseen_rows(segments)

@@ -92,7 +92,7 @@ def test_the_results_hold_every_score_of_the_test_patients(scored, run_a, data):
 
 
 def test_training_hands_over_its_parts_and_gets_the_same_numbers(run_a, data):
-    parts, fitted = split_index(create_dataset_index(path=str(data))), evaluate.Fitted()
+    parts, fitted = split_index(create_dataset_index(path=str(data))), {}
     alone = evaluate.evaluate(run_a)
     for _ in range(2):
         found = evaluate.evaluate(run_a, parts["test"], split="test", train=parts["train"],
