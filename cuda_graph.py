@@ -114,7 +114,7 @@ class CapturedStep:
         self.replay()
         if isinstance(self.output, torch.Tensor):
             return self.output.clone()
-        return tuple(None if t is None else t.clone() for t in self.output)
+        return tuple(t.clone() for t in self.output)
 
 
 def optimizer_tensors(optimizer):

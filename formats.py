@@ -309,9 +309,9 @@ class Vital:
             late = abs(measured / period - 1) * lengths.sum()       # samples, at the end
             if late > 0.1 and measured > period / 2:
                 period = measured
-        first = np.concatenate(([0], np.flatnonzero(jumps) + 1))    # of every run
-        places = np.rint(times[first] / period).astype(np.int64) - before[first]
-        positions = np.repeat(places, np.diff(np.append(first, times.size))) + before
+        first = np.concatenate(([0], np.flatnonzero(jumps) + 1))    # of each run of blocks
+        shifts = np.rint(times[first] / period).astype(np.int64) - before[first]
+        positions = np.repeat(shifts, np.diff(np.append(first, times.size))) + before
         late_s, true_fs = np.abs(positions * period - times).max(), float(f"{1 / period:.10g}")
         if abs(fs / true_fs - 1) > 1e-3 or late_s > 2 * JITTER_S + 2 / fs:
             true_fs, positions = fs, np.rint(times * fs).astype(np.int64)
@@ -404,9 +404,9 @@ class Hdf5:
 
     def __init__(self, path, file_fs=None):
         self.path, self.notes, self.start_time, self.end_s = path, [], None, 0.0
-        self.channels, self.places = {}, {}
+        self.channels, self.paths = {}, {}
 
-        def look(place, item):  # visititems follows hard links only, each object once
+        def look(inside, item):  # visititems follows hard links only, each object once
             if (isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu"
                     and item.size == max(item.shape, default=0) > 0):
                 check_size(path, item.size)
@@ -416,9 +416,9 @@ class Hdf5:
                 fs = file_fs or stated or np.nan
                 if stated not in (None, fs):
                     self.notes = ["--fs replaces another rate that the file states"]
-                name, self.end_s = printable(place), max(self.end_s, item.size / fs)
+                name, self.end_s = printable(inside), max(self.end_s, item.size / fs)
                 self.channels[name] = listed(fs, _attribute(item, "unit", "units") or "")
-                self.places[name] = place
+                self.paths[name] = inside
 
         with h5py.File(path, "r") as file:
             if "layout_version" in file.attrs:
@@ -431,7 +431,7 @@ class Hdf5:
         out = {}
         with h5py.File(self.path, "r") as file:
             for name in names:
-                channel, item = self.channels[name], file[self.places[name]]
+                channel, item = self.channels[name], file[self.paths[name]]
                 if not 0 < channel.fs < 1e6:
                     raise RecordingError(self.path, "a dataset has no attribute fs or "
                                                     "sampling_rate; give the rate: --fs HZ", name)

@@ -388,8 +388,8 @@ def patient_quantile(values: np.ndarray, patients, level: float) -> float:
     """
     bootstrap, order = bootstrap_of(patients), np.argsort(values, kind="stable")
     reached = np.cumsum(1 / bootstrap.counts[bootstrap.owner[order]]) / (bootstrap.n_patients + 1)
-    place = np.searchsorted(reached, level - 1e-9)
-    return float(values[order[place]]) if place < len(values) else float("inf")
+    first = np.searchsorted(reached, level - 1e-9)
+    return float(values[order[first]]) if first < len(values) else float("inf")
 
 
 def fit_calibration(errors: np.ndarray, patients, spread: Optional[np.ndarray] = None) -> dict:

@@ -39,7 +39,7 @@ import report
 import signals
 import tk_utils
 from datasets import DataError
-from recordings import PRIVATE_LINE, RecordingError, shown
+from recordings import PRIVATE_LINE, RecordingError, public_name
 from tk_utils import counted
 
 MAX_CELL = 1000     # characters of a message in the problems file
@@ -124,11 +124,11 @@ def main(arguments=None):
 # ----------------------------------------------------------------------------------------- planning
 
 class Record(NamedTuple):
-    """A recording and its place in the output. key: a hash of everything that shapes its rows: the
+    """A recording and its groups in the output. key: a hash of everything that shapes its rows: the
     options, this program, sizes and times of its files. The piece <key>.h5 is finished, and so is
     a group of the output with this key."""
     path: str
-    place: tuple    # (patient, name): the names of its groups
+    group_names: tuple      # (patient, name)
     key: str
 
 
@@ -139,11 +139,12 @@ def plan(found, options, problems) -> List[Record]:
         digest((folder / f"{name}.py").read_bytes()) for name in SHAPING_MODULES]
     names = record_names(found)
     records = []
-    for item, *place in zip(found, assign_patients(found, names, options, problems), names):
+    patients = assign_patients(found, names, options, problems)
+    for item, *group_names in zip(found, patients, names):
         files = [os.stat(path) for path in recordings.files_of(item.path) if os.path.exists(path)]
-        key = digest([place, os.path.abspath(item.path), made_with,
+        key = digest([group_names, os.path.abspath(item.path), made_with,
                       [(file.st_size, file.st_mtime_ns) for file in files]])
-        records.append(Record(item.path, tuple(place), key))
+        records.append(Record(item.path, tuple(group_names), key))
     return records
 
 
@@ -264,8 +265,8 @@ def prepare_record(record, options, parts) -> list:
                  "problems file says", traceback.format_exc())]
     with tk_utils.atomic_path(os.path.join(parts, record.key + ".h5")) as temporary:
         with writing(temporary, options) as writer:
-            writer.write(*record.place, fields)
-            writer.file["/".join(record.place)].attrs.update(attributes, key=record.key)
+            writer.write(*record.group_names, fields)
+            writer.file["/".join(record.group_names)].attrs.update(attributes, key=record.key)
     return rows
 
 
@@ -330,8 +331,8 @@ def write_output(records, prepared, options):
         with writing(temporary, options, prepared_with="prepare.py") as writer:
             for record in records:
                 with datasets.open_file(prepared[record.key]) as source:
-                    group = source["/".join(record.place)]
-                    writer.write(*record.place, {key: item[:] for key, item in group.items()})
+                    group = source["/".join(record.group_names)]
+                    writer.write(*record.group_names, {key: item[:] for key, item in group.items()})
                     writer.file[group.name].attrs.update(group.attrs)
 
 
@@ -376,7 +377,7 @@ class Problems:
 
     def __init__(self, found, out):
         self.path = os.path.splitext(os.path.normpath(out))[0] + "_problems.csv"
-        self.shown = {item.path: shown(found, number) for number, item in enumerate(found)}
+        self.public_names = {item.path: public_name(found, n) for n, item in enumerate(found)}
         self.rows, self.earlier, self.lines, self.failed = [], [], [], set()
         if os.path.lexists(self.path):
             with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
@@ -390,7 +391,7 @@ class Problems:
         self.rows.append(tuple(map(safe_cell, cells)))
         if kind == "error":
             self.failed.add(key)
-            self.lines.append(f"{self.shown[path]}: {tk_utils.printable(what)}")
+            self.lines.append(f"{self.public_names[path]}: {tk_utils.printable(what)}")
 
     def recall(self, records):
         """What an earlier run wrote about these records, if they have not changed."""
@@ -439,10 +440,10 @@ def print_channels(found, options):
         try:
             recorded = open_recording(item.path, options)
         except RecordingError as error:
-            print(f"{shown(found, number)}: {error.what}", file=sys.stderr)
+            print(f"{public_name(found, number)}: {error.what}", file=sys.stderr)
             unreadable += 1
             continue
-        print(f"{shown(found, number)}: {counted(len(recorded.channels), 'channel')}")
+        print(f"{public_name(found, number)}: {counted(len(recorded.channels), 'channel')}")
         rows = []
         for name, channel in recorded.channels.items():
             kinds = [kind for kind, taken in recorded.chosen.items() if taken == name]

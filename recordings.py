@@ -133,7 +133,7 @@ def files_of(path) -> List[str]:
     return sorted(filter(os.path.exists, set(files)))
 
 
-def shown(found, number) -> str:
+def public_name(found, number) -> str:
     """How messages, which end up in logs, name a recording: file names are often patients'."""
     number_of = f" (recording {number + 1} of {len(found)})"
     return found[number].typed + number_of * found[number].in_folder

@@ -273,10 +273,10 @@ def compared(results, arrays):
     """RMSE of the model and of everything that is compared with it."""
     rows = [(name, of_ci95(scores, "rmse")) for name, scores in all_scores(results)]
     axes = new_figure(4.8, 0.9 + 0.42 * len(rows)).subplots()
-    for place, (name, estimate) in enumerate(rows):
-        colour = TRAIN_COLOUR if place else TUNE_COLOUR
-        axes.plot([estimate["low"], estimate["high"]], [place, place], color=colour, lw=2.5)
-        axes.plot(estimate["value"], place, "o", color=colour, ms=7,
+    for y, (name, estimate) in enumerate(rows):
+        colour = TRAIN_COLOUR if y else TUNE_COLOUR
+        axes.plot([estimate["low"], estimate["high"]], [y, y], color=colour, lw=2.5)
+        axes.plot(estimate["value"], y, "o", color=colour, ms=7,
                   gid=f"hover:{name}: RMSE {shown(estimate)} mmHg")
     axes.axvline(rows[0][1]["value"], color="0.4", lw=0.9, ls="--", zorder=0)
     axes.set_yticks(range(len(rows)), [textwrap.fill(name, 27) for name, _ in rows])
@@ -374,9 +374,9 @@ def traces(waves, titles, seconds):
     figure = new_figure(4.8, 0.5 + 0.72 * len(waves))
     all_axes = figure.subplots(len(waves), 1, sharex=True, squeeze=False)[:, 0]
     for axes, wave, title in zip(all_axes, waves, titles):
-        shown_part = wave[:len(wave) * seconds // 60]
-        time_s = np.arange(len(shown_part)) * seconds / len(shown_part)
-        axes.plot(time_s, shown_part, color=TRAIN_COLOUR, lw=0.9)
+        part = wave[:len(wave) * seconds // 60]
+        time_s = np.arange(len(part)) * seconds / len(part)
+        axes.plot(time_s, part, color=TRAIN_COLOUR, lw=0.9)
         axes.set_title(title, fontsize=FONT_POINTS, loc="left", pad=2)
         axes.set_yticks([])
     axes.set_xlabel("Time (s)")

@@ -154,7 +154,7 @@ class Csv:
                 for i in set(at).difference(texts):
                     cells = frame[i]
                     if self.decimal == "," and not pd.api.types.is_numeric_dtype(cells):
-                        cells = cells.astype(str).str.translate({44: ".", 46: "x"})
+                        cells = cells.astype(str).str.translate(str.maketrans(",.", ".x"))
                     numbers = pd.to_numeric(cells, errors="coerce")
                     for row in frame.index[numbers.isna() & frame[i].notna()]:
                         raise RecordingError(
