@@ -14,7 +14,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from evaluate import Fitted, evaluate
+from evaluate import evaluate
 from metrics import LEAST_PATIENTS
 from report import of_ci95, shown
 from tk_utils import print_table
@@ -47,7 +47,7 @@ run("train_resnet.py", *shared, "--name", "from_scratch")
 run("train_resnet.py", *shared, "--name", "fine_tuned", "--init-from", options.checkpoint,
     "--lr", 2e-4)
 
-test, fitted, rows = split_index(create_dataset_index(path=options.data))["test"], Fitted(), []
+test, fitted, rows = split_index(create_dataset_index(path=options.data))["test"], {}, []
 for name, path in (("parent as it is", options.checkpoint), ("fine-tuned", "runs/fine_tuned.pth"),
                    ("from scratch", "runs/from_scratch.pth")):
     found = evaluate(path, test, fitted=fitted)["tpp"]
