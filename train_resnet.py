@@ -128,22 +128,22 @@ def main():
         print(f"*** {note} ***")
     runs, fitted = list_runs(options), {}
     for number, one in enumerate(runs, 1):
-        place = f" ({number} of {len(runs)})" if len(runs) > 1 else ""
-        train_and_score(one, data, fitted, place)
+        nth = f" ({number} of {len(runs)})" if len(runs) > 1 else ""
+        train_and_score(one, data, fitted, nth)
     if (options.seeds or options.folds) and is_first():
         summarise(options, [one for one in runs if one.keys == options.keys], fitted)
     elif options.ablate and is_first():
         show(options, RunFiles(f"runs/{options.name}"), "")
 
 
-def train_and_score(options, data, fitted, place):
-    """Trains and scores one network. place: of several runs, ' (2 of 5)', else ''."""
+def train_and_score(options, data, fitted, nth):
+    """Trains and scores one network. nth: of several runs, ' (2 of 5)', else ''."""
     files = RunFiles(f"runs/{options.name}")
     taken = f"{files.base}: another process is training under this name; use another --name"
     with tk_utils.locked(files.lock, taken) if is_first() else contextlib.nullcontext():
         parts, sets = data.split(options)
         recipe = choose_recipe(options, len(sets["train"]))
-        if is_first() and not place:
+        if is_first() and not nth:
             print(", ".join(f"{name}: {counted(len(part), 'segment')} of " + counted(
                 part.n_patients, "patient") for name, part in parts.items()))
             print("recipe {recipe}: batch size {batch_size}, epochs {epochs}".format(**recipe),
@@ -151,17 +151,17 @@ def train_and_score(options, data, fitted, place):
         parent = open_parent(options, data, parts) if options.init_from else None
         model, network = build(options, recipe, sets["train"], parent)
         description = describe(options, recipe, data, parts, network, parent)
-        finished = [is_first() and show_if_finished(options, files, description, place)]
+        finished = [is_first() and show_if_finished(options, files, description, nth)]
         if header.distributed()[1] > 1:         # the first process tells the others
             torch.distributed.broadcast_object_list(finished)
         if finished[0]:
             return
         loaders = make_loaders(options, recipe, sets)
         try:
-            model, trajectory = train(options, recipe, model, loaders, files, description, place)
+            model, trajectory = train(options, recipe, model, loaders, files, description, nth)
             if is_first():
                 save(options, model, trajectory, files, description, parts, sets, data, fitted)
-                show(options, files, place)
+                show(options, files, nth)
         except (header.Interrupted, KeyboardInterrupt):
             if not os.path.exists(files.resume):
                 raise
@@ -276,7 +276,7 @@ def describe(options, recipe, data, parts, network, parent):
         **data.provenance, "parent": checkpoint.weights_fingerprint(parent) if parent else None}}
 
 
-def show_if_finished(options, files, description, place) -> bool:
+def show_if_finished(options, files, description, nth) -> bool:
     """Whether this very run is finished; then shows its scores. Refuses a run of other options."""
     path = files.checkpoint             # read also with --fresh: raises where it is not ours
     saved = header.load_checkpoint(path) if os.path.exists(path) else None
@@ -301,7 +301,7 @@ def show_if_finished(options, files, description, place) -> bool:
     if path == files.resume:
         print(f"going on from {path}", flush=True)
         return False
-    show(options, files, place)
+    show(options, files, nth)
     print("this run is finished; --fresh trains it again, --name OTHER keeps both")
     return True
 
@@ -368,7 +368,7 @@ def loop_arguments(recipe, loader, model, loss=header.LOSSES["mse"]) -> dict:
             "gradient_clipping": clip}
 
 
-def train(options, recipe, model, loaders, files, description, place):
+def train(options, recipe, model, loaders, files, description, nth):
     """(the model with its best weights, trajectories); a row of the log after each epoch."""
     loss = header.choose_loss(options.loss)
 
@@ -380,16 +380,16 @@ def train(options, recipe, model, loaders, files, description, place):
         if options.tensorboard:
             log_to_tensorboard(files, recipe, loss, log)
         busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() + 0.5
-        if busy and len(log) == 1 and torch.get_num_threads() > 1 and not place:
+        if busy and len(log) == 1 and torch.get_num_threads() > 1 and not nth:
             print("other programs keep this machine's cores busy: --threads 1 may be faster")
 
     model, trajectory = header.training_loop(
         model, *loaders, criterion=loss, device=options.device, precision=options.precision,
-        on_epoch=on_epoch, resume_path=files.resume, experiment=description, verbose=not place,
+        on_epoch=on_epoch, resume_path=files.resume, experiment=description, verbose=not nth,
         **loop_arguments(recipe, loaders[0], model, loss))
     if model.anchor and model.outputs == 1 and is_first():  # an own spread is of what was trained
         header.fit_blend(model, *(loader.dataset for loader in loaders), device=options.device)
-        if not place:
+        if not nth:
             n_patients = loaders[1].dataset.index.n_patients
             print(report.shares_text(header.kept_shares(model.anchor), n_patients), flush=True)
     return model, trajectory
@@ -448,11 +448,11 @@ def save(options, model, trajectory, files, description, parts, sets, data, fitt
     os.remove(files.resume)     # last: until here the same command would go on
 
 
-def show(options, files, place):
+def show(options, files, nth):
     """Prints the scores of a finished run: in a line if it is one of several, else as a table."""
     results = header.load_checkpoint(files.checkpoint)["metrics"]
-    if place:
-        print(f"{options.name}{place}: RMSE {results['tpp']['rmse']:.2f} mmHg, "
+    if nth:
+        print(f"{options.name}{nth}: RMSE {results['tpp']['rmse']:.2f} mmHg, "
               f"{counted(results['n_patients'], 'test patient')}", flush=True)
     else:
         report.print_results(results)
