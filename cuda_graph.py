@@ -70,8 +70,6 @@ class CapturedStep:
         self.groups = optimizer.param_groups if optimizer is not None else []
         rates = [float(group["lr"]) for group in self.groups]
         self.rates = [torch.tensor(rate, device=device) for rate in rates]
-        self.set_rates = list(rates)
-
         # by name: the first call may store weights in another order (kernels.accelerate)
         weights = {} if model is None else {name: t.detach().clone()
                                             for name, t in model.state_dict().items()}
@@ -107,10 +105,8 @@ class CapturedStep:
             return self.step(*(t.to(self.device, non_blocking=True) for t in inputs))
         for static, given in zip(self.inputs, inputs):
             static.copy_(given, non_blocking=True)
-        for i, group in enumerate(self.groups):
-            if group["lr"] != self.set_rates[i]:
-                self.set_rates[i] = group["lr"]
-                self.rates[i].fill_(group["lr"])
+        for rate, group in zip(self.rates, self.groups):
+            rate.fill_(group["lr"])
         self.replay()
         if isinstance(self.output, torch.Tensor):
             return self.output.clone()

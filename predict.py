@@ -281,8 +281,8 @@ class Predictor:
         if "abp" in recorded.chosen:
             fields = {**quality, **label, "reason": label["reason"] | quality["reason"]}
             gate = replace(self.gate, min_minutes=0, comparisons=tuple(     # of the minute alone
-                rule for rule in self.gate.comparisons
-                if {rule[0], rule[2]} & set(FIELDS) <= set(fields)))
+                (key, sign, bound) for key, sign, bound in self.gate.comparisons
+                if {key, bound} & set(FIELDS) <= set(fields)))
             passes = datasets.passes_gate(gate, fields.get, np.isfinite(minutes.ppg).all(1))
             columns.update(tpp_abp=label["tpp"], r2_abp=label["r2"],
                            abp_in_gate=np.where(passes, "yes", "no"))
