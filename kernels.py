@@ -62,8 +62,6 @@ class FastResNet:
     def __call__(self, *inputs):
         return self.network.mlp(self.network.projection(self.features(*inputs)))
 
-    forward = __call__
-
     def features(self, *inputs):
         return self.network.features(*inputs, waveform_features=self.waveform_features)
 
