@@ -5,11 +5,14 @@ Patients are called MRN000…, encounters CSN0000…: messages must not contain 
 import contextlib
 import io
 import os
+import re
 import shutil
 
+import h5py
 import numpy as np
+import pytest
 import torch
-from conftest import KEYS, make_file
+from conftest import KEYS, make_file, run
 
 import checkpoint
 import datasets
@@ -95,3 +98,44 @@ def test_a_damaged_checkpoint_gives_one_line(tmp_path):
         found = outcome(lambda: training_header.load_model(tmp_path / "m.pth"),
                         checkpoint.CheckpointError)
         assert found in ("fine", "refused"), (seed, found)
+
+
+# --------------------------------------------------------------------------------------- recordings
+
+def write_wfdb(folder, name, fs=125, seconds=70):
+    t = np.arange(seconds * fs) / fs
+    wave = np.sin(2 * np.pi * 1.2 * t) + 0.4 * np.sin(4 * np.pi * 1.2 * t - 0.8)
+    wave *= 1 + 0.2 * np.sin(2 * np.pi * 0.03 * t)
+    both = np.stack([8000 + 2500 * wave, 500 * np.roll(wave, fs // 5)], 1)
+    both.astype("<i2").tofile(folder / f"{name}.dat")
+    (folder / f"{name}.hea").write_text(
+        f"{name} 2 {fs} {t.size}\n{name}.dat 16 100/mmHg 16 0 0 0 0 ABP\n"
+        f"{name}.dat 16 100/NU 16 0 0 0 0 PLETH\n")
+
+
+def prepare_quietly(folder):
+    done = run("prepare.py", folder / "in", "--out", folder / "o.h5")
+    assert done.returncode in (0, 1, 2), done.stderr
+    assert not re.search("Traceback|a bug|MRN", done.stderr), done.stderr
+    assert (folder / "o.h5").exists() == (done.returncode < 2)
+
+
+@pytest.mark.parametrize("ending", [".hea", ".dat", ".csv", ".h5"])
+def test_a_damaged_recording_costs_itself_alone(tmp_path, ending):
+    pytest.importorskip("wfdb")
+    for seed in range(4):
+        folder = tmp_path / str(seed)
+        (folder / "in").mkdir(parents=True)
+        write_wfdb(folder / "in", "MRN001")
+        if ending == ".csv":
+            t = np.arange(70 * 50) / 50
+            np.savetxt(folder / "in" / "MRN001.csv", np.stack([t, 80 + t % 1, t % 1], 1), "%.3f",
+                       ",", header="time_s,ABP,PLETH", comments="")
+        elif ending == ".h5":
+            with h5py.File(folder / "in" / "MRN001.h5", "w") as file:
+                for name in ("ABP", "PLETH"):
+                    file[name] = np.arange(70 * 50) % 50.0
+                    file[name].attrs["fs"] = 50.0
+        damage(folder / "in" / f"MRN001{ending}", np.random.default_rng(seed))
+        found = outcome(lambda folder=folder: prepare_quietly(folder))
+        assert found == "fine", (seed, found)

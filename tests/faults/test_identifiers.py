@@ -6,11 +6,11 @@ import os
 import platform
 import re
 
+import h5py
 import numpy as np
 import pytest
 from conftest import ROOT, little_work, make_file, run
-
-from simulate import simulate_patient
+from test_damaged_files import write_wfdb
 
 PRIVATE = re.compile(r".*(\.h5|\.salt|\.index\.npz|_problems\.csv|run\.json|records/.*|who\.csv)")
 NAME = re.compile(rb"(MRN|CSN)\d{3}")
@@ -63,16 +63,36 @@ def test_training_and_evaluating_leave_no_name_and_no_path(tmp_path):
             "figures_resnet/x_loss_lr_plot.png"} <= set(shared)
 
 
+def spoil(path, how):
+    with h5py.File(path, "r+") as file:
+        group = file["MRN003/CSN0030"]
+        if how == "no ppg":
+            del group["ppg"]
+        elif how == "a text":
+            del group["map"]
+            group["map"] = np.array([b"CSN"] * 6)
+        elif how == "infinite ppg":
+            for patient in file.values():
+                for encounter in patient.values():
+                    encounter["ppg"][2:] = np.inf
+
+
+@pytest.mark.parametrize("how", ["no ppg", "a text", "infinite ppg"])
+def test_what_is_said_of_a_bad_file_names_nobody(tmp_path, how):
+    make_file(tmp_path / "d.h5", 12, 1, 6)
+    spoil(tmp_path / "d.h5", how)
+    text = quiet(run("train_resnet.py", *TRAIN, cwd=tmp_path), 2, 0)
+    if how != "infinite ppg":           # where, and how to look up the name
+        assert "patient 3" in text and "--who 3" in text
+    check_folder(tmp_path)
+
+
 def test_preparing_names_records_in_its_private_file_alone(tmp_path):
     pytest.importorskip("wfdb")
     for name in ("CSN0001", "CSN0002", "CSN0003"):
         (tmp_path / "records" / name).mkdir(parents=True)
-    waves = simulate_patient(0, 0, 1, keep_abp=True)
-    np.savetxt(tmp_path / "records/CSN0001/CSN0001.csv", np.stack(
-        [np.arange(3600) / 60, waves["abp"][0], waves["ppg"].ravel()], 1), "%.4f", ",",
-        header="time_s,abp,ppg", comments="")
-    (tmp_path / "records/CSN0002/CSN0002.hea").write_text(
-        "CSN0002 1 60 3600\nCSN0002.dat 16 100/mmHg 16 0 0 0 0 ABP\n")
+        write_wfdb(tmp_path / "records" / name, name)
+    (tmp_path / "records/CSN0002/CSN0002.dat").unlink()
     (tmp_path / "records/CSN0003/CSN0003.csv").write_text(      # a name in a column, and in a cell
         "time_s,abp\x1b[2J (MRN4711),pleth\n0,MRN4711,1\n0.01,oops,1\n")
     (tmp_path / "who.csv").write_text("record,split_group\nCSN0001,MRN001\nCSN0002,MRN002\n")

@@ -1,11 +1,11 @@
-"""Training that is killed: the same command, given again, ends in the same weights.
+"""Commands that are killed: given again, they end in the same weights or the same file.
 
-    python tests/faults/test_kills.py 100 0         # kills, seed
+    python tests/faults/test_kills.py 100 30 0      # kills of training, of the others, seed
 
-SIGKILL arrives at a random moment of a real run (start, training, saving, scoring, drawing), again
-and again, until the run ends by itself. Training saves its state after each step; every second run
-also writes slowly (each sync waits), so that many kills fall inside a write; of one process, every
-second kill arrives at a call that changes files.
+SIGKILL arrives at a random moment of a real run (start, training, saving, scoring, drawing; or
+simulating, preparing, predicting), again and again, until the run ends by itself. Training saves
+its state after each step; every second run also writes slowly (each sync waits), so that many kills
+fall inside a write; of one process, every second kill arrives at a call that changes files.
 """
 import contextlib
 import functools
@@ -19,6 +19,9 @@ import sys
 import tempfile
 import time
 
+import h5py
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -26,17 +29,29 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE)]
 from conftest import children, fork, fork_ranks, little_work, make_file, needs_children  # noqa: E402
 
+import predict  # noqa: E402
+import prepare  # noqa: E402
+import simulate  # noqa: E402
 import tk_utils  # noqa: E402
 import train_resnet  # noqa: E402
 import training_header as header  # noqa: E402
 
 OPTIONS = ["--data", "../d.h5", "--epochs", "3", "--batch-size", "4", "--device", "cpu"]
 KINDS = {"one process": [], "workers": ["--workers", "2"], "two ranks": []}
+# The last argument is the file that must come out the same.
+COMMANDS = {
+    "simulating": [simulate, "--patients", "16", "--segments", "2", "--out", "out.h5"],
+    "preparing": [prepare, "../records", "--workers", "2", "--out", "out.h5"],
+    "predicting": [predict, "../m.pth", "../records", "--out", "out.csv"],
+}
 
 
 def work(kind, slow, kill_at):
     """What a killed process does."""
-    sys.argv = ["train_resnet.py", *OPTIONS, *KINDS[kind]]
+    module, *options = COMMANDS.get(kind) or [train_resnet, *OPTIONS, *KINDS[kind]]
+    sys.argv = ["script.py", *options]
+    if kind in COMMANDS:
+        return tk_utils.run_script(module.main, ValueError)
     fsync, calls = os.fsync, []
     if slow:
         os.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]
@@ -53,7 +68,7 @@ def work(kind, slow, kill_at):
         setattr(os, name, killed_at(getattr(os, name)))
     header.training_loop.__kwdefaults__["checkpoint_minutes"] = 0       # after each step
     with little_work():
-        return tk_utils.run_script(train_resnet.main, ValueError)
+        return tk_utils.run_script(module.main, ValueError)
 
 
 def start(folder, kind, slow=False, kill_at=0):
@@ -62,9 +77,19 @@ def start(folder, kind, slow=False, kill_at=0):
     return fork_ranks(doing, folder) if kind == "two ranks" else [fork(doing, folder)]
 
 
-def fingerprint(folder):
-    """Of the final weights, the normaliser and the trajectories, to the bit."""
+def fingerprint(folder, kind):
+    """Of the final weights, the normaliser and the trajectories, or of the file, to the bit."""
     found = hashlib.sha256()
+    if kind in COMMANDS:
+        path = os.path.join(folder, COMMANDS[kind][-1])
+        if path.endswith(".h5"):
+            with h5py.File(path, "r") as file:
+                file.visititems(lambda name, item: found.update(name.encode() + (
+                    item[()].tobytes() if isinstance(item, h5py.Dataset) else b"")))
+        else:
+            with open(path, "rb") as file:
+                found.update(file.read())
+        return found.hexdigest()
     saved, trajectory = (torch.load(os.path.join(folder, "runs", name), weights_only=True)
                          for name in ("M1.5.pth", "M1.5/trajectory.pth"))
     for tensors in (saved["model"], trajectory):
@@ -104,7 +129,7 @@ def reference(base, kind):
     folder = os.path.join(base, f"unbroken {kind}")
     os.makedirs(folder)
     seconds = run_to_the_end(folder, kind)
-    return fingerprint(folder), seconds
+    return fingerprint(folder, kind), seconds
 
 
 def check_files(folder):
@@ -155,8 +180,8 @@ def killed_runs(base, kind, kills, rng):
             if done >= kills:
                 run_to_the_end(folder, kind)
                 break
-        assert check_files(folder) > 5
-        assert fingerprint(folder) == expected, f"{kind}: another end after {done} kills"
+        assert check_files(folder) > (0 if kind in COMMANDS else 5)
+        assert fingerprint(folder, kind) == expected, f"{kind}: another end after {done} kills"
         left = [name for _, _, names in os.walk(folder) for name in names
                 if "tmp" in name or ".partial" in name]
         assert not left and not os.path.exists(os.path.join(folder, "runs/M1.5/resume.pth")), left
@@ -165,11 +190,26 @@ def killed_runs(base, kind, kills, rng):
     return done, completed
 
 
+def make_inputs(folder):
+    """Data to train on, recordings, and a model that predicts."""
+    make_file(os.path.join(folder, "d.h5"), patients=6, encounters=1, rows=8)
+    os.makedirs(os.path.join(folder, "records"))
+    for number in range(4):
+        fields = simulate.simulate_patient(5, number, 2, keep_abp=True)
+        pd.DataFrame({"time_s": np.arange(7200) / 60, "abp": fields["abp"].ravel(),
+                      "ppg": fields["ppg"].ravel()}).to_csv(
+                          os.path.join(folder, "records", f"{number}.csv"), index=False)
+    keys = ["ppg", "map", "dbp", "hr", "tpp"]
+    model = header.NormalisedModel(header.get_model_v3(3, widths=(4, 4, 8)), keys, {
+        key: {"mean": 60.0, "sd": 10.0} for key in keys[1:]})
+    header.save_checkpoint(os.path.join(folder, "m.pth"), model)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    base = tmp_path_factory.mktemp("kills")
-    make_file(base / "d.h5", patients=6, encounters=1, rows=8)
-    return str(base)
+    base = str(tmp_path_factory.mktemp("kills"))
+    make_inputs(base)
+    return base
 
 
 @needs_children
@@ -179,12 +219,14 @@ def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, base):
     assert killed_runs(base, kind, kills, random.Random(len(kind)))[0] == kills
 
 
-def main(kills, seed):
+def main(kills, others, seed):
     rng = random.Random(seed)
+    shares = {kind: kills // 2 if number == 0 else (kills + 3) // 4
+              for number, kind in enumerate(KINDS)}
+    shares.update(dict.fromkeys(COMMANDS, (others + 2) // 3))
     with tempfile.TemporaryDirectory() as base:
-        make_file(os.path.join(base, "d.h5"), patients=6, encounters=1, rows=8)
-        for number, kind in enumerate(KINDS):
-            share = kills // 2 if number == 0 else (kills + 3) // 4
+        make_inputs(base)
+        for kind, share in shares.items():
             done, completed = killed_runs(base, kind, share, rng)
             print(f"{kind}: {done} kills, {completed} runs completed, all with the end of the "
                   "unbroken run, 0 half-written files", flush=True)
