@@ -338,8 +338,7 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
         parts = [getattr(one, "index", one) for one in (index, train, tune)]
         about, calibrated = {"split": split or "given", "problems": []}, 0
     elif path:
-        parts, about, calibrated = choose_segments(
-            path, model.checkpoint, data, split, condition)
+        parts, about, calibrated = choose_segments(path, model.checkpoint, data, split, condition)
     else:
         raise DataError("a model in memory needs the index of the segments to score")
     scored, train, tune = parts
