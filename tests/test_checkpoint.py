@@ -1,4 +1,5 @@
 """checkpoint.py: a network on disk, files that are none, networks of your own, salts."""
+# ruff: noqa: I001
 import os
 import pickle
 import stat
@@ -11,18 +12,8 @@ from conftest import ROOT, make_file
 from test_training_header import KEYS, NORMALISER, SMALL, small_model, some_inputs, wrapped
 
 from checkpoint import (
-    CheckpointError,
-    default_salt_path,
-    describe_network,
-    hash_patients,
-    new_network,
-    patient_parts,
-    read_salt,
-    salt_mark,
-    save_checkpoint,
-    save_tensors,
-    seen_by,
-)
+    CheckpointError, default_salt_path, describe_network, hash_patients, new_network, patient_parts,
+    read_salt, salt_mark, save_checkpoint, save_tensors, seen_by)
 from datasets import DataError, create_dataset_index, split_index
 from training_header import NormalisedModel, get_model_v3, load_model
 

@@ -40,13 +40,29 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(module):
     assert line.startswith("error: ") and line.endswith("(--help lists the options)")
 
 
-def test_help_comes_without_delay(tmp_path):
+IMPORT = """
+import random, numpy, torch
+states = lambda: (torch.get_rng_state().tolist(), random.getstate(), repr(numpy.random.get_state()))
+before = states()
+from training_header import *
+TPP_PPG_dataset, create_dataset_index, load_dataset_index, split_index, make_loader, fit_normaliser
+get_model_v3, MyFirstResNet, ConvBlock, ResBlockV1, ResBlockV2, ResBlockV3, training_loop
+StepLR, CosineAnnealingLR, ReduceLROnPlateau, CheckpointError, save_checkpoint, load_model, LOSSES
+assert "signal" not in globals()
+import evaluate, predict, sys, tk_utils, train_resnet
+assert states() == before and not torch.cuda.is_initialized()
+sys.argv = ["train_resnet.py", "--help"]
+tk_utils.run_script(train_resnet.main)
+"""
+
+
+def test_importing_does_no_work_and_help_comes_without_delay(tmp_path):
     resource = pytest.importorskip("resource", reason="processor times of children are of POSIX")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "train_resnet.py"), "--help"],
-                          cwd=tmp_path, env=dict(os.environ, **ASCII), capture_output=True)
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, capture_output=True,
+                          env=dict(os.environ, **ASCII, PYTHONPATH=ROOT), text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and os.listdir(tmp_path) == []
+    assert done.returncode == 0 and os.listdir(tmp_path) == [], done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 8  # of processor
 
 
@@ -70,8 +86,6 @@ def test_seeds_are_trained_and_scored_on_a_console_of_ascii(tmp_path):
                        for name in ("runs/x/summary.json", "x.json"))
     assert scored["together"]["tpp"] == summary["together"]["tpp"]
 
-
-# ------------------------------------------------------------------------------ files copied alone
 
 def needed(module, found=None):
     """The files of ours that a module imports anywhere, and those that these import."""

@@ -18,8 +18,6 @@ def noisy_predictions(n_patients=12, seed=0, between=3.0, within=5.0):
     return patients, truth, truth + error
 
 
-# ---------------------------------------------------------------- scores
-
 def test_every_score_equals_an_independent_implementation():
     _, truth, prediction = noisy_predictions()
     found = metrics.scores(truth, prediction)
@@ -75,8 +73,6 @@ def test_a_score_added_to_the_table_has_its_value_and_interval_everywhere(monkey
     assert metrics.confidence_intervals(bootstrap, truth, prediction)["within_5"] == pytest.approx(
         expected)
 
-
-# ---------------------------------------------------------------- bootstrap
 
 def rows_of_draws(bootstrap, patients):
     """(rows, patients) of each draw, the naive way: a patient drawn twice is two patients."""
@@ -157,8 +153,6 @@ def test_too_few_patients_give_no_interval_instead_of_an_absurd_one(patients):
     interval = metrics.confidence_intervals(patients, [30., 31., 35., 36], [31., 30., 33., 35])
     assert all(np.isnan([one["low"], one["high"]]).all() for one in interval.values())
 
-
-# ---------------------------------------------------------------- what the scores say
 
 def test_shuffled_labels_show_no_skill_over_the_mean():
     rng = np.random.default_rng(0)
@@ -293,8 +287,6 @@ def test_limits_of_agreement_are_the_published_ones_of_cardiac_output():
     assert found["lower"]["value"] == pytest.approx(-1.3394565, abs=4e-5)
     assert found["upper"]["value"] == pytest.approx(2.5437899, abs=4e-5)
 
-
-# ---------------------------------------------------------------- how sure is one prediction
 
 def test_the_patient_quantile_is_that_of_segments_repeated_until_patients_have_equally_many():
     for seed in range(30):

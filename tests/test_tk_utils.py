@@ -36,7 +36,6 @@ def started(code, path):
     return child
 
 
-# ---------------------------------------------------------------- files
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_file_appears_complete_or_not_at_all_and_no_temporary_is_left(tmp_path, error):
     path = tmp_path / "new folder" / "log.csv"
@@ -103,7 +102,6 @@ def test_a_lock_keeps_others_out_until_its_holder_ends_however(tmp_path):
         pass
 
 
-# ---------------------------------------------------------------- scripts
 SCRIPT = """import os, signal, sys, tk_utils
 class DataError(ValueError): pass
 def main():
@@ -171,7 +169,6 @@ def test_no_table_is_wider_than_the_terminal_and_nothing_of_it_is_lost(columns, 
     assert all(text.count(word) == 3 for word in (*words.split(), *map("1,00{}".format, range(6))))
 
 
-# ---------------------------------------------------------------- running
 def test_progress_is_a_bar_in_a_terminal_and_says_nothing_yet_in_a_log_file():
     pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
     main, slave = pty.openpty()
@@ -247,7 +244,6 @@ def test_the_git_revision_is_that_of_the_files_own_checkout_or_none(tmp_path):
     assert none == "None" and re.fullmatch("[0-9a-f]{7,}", clean) and edited == clean + "-dirty"
 
 
-# ---------------------------------------------------------------- figures
 SCORES = {"rmse": 5.123, "mae": 4.0, "mead": 3.3, "bias": -0.25, "sd": 5.1, "r2": 0.87,
           "p_crit_r2": 0.8, "n_patients": 2000, "n": 1234}
 

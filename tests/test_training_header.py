@@ -5,13 +5,11 @@ import copy
 import math
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import KEYS, ROOT, fork_ranks, make_file
+from conftest import KEYS, fork_ranks, make_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -102,8 +100,6 @@ def train_line(epochs, label=0.0, tune_label=0.0, model=None, loader=None, **opt
                          **{"lr": 0.1, "optimizer_type": SGD, "device": "cpu", **options})
 
 
-# --------------------------------------------------------------------------------- what it returns
-
 def test_the_model_returned_has_the_weights_of_the_best_epoch_not_of_the_last():
     # The bias walks from 0 towards 10 and passes the tune label 3 on its way.
     rows = []
@@ -146,8 +142,6 @@ def test_the_tune_loss_is_taken_in_evaluation_mode_without_gradients():
     assert modes == [(True, True), (False, False)] * 2
 
 
-# ----------------------------------------------------------------------------------- loss, penalty
-
 @pytest.mark.parametrize("criterion, train_loss, tune_loss", [
     ("mse", 9, 400), ("l1", 3, 20), ("huber", 4.5, 5 * (20 - 2.5)), (cubic, 0.27, 80),
     (mean_cubic, 0.27, 80)])
@@ -182,8 +176,6 @@ def test_l1_shrinks_weights_once_a_step_to_exactly_zero_and_spares_biases(option
     stepped = 0.05 - 0.1 * 2 * (0.05 + 0.05 + 0.3)      # shrinking first would end somewhere else
     assert model.linear.weight[0].tolist() == pytest.approx([stepped + 0.01] * 2, abs=1e-12)
 
-
-# ----------------------------------------------------- accumulation, clipping, rates, averaging
 
 @pytest.mark.parametrize("clipping", [None, 0.1])
 @pytest.mark.parametrize("accumulate, batch, big", [(2, 4, 8), (5, 3, 15)])
@@ -241,8 +233,6 @@ def test_the_last_steps_weights_are_averaged_tuned_with_and_returned():
     assert seen["epoch_val_loss"][-1] == pytest.approx(10 - np.mean(last))
     assert seen["epoch_val_loss"][6] == pytest.approx(10 - 1.4)         # not yet averaged
 
-
-# -------------------------------------------------------------------- its data, its reproducibility
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
@@ -311,8 +301,6 @@ def test_two_processes_equal_one_to_the_ninth_digit(index, tmp_path):
         assert torch.allclose(two, one, rtol=1e-9, atol=1e-9)
 
 
-# ---------------------------------------------------------------------------------------- resuming
-
 def with_signal(criterion, step):
     """A loss that sends this process a signal when it is computed for this step of the training."""
     loss, calls = choose_loss(criterion), []
@@ -351,8 +339,6 @@ def test_an_interrupted_loop_goes_on_to_the_same_bits(index, tmp_path, step, opt
     assert torch.equal(weights_of(found), weights_of(expected))
     assert all(np.array_equal(seen[name], values) for name, values in expected_seen.items())
 
-
-# --------------------------------------------------------------------- what is refused, and devices
 
 @pytest.mark.parametrize("options, message", [
     ({"epochs": 0}, "nothing to train"),
@@ -405,8 +391,6 @@ def test_cuda_trains_and_predicts_as_the_cpu_does(index, precision):
                  for device in ("cpu", "cuda:0"))
     assert np.allclose(cuda, cpu, atol=0.02)
 
-
-# ------------------------------------------------------- the normalised model, and its predictions
 
 def wrapped(seed=0):
     return NormalisedModel(small_model(seed), KEYS, NORMALISER).eval()
@@ -543,24 +527,3 @@ def test_predictions_stand_in_the_datasets_order(index):
     with torch.no_grad():
         assert np.allclose(whole, model(*inputs)[:, 0], atol=1e-4) and spread is None
     assert np.allclose(whole, predict_dataset(model, dataset, 7, "cpu"), atol=1e-4)
-
-
-# ----------------------------------------------------------------------------- modules and imports
-
-IMPORT = """
-import random, numpy, torch
-states = lambda: (torch.get_rng_state().tolist(), random.getstate(), repr(numpy.random.get_state()))
-before = states()
-from training_header import *
-TPP_PPG_dataset, create_dataset_index, load_dataset_index, split_index, make_loader, fit_normaliser
-get_model_v3, MyFirstResNet, ConvBlock, ResBlockV1, ResBlockV2, ResBlockV3, training_loop
-StepLR, CosineAnnealingLR, ReduceLROnPlateau, CheckpointError, save_checkpoint, load_model, LOSSES
-assert "signal" not in globals()
-import evaluate, train_resnet
-assert states() == before and not torch.cuda.is_initialized()
-"""
-
-
-def test_importing_brings_the_names_of_an_experiment_and_does_no_work():
-    done = subprocess.run([sys.executable, "-c", IMPORT], text=True, cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, done.stderr

@@ -58,8 +58,6 @@ def damage(path, rng, where=None):
         file.write(data)
 
 
-# --------------------------------------------------------------------------------------------- HDF5
-
 def read_all(path):
     index = datasets.create_dataset_index(path=str(path))
     dataset = datasets.TPP_PPG_dataset(index, "segment", KEYS)
@@ -79,8 +77,6 @@ def test_a_damaged_data_file_gives_a_result_or_one_line(tmp_path):
         found = outcome(lambda: read_all(tmp_path / "f.h5"), datasets.DataError)
         assert found in ("fine", "refused"), (seed, found)
 
-
-# -------------------------------------------------------------------------------------- checkpoints
 
 def write_checkpoint(path):
     torch.manual_seed(0)
