@@ -106,11 +106,11 @@ def fork(work, folder, **environment):
         os.chdir(folder)
         os.environ.update(environment)
         torch.set_num_threads(1)
-        with open(".printed", "a", buffering=1) as printed:
-            for number in (1, 2):
-                os.dup2(printed.fileno(), number)
-            sys.stdout = sys.stderr = printed
-            sys.exit(work())
+        printed = os.open(".printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for number in (1, 2):
+            os.dup2(printed, number)
+        sys.stdout = sys.stderr = os.fdopen(printed, "a", buffering=1)
+        sys.exit(work())
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     return process

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_file
+from conftest import ROOT, fork, make_file
 from test_training_header import KEYS, NORMALISER, SMALL, small_model, some_inputs, wrapped
 
 from checkpoint import (
@@ -198,11 +198,10 @@ def test_another_file_is_not_replaced_by_a_salt(tmp_path, text):
 
 
 def test_processes_that_need_a_salt_at_once_get_the_same(tmp_path):
-    code = "from checkpoint import read_salt; print(read_salt('a.salt'))"
-    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True,
-                                  stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=ROOT))
-                 for _ in range(2)]
-    assert len({process.communicate()[0] for process in processes}) == 1
+    for process in [fork(lambda: print(read_salt("a.salt")), tmp_path) for _ in range(2)]:
+        process.join()
+    first, second = (tmp_path / ".printed").read_text().split()
+    assert first == second
 
 
 def test_the_part_of_each_patient_is_found_by_hash_in_any_file(tmp_path, capsys):

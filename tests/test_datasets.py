@@ -2,14 +2,12 @@
 import os
 import shutil
 import stat
-import subprocess
-import sys
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import KEYS, ROOT, make_file, serials
+from conftest import KEYS, fork, make_file, run, serials
 from torch.utils.data import DataLoader
 
 import datasets
@@ -113,8 +111,7 @@ def test_what_is_no_patient_beside_the_patients_is_ignored(tmp_path, published):
     index = create_dataset_index(path=published)
     assert len(index) == 96 and index.patients.tolist() == [f"MRN{n:03d}" for n in range(6)]
     position = TPP_PPG_dataset(index, "segment", KEYS).place(0).split("--who ")[1].split(")")[0]
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "checkpoint.py"), published, "--who",
-                           position, "99"], capture_output=True, text=True)
+    done = run("checkpoint.py", published, "--who", position, "99")
     assert done.stdout == f"{position}: MRN000/CSN0000\n99: not in this file\n"
 
 
@@ -149,21 +146,18 @@ def test_the_writer_makes_a_file_that_reads_back_and_refuses_what_does_not_fit(t
 
 
 def test_a_full_disk_is_an_error_in_one_line_and_not_a_crash(tmp_path):
-    code = """
-import sys
-import numpy as np
-from datasets import LayoutWriter
-try:
-    with LayoutWriter(sys.argv[1], 'recordings', 'published', 'foot', ['a']) as out:
-        for i in range(30):
-            out.write(f'p{i}', 'e', {'ppg': np.zeros((4, 3600)), 'reason': np.zeros(4)})
-except OSError as error:
-    print(error)
-"""
-    path = str(tmp_path / "f.h5")
-    done = subprocess.run(["bash", "-c", f'ulimit -f 300; exec {sys.executable} -c "$CODE" {path}'],
-                          capture_output=True, text=True, cwd=ROOT, env=dict(os.environ, CODE=code))
-    assert done.stdout == f"[Errno 27] File too large: {path!r}\n" and not done.stderr
+    resource = pytest.importorskip("resource", reason="limits of a process are of POSIX")
+
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        with datasets.LayoutWriter("f.h5", "recordings", "published", "foot", ["a"]) as out:
+            for i in range(30):
+                out.write(f"p{i}", "e", {"ppg": np.zeros((4, 3600)), "reason": np.zeros(4)})
+
+    process = fork(write, tmp_path)
+    process.join()
+    last = (tmp_path / ".printed").read_text().splitlines()[-1]
+    assert process.exitcode == 1 and last == "OSError: [Errno 27] File too large: 'f.h5'"
 
 
 def rows_of(path):

@@ -1,4 +1,5 @@
 """loaders.py: every segment once, whatever reads them; what a full disk or memory does."""
+import functools
 import os
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import KEYS, ROOT, make_file, serials
+from conftest import KEYS, ROOT, fork, make_file, serials
 
+import datasets
 import loaders
 from datasets import TPP_PPG_dataset, create_dataset_index
 from loaders import make_loader
@@ -69,21 +71,27 @@ for workers in WORKERS:
     except DataError as error:
         print('DataError:', error)
 """
-MAP_FEW = """
-import datasets, functools
-datasets.map_rows = functools.lru_cache(5)(datasets.map_rows.__wrapped__)
-"""
 
 
 def test_more_files_than_may_be_open_are_read(tmp_path):
+    resource = pytest.importorskip("resource", reason="limits of a process are of POSIX")
     paths = []
     for number in range(40):
         paths.append(str(tmp_path / f"{number}.h5"))
         make_file(paths[-1], 1, 1, 4, layout=("contiguous", "lzf")[number % 2])
         with h5py.File(paths[-1], "r+") as file:
             file.move("MRN000", f"p{number}")
-    code = MAP_FEW + READ_ALL.replace("WORKERS", "[0]")
-    assert run_here(code, paths, "ulimit -n 30") == "480"
+
+    def read():
+        open_files = len(os.listdir("/dev/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 20,) * 2)
+        datasets.map_rows = functools.lru_cache(5)(datasets.map_rows.__wrapped__)
+        data = TPP_PPG_dataset(create_dataset_index(path=paths), "segment", ["ppg", "map", "tpp"])
+        assert sum(serials(make_loader(data, 32))) == 240
+
+    process = fork(read, tmp_path)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / ".printed").read_text()
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists("/dev/shm"), reason="needs mount")
