@@ -139,8 +139,7 @@ def plan(found, options, problems) -> List[Record]:
         digest((folder / f"{name}.py").read_bytes()) for name in SHAPING_MODULES]
     names = record_names(found)
     records = []
-    patients = assign_patients(found, names, options, problems)
-    for item, *group_names in zip(found, patients, names):
+    for item, *group_names in zip(found, assign_patients(found, names, options, problems), names):
         files = [os.stat(path) for path in recordings.files_of(item.path) if os.path.exists(path)]
         key = digest([group_names, os.path.abspath(item.path), made_with,
                       [(file.st_size, file.st_mtime_ns) for file in files]])
