@@ -145,6 +145,7 @@ class Predictor:
         """reading: channels, units and file_fs of recordings.read_windows."""
         self.model, self.name, self.vitals_path = model, name, vitals_path
         self.reading = {**WINDOW, **reading, "polarity": signals.ppg_polarity}
+        self.unknown_units = {name.lower() for name in reading.get("units") or ()}
         self.inputs, self.remarks = list(model.keys[1:-1]), []
         if not model.with_ppg:
             raise DataError(f"{name}: predict.py needs a network of the PPG and the vitals of "
@@ -204,6 +205,8 @@ class Predictor:
             tables.append(table)
         if not tables:
             raise DataError("none of the recordings could be used")
+        if self.unknown_units:      # in any of them
+            raise DataError(self.unknown_text())
         table = pd.concat(tables, ignore_index=True)
         names = {str(i): item.path for i, item in enumerate(found, 1) if item.in_folder}
         table.attrs.update(failed=failed, recordings=names if len(found) > 1 else {})
@@ -211,10 +214,11 @@ class Predictor:
 
     def one_table(self, item) -> pd.DataFrame:
         recorded = recordings.read_windows(item.path, **self.reading)
-        readings, wrong, implausible = {}, {}, {}
+        readings, wrong, implausible, columns = {}, {}, {}, set()
         if self.vitals_path:
-            readings, wrong, implausible = recordings.read_vitals(
+            readings, wrong, implausible, columns = recordings.read_vitals(
                 self.vitals_path, WINDOW["limits"], self.reading["units"], recorded.start_time)
+        self.unknown_units &= recorded.unknown_units - columns
         with tk_utils.progress(recorded, desc="predicting", unit="block") as blocks:
             parts = [self.block(recorded, minutes, readings, wrong) for minutes in blocks]
         if not parts:
@@ -224,10 +228,16 @@ class Predictor:
         if missing:
             raise RecordingError(item.typed, f"this network needs {', '.join(missing).upper()}: "
                                  + self.why_missing(missing, recorded, readings, implausible))
-        notes = recorded.notes + [f"--vitals: {what}; {recordings.UNIT_HINT}"
-                                  for what in implausible.values()]
+        notes = recorded.notes + [
+            f"--vitals: {what}; {recordings.UNIT_HINT.format('COLUMN', key)}"
+            for key, what in implausible.items()]
         self.remarks += [f"{item.typed}: {note}" for note in notes]
         return table
+
+    def unknown_text(self):
+        names = ", ".join(sorted(self.unknown_units))
+        return f"--unit {names}: no such channel" + " or column of --vitals" * bool(
+            self.vitals_path)
 
     def why_missing(self, missing, recorded, readings, implausible):
         """What was found of vitals that no minute has, and what to do."""
@@ -242,8 +252,11 @@ class Predictor:
                 f"{key.upper()} from {times_s[0]:.0f} to {times_s[-1]:.0f} s, which reaches no "
                 f"minute (it is held for {MAX_AGE_S / 60:g} minutes)" if times_s.size else
                 implausible.get(key, f"no column of numbers that is named {key} or like it")))
-        if any("implausible" in why for why in whys):
-            return "; ".join([*whys, recordings.UNIT_HINT])
+        if self.unknown_units:
+            return "; ".join([*whys, self.unknown_text()])
+        if any("implausible" in why and "swapped" not in why for why in whys):
+            names = ("COLUMN", missing[0]) if implausible else ("CHANNEL", "ABP")
+            return "; ".join([*whys, recordings.UNIT_HINT.format(*names)])
         return "; ".join(whys + [f"add --map, --dbp, or --vitals CSV of time_s,{','.join(missing)}"
                                  ] * (not self.vitals_path))
 

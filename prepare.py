@@ -284,7 +284,8 @@ def read_segments(path, options, rows):
                                        f"--list-channels and --{kind}-channel",
                                  "it has " + (", ".join(recorded.channels) or "no channels"))
     blocks = [(minutes.start_s, minutes.abp, minutes.ppg) for minutes in recorded]
-    rows += [("note", note, "") for note in recorded.notes]
+    rows += [("note", note, "") for note in recorded.notes] + [
+        ("note", f"--unit {name}: no such channel", "") for name in recorded.unknown_units]
     if not blocks:
         raise RecordingError(path, f"lasts {recorded.left_over_s:.1f} s, with no uninterrupted "
                                    f"{datasets.SEGMENT_SECONDS} s of PPG")

@@ -72,7 +72,7 @@ PIECE = 36000           # samples on the windows' grid that are read at a time, 
 MARGIN_S = 2.0          # read beyond a piece's ends: over twice the filter's half-length, 0.65 s
 PROBE_S = 600.0         # of each candidate, to tell waveforms from numbers
 BLOCK_WINDOWS = 30      # handed over at a time
-UNIT_HINT = "if the unit is another: --unit CHANNEL=UNIT, such as ABP=kPa"
+UNIT_HINT = "if the unit is another: --unit {}=UNIT, such as --unit {}=kPa"
 PRIVATE_LINE = "# private: contains true record names and paths; do not share"
 
 
@@ -288,9 +288,10 @@ def check_vitals(readings, limits):
         if wrong.size and wrong.all():
             low, high = limits.get(kind.replace("cuff_", ""), (0, np.inf))
             median = np.median(readings[kind][1]) * readings[kind][2]
+            expected = (f"{low:g} to {high:g}" if not low <= median <= high else
+                        "DBP <= MAP <= SBP; are they swapped?")
             implausible[kind] = (f"implausible {kind.replace('_', ' ').upper()} (median "
-                                 f"{median:.3g}, expected {low:g} to {high:g}"
-                                 + ", and DBP <= MAP <= SBP" * kind.endswith("p") + ")")
+                                 f"{median:.3g}, expected {expected})")
     return ({kind: (times[~refused[kind]], values[kind][~refused[kind]])
              for kind, (times, _, _) in readings.items()},
             {kind: readings[kind][0][wrong] for kind, wrong in refused.items()}, implausible)
@@ -304,7 +305,8 @@ def last_reading(times_s, values, at_s):
 
 def read_vitals(path, limits, units=None, start_time=None):
     """`check_vitals` of a CSV or Parquet file with a column of times: numbers, dates, clock times,
-    which count from start_time. units: {column: unit}, instead of the file's."""
+    which count from start_time; and the names of its columns in lower case. units: {column: unit},
+    instead of the file's."""
     path = os.path.expanduser(os.fspath(path))
     with _reading(path):
         times, table, own_units = read_readings(path, start_time)
@@ -323,7 +325,7 @@ def read_vitals(path, limits, units=None, start_time=None):
     if not raw:
         raise RecordingError(path, "expected a time column (time_s: seconds from the recording's "
                                    "start) and, as numbers, any of " + ", ".join(limits))
-    return check_vitals(raw, limits)
+    return (*check_vitals(raw, limits), {name.lower() for name in table.columns})
 
 
 class Minutes(NamedTuple):
@@ -361,8 +363,7 @@ class Recorded:
         # sbp, dbp, hr (numbers of the line or the monitor), cuff_map, cuff_sbp, cuff_dbp.
         self.chosen, self.reasons = choose(self.path, self.reader, channels or {})
         units = {name.lower(): unit for name, unit in (units or {}).items()}
-        if set(units) - {name.lower() for name in self.channels}:
-            self.notes.append("--unit: names a channel that is not in this recording")
+        self.unknown_units = set(units) - {name.lower() for name in self.channels}
         for kind, name in list(self.chosen.items()):
             unit = units.get(name.lower(), self.channels[name].unit)
             try:
@@ -406,7 +407,8 @@ class Recorded:
                                        f"{low:g} to {high:g} mmHg; see --abp-channel)")
         # with an arterial line, the numbers are not needed
         kinds = [kind for kind in self.implausible if kind == "abp" or "abp" not in self.chosen]
-        self.notes += [f"{self.implausible[kind]}; {UNIT_HINT}" for kind in kinds]
+        hint = UNIT_HINT.format("CHANNEL", "ABP")
+        self.notes += [f"{self.implausible[kind]}; {hint}" for kind in kinds]
         for block in blocks:
             rows = starts[block, None] + samples
             if block.start == 0:
@@ -529,7 +531,8 @@ def add_channel_options(parser):
     add("--fs", type=float, metavar="HZ", help="samples per second: the rows of tables are "
         "evenly spaced (times are not used); for HDF5 files that do not state it")
     add("--unit", action="append", default=[], metavar="CHANNEL=UNIT",
-        help="the unit of a channel, where the file does not state it or is wrong")
+        help="the unit of a channel or a column of --vitals, where the file does not state it or "
+        "is wrong; repeat it for each")
     return add
 
 

@@ -161,8 +161,8 @@ def test_without_arterial_line_exactly_the_missing_vitals_are_named(night, check
     (1 / 7.5, ("ABP", "PLETH"), None, ", expected 20 to 200 mmHg; see --abp-channel); if the unit "
      "is another: --unit CHANNEL=UNIT"),
     (1, ("PLETH", "ABP"), None, "implausible ABP (median"),       # swapped
-    (1, ("x", "PLETH"), "0,10,7.3\n90,9.4,7", "implausible MAP (median 9.7, expected 20 to 200"),
-    (1, ("x", "PLETH"), "0,55,75\n90,50,70", "median 52.5, expected 20 to 200, and DBP <= MAP"),
+    (1, ("x", "PLETH"), "0,10,7.3\n90,9.4,7", "such as --unit map=kPa"),
+    (1, ("x", "PLETH"), "0,55,75\n90,50,70", "median 52.5, expected DBP <= MAP <= SBP; are they"),
     (1, ("x", "PLETH"), "0,seventy,55", "no column of numbers that is named map"),
     (1, ("x", "PLETH"), "5000,75,55", "MAP from 5000 to 5000 s, which reaches no minute")])
 def test_why_no_minute_has_a_vital_is_said(tmp_path, night, checkpoint, scale, columns, cuff, said):
@@ -173,6 +173,15 @@ def test_why_no_minute_has_a_vital_is_said(tmp_path, night, checkpoint, scale, c
     code, _, err = run(checkpoint, tmp_path / "r.csv",
                        *(["--vitals", tmp_path / "cuff.csv"] if cuff else []))
     assert code == 2 and said in err and "add --vitals" not in err and err.count("\n") == 1
+
+
+def test_a_unit_is_for_a_channel_or_a_column_of_vitals_that_is_there(tmp_path, night, checkpoint):
+    (tmp_path / "cuff.csv").write_text("time_s,map,dbp\n0,10,7.3\n")
+    given = [checkpoint, night, "--vitals", tmp_path / "cuff.csv", "--unit", "DBP=kPa", "--unit"]
+    code, out, _ = run(*given, "map=kPa")
+    assert code == 0 and "MAP from: vitals (3 min)" in out and "75.0" in out
+    code, out, err = run(*given, "abpp=kPa")
+    assert code == 2 and "--unit abpp: no such channel or column of --vitals" in err
 
 
 def test_vitals_come_from_options_then_readings_then_the_line_then_numbers(tmp_path, checkpoint):

@@ -239,7 +239,7 @@ def test_numbers_are_averaged_over_the_minute_and_a_cuff_s_reading_is_held_with_
 ])
 def test_a_vitals_table_is_checked_as_the_recording_s_numbers_are(tmp_path, text, refused_s):
     (tmp_path / "v.csv").write_text(text)
-    readings, refused, _ = recordings.read_vitals(tmp_path / "v.csv", LIMITS)
+    readings, refused, _, _ = recordings.read_vitals(tmp_path / "v.csv", LIMITS)
     np.testing.assert_allclose(readings["map"], [[0, 120, 360], [80, 90, 100]], rtol=1e-4)
     np.testing.assert_allclose(readings["dbp"], [[0, 120, 240], [60, 66, 70]], rtol=1e-4)
     assert {key: times.tolist() for key, times in refused.items()} == refused_s
