@@ -85,12 +85,15 @@ def draw(results, path):
             axes.plot(*np.transpose(points), ".", color=colour, ms=4, alpha=0.5)
             means = [np.mean([(row["n_train_patients"], row["rmse"][name]) for row in rows
                               if row["patients"] == size], axis=0) for size in sizes]
-            label = "the network" if name == "network" else report.named(name)
+            label = "the model" if name == "network" else report.named(name)
             minutes = tk_utils.counted(segments, "minute")
             axes.plot(*np.transpose(means), style, color=colour, lw=1.5,
                       label=f"{label}, {minutes} of each" if len(n_segments) > 1 else label)
     axes.set(xscale="log", xlabel="Train patients (simulated)",
              ylabel="RMSE of TPP on unseen patients (mmHg)", ylim=(0, None))
+    axes.set_xticks([size for size, _ in means])
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     tk_utils.save_figure(figure, path)
