@@ -4,10 +4,8 @@
     statistics = pulse_statistics(ppg)                  # [B, 1, 3600] -> [B, 12]
 
 `NormalisedModel` adds the network to an anchor; `fit_blend` (both in training_header.py) chooses
-after training how much of each is kept. On real patients the pulse statistics are the first PPG
-features that were shown to add to the vitals (docs/real-recordings.md).
-
-Needs datasets.py; `pulse_statistics` needs PyTorch alone.
+after training how much of each is kept (docs/real-recordings.md). Needs datasets.py;
+`pulse_statistics` needs PyTorch alone.
 """
 from typing import List, Optional
 

@@ -203,9 +203,11 @@ def build_network(checkpoint: dict, network=None) -> nn.Module:
     if network is None and spec not in MODELS:
         raise CheckpointError(f"trained with a network of your own: --model {spec} (with the path "
                               "of that file; from Python: network=) loads it")
-    with one_line("the saved weights and settings do not fit", CheckpointError):
+    with one_line("the saved settings do not fit", CheckpointError):
         network = copy.deepcopy(network) if isinstance(network, nn.Module) else load_by_name(
             network or spec, MODELS, "--model")(**checkpoint["model_args"])
+    with one_line(f"saved with {spec}, given {describe_network(network)[0]}: its parameters have "
+                  "other names or shapes", CheckpointError):
         network.load_state_dict(checkpoint["model"], strict=True)
     return network
 

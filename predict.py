@@ -10,7 +10,7 @@
 
 A vital comes, minute by minute, from the first that has it: an option, the CSV of --vitals, the
 arterial waveform, the monitor's numbers of the line, those of a cuff, and, for HR, the PPG. Needs
-training_header (and what it needs), recordings, signals, labels, metrics, report.
+training_header and recordings with what these need, signals, labels, metrics, report, templates/.
 """
 import argparse
 import inspect
@@ -121,9 +121,8 @@ def predict_recording(model_or_path, recording, map=None, dbp=None, hr=None, vit
 
     recording (of several: as given, or its number in the folder, paths in .attrs['recordings']);
     start_s; clock, where known; tpp, low_90, high_90, … (mmHg; NaN where refused); refused
-    (reasons); of each needed vital <vital>, <vital>_from, <vital>_age_s and
-    <vital>_refused (implausible values); with an arterial line the label: tpp_abp, r2_abp,
-    abp_in_gate. Raises RecordingError, CheckpointError, DataError.
+    (reasons); of each needed vital <vital>, <vital>_from, <vital>_age_s and <vital>_refused; with
+    an arterial line tpp_abp, r2_abp, abp_in_gate. RecordingError, CheckpointError, DataError.
     """
     model, name = model_or_path, "the model"
     if not isinstance(model, header.NormalisedModel):
@@ -172,11 +171,9 @@ class Predictor:
     def usable_levels(self):
         """The levels at which the calibration holds for recordings; adds to the remarks."""
         calibration = self.calibration
-        if not calibration:
-            self.remarks.append("no prediction intervals: no calibration (evaluate.py CHECKPOINT "
-                                "--calibrate DATA makes one)")
-            return []
-        refusal = report.domain_refusal({"origin": self.origin, **calibration}, "recordings")
+        refusal = "no calibration (evaluate.py CHECKPOINT --calibrate DATA makes one)"
+        if calibration:
+            refusal = report.domain_refusal({"origin": self.origin, **calibration}, "recordings")
         if refusal:
             self.remarks.append(f"no prediction intervals: {refusal}")
             return []

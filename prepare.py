@@ -5,13 +5,12 @@
     python prepare.py records/ --list-channels
 
 Each record is read minute by minute at 60 Hz, every minute is labelled from its own arterial
-pressure, and the record is stored as one piece in the hidden folder .<out>.parts. When all pieces
-are there, they are joined. After an interruption, the same command continues.
+pressure, and the record is stored as a piece in the hidden folder .<out>.parts; at the end all
+pieces are joined. After an interruption, the same command continues. A record that cannot be used
+has a line on stderr and a row in the private <out>_problems.csv.
 
-Exit codes: 0 all records are prepared; 1 the output was written, but some records could not be used
-(each has a line on stderr and a row in the private <out>_problems.csv); 2 no output written.
-
-Needs recordings, signals, labels, datasets, report, tk_utils and templates/ in the same folder.
+Needs recordings, formats, tables, signals, labels, datasets, report, metrics, tk_utils and
+templates/ in the same folder.
 """
 
 import argparse
@@ -270,9 +269,8 @@ def prepare_record(record, options, parts) -> list:
 
 
 def writing(path, options, **attributes):
-    return datasets.LayoutWriter(
-        path, origin="recordings", label_method=options.label_method,
-        beats=labels.BEATS, reasons=signals.REASONS, **attributes)
+    return datasets.LayoutWriter(path, "recordings", options.label_method, labels.BEATS,
+                                 signals.REASONS, **attributes)
 
 
 def read_segments(path, options, rows):
@@ -428,8 +426,7 @@ class Problems:
 
 def safe_cell(text):
     """One line of text that fits a cell and that no spreadsheet takes for a formula."""
-    text = tk_utils.printable(text)
-    text = text if len(text) <= MAX_CELL else text[:MAX_CELL - 3] + "..."
+    text = tk_utils.printable(text)[:MAX_CELL]
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
 

@@ -504,8 +504,7 @@ def quality_lines(found) -> list:
     twice = [f"*** {counted(n_same, 'minute')} in the recordings of several patients: copies? Give "
              "them one group (--groups), or leave them out ***"] if n_same else []
     return [passes, delay,
-            f"{found['minutes_dropped']:.1f} minutes at the ends and between gaps fill no segment",
-            *twice]
+            f"{found['minutes_dropped']:.1f} minutes left over at ends and gaps", *twice]
 
 
 def quality_tables(found) -> list:

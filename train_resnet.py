@@ -34,8 +34,7 @@ import training_header as header
 from tk_utils import RunFiles, counted
 
 # ------------------------------------------------------------------------------------- settings
-# What a recipe leaves out (a new entry changes no finished run). Why each is there, with figures:
-# docs/training.md.
+# What a recipe leaves out (a new entry changes no finished run); reasons: docs/training.md.
 NEUTRAL = {
     "model": "resnet_v3",           # a name in models.MODELS
     "optimizer": "adam",            # 'adam' (weight decay as L2) or 'adamw' (decoupled)
@@ -119,6 +118,8 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     if options.threads:
         torch.set_num_threads(options.threads)
+    header.choose_loss(options.loss)        # whether these can be loaded, before the data are read
+    header.load_by_name(options.model or NEUTRAL["model"], header.MODELS, "--model")
     files = find_data(options)
     if "RANK" in os.environ:            # torchrun's
         join_processes(options.device)

@@ -131,10 +131,10 @@ LOSSES = {
 def choose_loss(criterion) -> Loss:
     """The `Loss` of a name in LOSSES, of 'my_losses.py:name', or of any callable."""
     found = criterion if isinstance(criterion, Loss) else load_by_name(criterion, LOSSES, "--loss")
-    if isinstance(found, type):
-        raise TrainingError(f"--loss {criterion}: expected a function (prediction, label); got a "
-                            f"class: give an instance of it, such as {found.__name__}()")
     name = getattr(found, "__name__", type(found).__name__)
+    if isinstance(found, type):
+        raise TrainingError(f"loss {name}: expected a function (prediction, label); got a class: "
+                            f"give an instance of it, such as {name}()")
     return found if isinstance(found, Loss) else Loss(found, "", f"Loss, {name}")
 
 
@@ -177,6 +177,9 @@ class NormalisedModel(nn.Module):
         self.network, self.keys, self.normaliser = network, list(keys), normaliser
         self.ppg_normalisation, self.checkpoint = ppg_normalisation, None
         self.with_ppg, self.inputs = keys[0] == "ppg", list(inputs or keys[:-1])
+        missing = [key for key in keys[self.with_ppg:] if key not in normaliser]
+        if missing:
+            raise DataError(f"the normaliser lacks {', '.join(missing)}: fit_normaliser takes them")
         self.set_anchor(anchor)
         self.outputs = self.try_network()
 
@@ -206,10 +209,12 @@ class NormalisedModel(nn.Module):
         flat, training = torch.zeros(2, device=self.scale.device), self.network.training
         name, inputs = type(self.network).__name__, ", ".join(self.inputs)
         with one_line(f"inputs {inputs}: {name} does not take them", DataError), torch.no_grad():
-            shape = tuple(self.network.eval()(*self.complete({}, flat)).shape)
+            out = self.network.eval()(*self.complete({}, flat))
         self.network.train(training)
+        shape = tuple(out.shape) if isinstance(out, torch.Tensor) else None
         if shape not in ((2, 1), (2, 2)):
-            raise DataError(f"{name}: an output of shape {shape} for two segments; expected "
+            kind = f"shape {shape}" if shape else f"type {type(out).__name__}"
+            raise DataError(f"{name}: an output of {kind} for two segments; expected a tensor "
                             "[B, 1], or [B, 2] with a spread")
         return shape[1]
 
@@ -267,8 +272,7 @@ def predict_dataset(model, dataset, batch_size=256, device=None, workers=0) -> n
 
 
 def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0):
-    """(estimates [N], the network's own SD [N] or None), in mmHg, float32. Raises DataError where a
-    prediction is not finite."""
+    """(estimates [N], the network's own SD [N] or None), mmHg, float32. DataError if not finite."""
     device = choose_device(device)
     kernels.prepare_device(device)
     model.to(device).eval()
@@ -293,9 +297,8 @@ def fit_blend(model, train, tune, device=None) -> float:
     """How much the PPG adds to the model's anchor, the ridge on the vitals, as far as it is shown.
 
     First of the ridge on vitals and `pulse_statistics`, then of the network: the share, 0 to 1,
-    that `shown_share` finds is kept, so a model never leaves its ridge without evidence. The share
-    of the network is found on the tune dataset, that of the statistics also on the train patients,
-    each left out of the fit in turn. Sets the model's anchor; returns the network's share.
+    that `shown_share` finds is kept. The network's is found on the tune dataset, the statistics'
+    also on the train patients, left out in turn. Sets the anchor; returns the network's share.
     """
     train, tune = some_segments(train), some_segments(tune)
     label, patients = tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
@@ -327,6 +330,8 @@ def batch_loss(network, batch, loss: Loss, bf16=False) -> torch.Tensor:
         out = network(*inputs).to(label.dtype)
     if out.shape[:1] != label.shape or out.numel() != len(label) * loss.outputs:
         raise TrainingError(f"an output of shape {tuple(out.shape)}; expected [B, {loss.outputs}]")
+    if torch.is_grad_enabled() and not out.requires_grad:
+        raise TrainingError("the network's output does not depend on its parameters (detached?)")
     with one_line("the loss fails on a batch", TrainingError):
         each = loss.function(out.flatten() if loss.outputs == 1 else out, label)
     if not isinstance(each, torch.Tensor) or torch.is_grad_enabled() and not each.requires_grad:
@@ -469,10 +474,9 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
                   checkpoint_minutes=10) -> Tuple[nn.Module, Dict[str, np.ndarray]]:
     """Trains `model` and returns (the model with the weights of its best epoch, trajectories).
 
-    Loaders yield (ppg [B, 1, L], vitals [B]…, label [B]); `model(ppg, *vitals)` gives [B, 1].
-    The best epoch has the lowest tune loss. Trajectories are arrays: batch_train_loss,
-    epoch_train_loss, batch_val_loss, epoch_val_loss, lr. Parameters up to repeat_val are those of
-    the published function:
+    Loaders yield (ppg [B, 1, L], vitals [B]…, label [B]); `model(ppg, *vitals)` gives [B, 1]. The
+    best epoch has the lowest tune loss. Trajectories, arrays: batch_train_loss, epoch_train_loss,
+    batch_val_loss, epoch_val_loss, lr. Parameters up to repeat_val are the published function's:
 
     l1_reg: after each step weights (not biases or norms) shrink by lr * l1_reg and stop at zero.
     early_stopping: stop after so many epochs without improvement; -1 never.
@@ -496,6 +500,8 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
     of all. Raises NonFiniteLoss and other TrainingErrors.
     """
     loss, device, (rank, world) = choose_loss(criterion), choose_device(device), distributed()
+    if any(isinstance(one, torch.utils.data.Dataset) for one in (train_loader, val_loader)):
+        raise TrainingError("expected a loader, make_loader(dataset, 16); got the dataset itself")
     n_batches, bf16, on_cuda = len(train_loader), precision == "bf16", device.type == "cuda"
     if precision not in (None, "float32", "tf32", "bf16"):
         raise TrainingError(f"precision {precision!r}: expected tf32, float32 or bf16")

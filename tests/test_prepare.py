@@ -68,7 +68,7 @@ def test_a_new_minute_begins_after_a_gap_and_lies_at_its_own_time(tmp_path):
     t = fields["start_s"][:, None] + np.arange(3600) / 60
     np.testing.assert_allclose(fields["abp"][:, 60:-60], pulse(t)[:, 60:-60], atol=0.05)
     np.testing.assert_allclose(fields["ppg"][:, 60:-60], pulse(t, 0.2)[:, 60:-60], atol=0.05)
-    assert "1.6 minutes at the ends" in done.stdout and "rows/s; gaps: 1, " in done.stderr
+    assert "1.6 minutes left over at ends" in done.stdout and "rows/s; gaps: 1, " in done.stderr
 
 
 def test_labels_are_those_of_the_stored_pressure(tmp_path):

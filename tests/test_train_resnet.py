@@ -506,6 +506,8 @@ def test_when_a_rank_or_its_launcher_dies_all_end_within_a_minute(folder, victim
     (("--model", "resnet_v9"), "--model resnet_v9: expected resnet_v3"),
     (("--model", "absent.py:Net"), "--model absent.py:Net: expected resnet_v3"),
     (("--loss", "hubris"), "--loss hubris: expected mse"),
+    (("--data", "absent.h5", "--loss", "hubris"), "--loss hubris: expected mse"),   # said first
+    (("--data", "absent.h5", "--model", "resnet_v9"), "--model resnet_v9: expected resnet_v3"),
     (("--batch-size", "-3"), "--batch-size -3: expected at least 1"),
     (("--lr", "nan"), "--lr nan: expected more than 0"),
     (("--lr", "0"), "--lr 0.0: expected more than 0"),

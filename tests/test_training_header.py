@@ -42,6 +42,11 @@ class Line(nn.Module):
         return self.linear(ppg[:, 0])
 
 
+class Constant(Line):
+    def forward(self, ppg):
+        return super().forward(ppg).detach()
+
+
 class MyNet(nn.Module):
     def __init__(self):
         super().__init__()
@@ -353,7 +358,10 @@ def test_an_interrupted_loop_goes_on_to_the_same_bits(index, tmp_path, step, opt
     ({"criterion": lambda a, b: a.detach().numpy()}, "the loss, a ndarray, has no gradient"),
     ({"criterion": lambda a, b: a.detach() - b}, "the loss, a Tensor, has no gradient"),
     ({"criterion": lambda a, b, c: a}, "the loss fails on a batch .TypeError: .* missing 1 requ"),
-    ({"criterion": nn.MSELoss}, r"expected a function .* got a class: give an .* MSELoss\(\)"),
+    ({"criterion": nn.MSELoss}, r"^loss MSELoss: expected a function .* got a class: give an .* "
+                                r"MSELoss\(\)"),
+    ({"model": Constant()}, "the network's output does not depend on its parameters"),
+    ({"loader": lines(0).dataset}, r"expected a loader, make_loader\(dataset, 16\); got the"),
     ({"criterion": 3}, "--loss 3: expected mse"),
     ({"model": nn.Flatten()}, "the network has no parameters"),
     ({"model": nn.Sequential(Line((0, 0)), nn.BatchNorm1d(1).double()),
@@ -501,7 +509,10 @@ def test_a_copy_of_a_model_has_its_own_weights():
     (small_model, ["ppg", "map", "dbp", "tpp"], "does not take them .ValueError: expected 3 vit"),
     (lambda: MyNet, KEYS, "network: expected an instance of nn.Module, got <class .*MyNet"),
     (lambda: MyNet().double(), KEYS, "inputs ppg, map, dbp, hr: MyNet does not take them .*double"),
-    (nn.Identity, ["ppg", "tpp"], r"Identity: an output of shape \(2, 1, 3600\)")])
+    (MyNet, ["ppg", "map", "spo2", "tpp"], r"the normaliser lacks spo2: fit_norm"),
+    (nn.Identity, ["ppg", "tpp"], r"Identity: an output of shape \(2, 1, 3600\)"),
+    (lambda: nn.GRU(3600, 1), ["ppg", "tpp"],
+     r"GRU: an output of type tuple for .*; expected a tensor")])
 def test_a_network_that_does_not_fit_the_keys_is_refused(network, keys, message):
     with pytest.raises(DataError, match=message):
         NormalisedModel(network(), keys, NORMALISER)
