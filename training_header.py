@@ -179,7 +179,7 @@ class NormalisedModel(nn.Module):
         self.with_ppg, self.inputs = keys[0] == "ppg", list(inputs or keys[:-1])
         missing = [key for key in keys[self.with_ppg:] if key not in normaliser]
         if missing:
-            raise DataError(f"the normaliser lacks {', '.join(missing)}: fit_normaliser takes them")
+            raise DataError(f"normaliser lacks {', '.join(missing)}; pass them to fit_normaliser")
         self.set_anchor(anchor)
         self.outputs = self.try_network()
 

@@ -509,7 +509,7 @@ def test_a_copy_of_a_model_has_its_own_weights():
     (small_model, ["ppg", "map", "dbp", "tpp"], "does not take them .ValueError: expected 3 vit"),
     (lambda: MyNet, KEYS, "network: expected an instance of nn.Module, got <class .*MyNet"),
     (lambda: MyNet().double(), KEYS, "inputs ppg, map, dbp, hr: MyNet does not take them .*double"),
-    (MyNet, ["ppg", "map", "spo2", "tpp"], r"the normaliser lacks spo2: fit_norm"),
+    (MyNet, ["ppg", "map", "spo2", "tpp"], "normaliser lacks spo2; pass them to fit_norm"),
     (nn.Identity, ["ppg", "tpp"], r"Identity: an output of shape \(2, 1, 3600\)"),
     (lambda: nn.GRU(3600, 1), ["ppg", "tpp"],
      r"GRU: an output of type tuple for .*; expected a tensor")])
