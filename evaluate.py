@@ -44,6 +44,8 @@ PROBLEMS = {    # checks, in words
     "patients_in_two_parts": "{:,} patients are in two parts of the split: these scores are leaked",
     "constant_output": "CONSTANT OUTPUT: the model predicts the same TPP for every segment",
     "ignores_ppg": "IGNORES THE PPG: it predicts the same with another patient's PPG"}
+# Options in which repeats of a run may differ; `keys` are inputs and label.
+OF_A_REPEAT = ("seed", "split_seed", "fold", "folds", "processes", "keys")
 STRATA = (      # field, name, unit, inner edges or None for quarters
     ("tpp", "TPP", "mmHg", (20, 34, 50)), ("map", "MAP", "mmHg", (65, 74, 90)),
     ("hr", "Heart rate", "/min", (60, 80, 100)), ("pp", "Pulse pressure", "mmHg", (40, 60, 80)),
@@ -232,8 +234,8 @@ def predict_segments(model, segments: Segments, calibration, device) -> None:
         segments.fields["spread"] = spread
     for level in calibration.get("levels", ()):
         try:
-            segments.intervals[level] = refusal or metrics.interval(
-                segments.tpp, calibration, level, spread)
+            found = metrics.interval(segments.tpp, calibration, level, spread)
+            segments.intervals[level] = refusal or found
         except ValueError as reason:
             segments.intervals[level] = str(reason)
 
@@ -541,12 +543,24 @@ def compare_runs(paths, **options) -> Tuple[dict, Segments]:
         "origin": ", ".join(sorted({run["origin"] for run in runs})),
         "simulated": any(run["simulated"] for run in runs),
         "note": "; ".join(sorted({run["note"] for run in runs if run["note"]})) or None,
-        "problems": [line if n == len(runs) else f"{line} ({n} of {len(runs)} runs)" for line, n in
-                     Counter(line for run in runs for line in run["problems"]).items()],
+        "problems": differences(paths) + [
+            line if n == len(runs) else f"{line} ({n} of {len(runs)} runs)" for line, n in
+            Counter(line for run in runs for line in run["problems"]).items()],
         **score_all(segments, full)}
     print(f"\nall predictions of the {len(runs)} runs together:")
     report.print_results(pooled)
     return {"runs": runs, "together": pooled}, segments
+
+
+def differences(paths) -> List[str]:
+    """A warning that names what differs between runs, apart from seeds and folds, or nothing."""
+    recipes = [{"inputs": one["keys"][:-1], "label": one["keys"][-1], "model": one["spec"],
+                "data": one["provenance"].get("data_fingerprint"), **one["config"]}
+               for one in map(checkpoints.load_checkpoint, paths)]
+    names = [key for key in dict.fromkeys(key for one in recipes for key in one)
+             if key not in OF_A_REPEAT and len({str(one.get(key)) for one in recipes}) > 1]
+    return [f"these runs differ in {', '.join(names).replace('_', ' ')}: their mean says nothing "
+            "about any of them"] * bool(names)
 
 
 def pool(runs: List[Segments]) -> Segments:

@@ -98,7 +98,7 @@ def main(arguments=None):
         export(predictor, options.export)
     if found:
         table = predictor.table(found)
-        print_summary(table, predictor.needed)
+        print(*summary(table, predictor.needed), sep="\n")
         if options.out:
             write_csv(table, options.out, names_path)
         else:
@@ -169,35 +169,35 @@ class Predictor:
         self.levels = self.usable_levels()
 
     def usable_levels(self):
-        """The levels at which the calibration holds for recordings; adds to the remarks."""
-        calibration = self.calibration
-        refusal = "no calibration (evaluate.py CHECKPOINT --calibrate DATA makes one)"
-        if calibration:
-            refusal = report.domain_refusal({"origin": self.origin, **calibration}, "recordings")
-        if refusal:
-            self.remarks.append(f"no prediction intervals: {refusal}")
-            return []
-        halves = dict(zip(calibration["levels"], calibration["half_widths"]))
-        missing = [f"{100 * level:.0f} %" for level, half in halves.items() if half is None]
+        """{level: half width} where the calibration holds for recordings; adds to the remarks."""
+        known = self.calibration
+        halves = dict(zip(known.get("levels", ()), known.get("half_widths", ())))
+        usable = {level: half for level, half in halves.items() if half is not None}
+        missing = [f"{100 * level:.0f} %" for level in halves if level not in usable]
         if missing:
             self.remarks.append(f"no interval at {', '.join(missing)}: calibrated on too few "
-                                f"patients ({calibration['n_patients']})")
-        return [level for level, half in halves.items() if half is not None]
+                                f"patients ({known['n_patients']})")
+        why = "no calibration (evaluate.py CHECKPOINT --calibrate DATA makes one)"
+        if halves:
+            why = usable and report.domain_refusal({"origin": self.origin, **known}, "recordings")
+        if why:
+            self.remarks.append(f"no prediction intervals: {why}")
+        return {} if why else usable
 
     def table(self, found) -> pd.DataFrame:
         """The rows of all recordings; of several, each that cannot be used costs a line."""
-        tables, failed = [], 0
+        tables, several = [], len(found) > 1
         for number, item in enumerate(found):
             try:
-                table = self.one_table(item)
+                table, notes = self.one_table(item)
             except (RecordingError, DataError) as error:
                 if len(found) == 1 and not item.in_folder:
                     raise
                 print(recordings.public_name(found, number), tk_utils.printable(
                     getattr(error, "what", error)), sep=": ", file=sys.stderr)
-                failed += 1
                 continue
-            if len(found) > 1:
+            self.remarks += [f"{item.typed}: {note}" if several else note for note in notes]
+            if several:
                 table.insert(0, "recording", str(number + 1) if item.in_folder else item.typed)
             tables.append(table)
         if not tables:
@@ -206,10 +206,10 @@ class Predictor:
             raise DataError(self.unknown_text())
         table = pd.concat(tables, ignore_index=True)
         names = {str(i): item.path for i, item in enumerate(found, 1) if item.in_folder}
-        table.attrs.update(failed=failed, recordings=names if len(found) > 1 else {})
+        table.attrs.update(failed=len(found) - len(tables), recordings=names if several else {})
         return table
 
-    def one_table(self, item) -> pd.DataFrame:
+    def one_table(self, item):      # (its rows, notes on it)
         recorded = recordings.read_windows(item.path, **self.reading)
         readings, wrong, implausible, columns = {}, {}, {}, set()
         if self.vitals_path:
@@ -225,11 +225,9 @@ class Predictor:
         if missing:
             raise RecordingError(item.typed, f"this network needs {', '.join(missing).upper()}: "
                                  + self.why_missing(missing, recorded, readings, implausible))
-        notes = recorded.notes + [
+        return table, recorded.notes + [
             f"--vitals: {what}; {recordings.UNIT_HINT.format('COLUMN', key)}"
             for key, what in implausible.items()]
-        self.remarks += [f"{item.typed}: {note}" for note in notes]
-        return table
 
     def unknown_text(self):
         names = ", ".join(sorted(self.unknown_units))
@@ -363,20 +361,20 @@ def print_minutes(table, needed):
     print("pressures in mmHg, HR in beats/min")
 
 
-def print_summary(table, needed):
-    """What the minutes say together."""
+def summary(table, needed):
+    """Lines on what the minutes say together, and where the vitals came from."""
     n_done, reasons = table["tpp"].count(), table["refused"].str.split().explode().value_counts()
-    print(f"{counted(len(table), 'minute')}, {n_done:,} with TPP"
-          + (f", median {table['tpp'].median():.1f} mmHg" if n_done else "")
-          + ("; refused: " if len(reasons) else "")
-          + ", ".join(f"{name} {n:,}" for name, n in reasons.items()))
+    yield (f"{counted(len(table), 'minute')}, {n_done:,} with TPP"
+           + (f", median {table['tpp'].median():.1f} mmHg" if n_done else "")
+           + ("; refused: " if len(reasons) else "")
+           + ", ".join(f"{name} {n:,}" for name, n in reasons.items()))
     for key in needed:
         counts = table[f"{key}_from"].replace("", np.nan).value_counts()
         age_s, n_wrong = table[f"{key}_age_s"].max(), table[f"{key}_refused"].sum()
-        print(f"{key.upper()} from: "
-              + (", ".join(f"{name} ({n:,} min)" for name, n in counts.items()) or "nothing")
-              + (f"; held for up to {age_s / 60:.0f} min" if age_s > SEGMENT_SECONDS else "")
-              + (f"; {counted(n_wrong, 'implausible value')} refused" if n_wrong else ""))
+        yield (f"{key.upper()} from: "
+               + (", ".join(f"{name} ({n:,} min)" for name, n in counts.items()) or "nothing")
+               + (f"; held for up to {age_s / 60:.0f} min" if age_s > SEGMENT_SECONDS else "")
+               + (f"; {counted(n_wrong, 'implausible value')} refused" if n_wrong else ""))
 
 
 def draw(table, predictor, with_values=False):
@@ -414,7 +412,7 @@ def draw(table, predictor, with_values=False):
                           transform=axis.get_xaxis_transform(),
                           label="refused" if axis is top and refused.any() else None)
         axis.set_ylabel(label)
-        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].set_xlabel(f"{unit} from the recording's start")
     axes[-1].locator_params(axis="x", integer=True, min_n_ticks=1)
     return tk_utils.finish_figure(figure, predictor.warning)
@@ -432,14 +430,14 @@ def add_values(axis, middle, table):
 
 
 def save_drawing(table, predictor, path):
-    as_page = path.lower().endswith(".html")
-    figure = draw(table, predictor, with_values=as_page)
-    if as_page:
-        caption = "TPP by minute; the values show under the pointer. Grey: refused minutes."
-        report.write_page(path, "figure.html", title="Tissue perfusion pressure",
-                          image=report.page_figure(figure, caption))
+    if path.lower().endswith(".html"):
+        image = report.page_figure(draw(table, predictor, with_values=True), "TPP by minute.")
+        report.write_page(
+            path, "figure.html", title="Tissue perfusion pressure (TPP)", note=predictor.warning,
+            lines=[*summary(table, predictor.needed), *predictor.remarks], network=predictor.name,
+            date=pd.Timestamp.now().date(), refused=(table["refused"] != "").any(), image=image)
     else:
-        tk_utils.save_figure(figure, path)
+        tk_utils.save_figure(draw(table, predictor), path)
     print(f"written: {path}")
 
 
@@ -448,11 +446,9 @@ class RawUnits(torch.nn.Module):
 
     def __init__(self, predictor):
         super().__init__()
-        self.model, self.n_inputs, self.half = predictor.model, len(predictor.inputs), None
+        self.model, self.n_inputs = predictor.model, len(predictor.inputs)
         self.map_at = predictor.needed.index("map") if predictor.gives_p_crit else None
-        if EXPORT_LEVEL in predictor.levels:
-            at = predictor.calibration["levels"].index(EXPORT_LEVEL)
-            self.half = predictor.calibration["half_widths"][at]
+        self.half = predictor.levels.get(EXPORT_LEVEL)
 
     def forward(self, ppg, *vitals):
         answer = self.model(ppg, *vitals[:self.n_inputs])

@@ -67,6 +67,11 @@ def of_ci95(scores, name) -> dict:
     return {"value": scores[name], "low": low, "high": high}
 
 
+def of_95(results, text=" (95 %)") -> str:
+    """The text, which says that there are 95 % intervals, or '' where there are none."""
+    return text * (results["n_patients"] >= metrics.LEAST_PATIENTS)
+
+
 # ---------------------------------------------------------------- words
 
 def domain_refusal(calibration: dict, origin: str, label_method: str = "unknown") -> Optional[str]:
@@ -80,8 +85,9 @@ def domain_refusal(calibration: dict, origin: str, label_method: str = "unknown"
         known = {ours, theirs} - {"unknown"}
         if len(known) > 1 or ("simulated" in ours) != ("simulated" in theirs):
             words = (text.format(one).replace("simulated", "simulated data").replace(
-                "unknown", "data of unknown origin") for one in (theirs, ours))
-            return ("the network was calibrated on {}, these are {}; calibrate on data like these "
+                "unknown", "data of unknown origin").replace("recordings", "data of real patients")
+                     for one in (theirs, ours))
+            return ("the network was calibrated on {}, not on {}; calibrate on such data "
                     "(evaluate.py CHECKPOINT --calibrate DATA) or fine-tune").format(*words)
     return None
 
@@ -105,11 +111,10 @@ def influence_lines(shares) -> list:
 def headline(results) -> list:
     """The sentences to read first: error, on whom, against what, uncertainty, low TPP."""
     found, low = results["tpp"], results["detection"]
-    lines = [
-        f"RMSE {shown(of_ci95(found, 'rmse'), 1)} mmHg (95 % interval); half of the predictions "
-        f"are off by less than {found['mead']:.1f} mmHg. With equal weight for each patient: "
-        f"{shown(results['per_patient']['tpp']['rmse'], 1)} mmHg.",
-        scored_text(results)]
+    own = shown(results["per_patient"]["tpp"]["rmse"], 1)
+    lines = [f"RMSE {shown(of_ci95(found, 'rmse'), 1)} mmHg{of_95(results, ' (95 % interval)')}; "
+             f"half of the predictions are off by less than {found['mead']:.1f} mmHg. With equal "
+             f"weight for each patient: {own} mmHg.", scored_text(results)]
     if results["shares"]:
         text = shares_text(results["shares"], results["n_tune_patients"])
         lines.append(f"The model is a ridge to which a network adds: {text}.")
@@ -146,7 +151,7 @@ def skill_text(skill, own, here) -> str:
             f"equal weight for each patient {shown(own)} (0: no gain, 1: perfect).")
     if here["value"] == skill["value"]:         # over the same
         return text
-    worse = "It does WORSE than" if here["value"] < 0 else "Over"
+    worse = "It does WORSE than" if (here["high"] or 0) < 0 else "Over"
     return f"{text} {worse} the best baseline here, {named(here['over'])}: skill {shown(here)}."
 
 
@@ -178,10 +183,8 @@ def print_results(results) -> None:
     for line in filter(None, [results["note"], *results["problems"]]):
         print(textwrap.fill(f"*** {line} ***", 100))
     print_table(*score_table(results))
-    lines = headline(results)
-    if "true" in results:
-        lines.append(true_text(results["true"]))
-    for line in lines:
+    true = [true_text(results["true"])] if "true" in results else []
+    for line in headline(results) + true:
         print(textwrap.fill(line, 100, subsequent_indent="  "))
 
 
@@ -216,12 +219,12 @@ def all_scores(results):
 
 def score_table(results):
     """(rows, headers) of `all_scores`."""
-    others = [name for name in metrics.SCORES if name != "rmse"]
+    others = {name: one.title for name, one in metrics.SCORES.items() if name != "rmse"}
     rows = [[name, shown(of_ci95(scores, "rmse")), *(scores[key] for key in others),
              scores["p_crit_r2"], scores["skill"] and scores["skill"]["value"]]
             for name, scores in all_scores(results)]
-    return rows, ["TPP by", "RMSE, mmHg (95 %)", *(metrics.SCORES[name].title for name in others),
-                  "R² of Pcrit", "model's skill over it"]
+    return rows, ["TPP by", f"RMSE, mmHg{of_95(results)}", *others.values(), "R² of Pcrit",
+                  "model's skill over it"]
 
 
 def error_rows(results):
@@ -249,16 +252,6 @@ def strata_rows(results):
             for row in results["strata"]]
 
 
-def patients_text(results) -> str:
-    quantiles = results.get("patients", {}).get("rmse_quantiles", {})
-    shares = [f"{share} of patients below {value:.1f}" for share, value in quantiles.items()]
-    return f"Each patient's own RMSE: {', '.join(shares)} mmHg." if shares else "–"
-
-
-def listed(settings) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items() if key != "keys")
-
-
 # ---------------------------------------------------------------- figures
 
 def histogram(results, arrays):
@@ -280,11 +273,11 @@ def compared(results, arrays):
                   gid=f"hover:{name}: RMSE {shown(estimate)} mmHg")
     axes.axvline(rows[0][1]["value"], color="0.4", lw=0.9, ls="--", zorder=0)
     axes.set_yticks(range(len(rows)), [textwrap.fill(name, 27) for name, _ in rows])
-    axes.set_xlabel("RMSE of TPP (mmHg), 95 %")
+    axes.set_xlabel("RMSE of TPP (mmHg)" + of_95(results, ", 95 %"))
     axes.invert_yaxis()
     return axes.figure, (
-        "Error of the model (orange) and of what it is compared with, with 95 % intervals over "
-        "patients. Left is better.")
+        "Error of the model (orange) and of what it is compared with"
+        + of_95(results, ", with 95 % intervals over patients") + ". Left is better.")
 
 
 def bland_altman(results, arrays):
@@ -304,7 +297,8 @@ def bland_altman(results, arrays):
     axes.set(ylim=(-reach, reach), xlabel="Mean of label and predicted TPP (mmHg)",
              ylabel="Predicted - label TPP (mmHg)")
     return axes.figure, (
-        "Bland-Altman plot: bias and 95 % limits of agreement, bands: their 95 % intervals.")
+        "Bland-Altman plot: bias and 95 % limits of agreement"
+        + of_95(results, ", bands: their 95 % intervals") + ".")
 
 
 def trend(results, arrays):
@@ -471,9 +465,7 @@ def write_report(results, arrays, path, checkpoints: dict) -> None:
 def model_card(results, checkpoint) -> str:
     """The model card in Markdown: the TRIPOD+AI items a program can fill, and a list of the others.
     results: of `evaluate`, with or without full=True."""
-    inputs = ["PPG waveform" if key == "ppg" else key for key in results["keys"][:-1]]
-    return render("card.md", results=results, checkpoint=checkpoint, inputs=", ".join(inputs),
-                  warnings=results["problems"])
+    return render("card.md", results=results, checkpoint=checkpoint, warnings=results["problems"])
 
 
 # ---------------------------------------------------------------- quality of prepared segments

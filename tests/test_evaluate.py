@@ -141,8 +141,10 @@ def test_calibrating_on_data_gives_intervals_there_and_takes_them_away_elsewhere
     path = save_run(data, "calibrated")
     real = make_file(data.parent / "real.h5", patients=40, encounters=1, rows=4, seed=1)
     results = evaluate.evaluate(path, data=[real])
-    refused = results["uncertainty"]["levels"]["90 %"]["refused"]
-    assert "calibrated on simulated data, these are data of unknown origin" in refused
+    levels = results["uncertainty"]["levels"]
+    assert levels["90 %"]["refused"] == "3 tune patients are too few: a 90 % interval needs 9"
+    refused = levels["50 %"]["refused"]
+    assert "calibrated on simulated data, not on data of unknown origin" in refused
     assert "--calibrate DATA" in refused
     assert "90 % prediction interval: none" in evaluate.report.interval_text(results)
     evaluate.calibrate(path, [real])
@@ -238,6 +240,7 @@ def test_several_runs_are_scored_each_and_together(data, run_a, capsys, monkeypa
     monkeypatch.chdir(data.parent)
     call(monkeypatch, "runs/a.pth", "runs/b.pth", "--json", "all.json")
     out = capsys.readouterr().out
+    assert "these runs differ" not in out
     assert "SIMULATED" in out and "\nSD " in out
     assert max(map(len, out.splitlines())) <= 100 and "nan" not in out
     found = json.loads((data.parent / "all.json").read_text())
@@ -249,6 +252,30 @@ def test_several_runs_are_scored_each_and_together(data, run_a, capsys, monkeypa
     assert f"Scored on {first['n_segments']} minutes of " in out
     assert "each predicted by 2 runs" in " ".join(out.split())
     assert "model without the PPG" in first["compared"]       # of --ablate, listed
+
+
+def test_runs_that_are_no_repeats_of_each_other_are_named(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = load_checkpoint(save_run(data, "r"))
+    saved["config"] = {"epochs": 40, "seed": 0, "fold": 0, "keys": KEYS, "l1": 0.0}
+    other = dict(saved, keys=KEYS[1:], config=dict(saved["config"], epochs=1, seed=1, fold=1))
+    for name, one in (("a", saved), ("b", other), ("c", dict(saved, spec="mine.py:Net"))):
+        torch.save(one, tmp_path / f"{name}.pth")
+    said = "these runs differ in {}: their mean says nothing about any of them"
+    assert evaluate.differences(["a.pth", "b.pth"]) == [said.format("inputs, epochs")]
+    assert evaluate.differences(["a.pth", "c.pth"]) == [said.format("model")]
+    assert evaluate.differences(["a.pth", "a.pth"]) == []
+    monkeypatch.chdir(data.parent)
+    shutil.copy("runs/r.pth", "runs/q.pth")
+    shutil.copytree("runs/r", "runs/q")
+    saved = load_checkpoint("runs/q.pth")
+    saved["config"]["lr"] = 1.0
+    checkpoints.save_tensors("runs/q.pth", saved)
+    call(monkeypatch, "runs/r.pth", "runs/q.pth", "--json", "all.json", "--report", "all.html")
+    found = json.loads((data.parent / "all.json").read_text())["together"]["problems"]
+    page = (data.parent / "all.html").read_text(encoding="utf-8")
+    assert said.format("lr") in found and said.format("lr") in page
+    assert said.format("lr") in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_line_refuses_before_any_work(data, capsys, monkeypatch):

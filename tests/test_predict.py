@@ -1,4 +1,5 @@
 """predict.py: recordings in, TPP by minute out; the export."""
+import html
 import re
 import shutil
 
@@ -105,6 +106,26 @@ def test_the_answers_are_those_of_the_model_on_what_prepare_stores(tmp_path, nig
     frame = predict.predict_recording(load_model(model), night)     # from Python
     np.testing.assert_allclose(frame["tpp"], table["tpp"], atol=0.01)
     assert list(frame.columns[:6]) == ["start_s", "tpp", "low_50", "high_50", "low_90", "high_90"]
+
+
+def test_the_page_says_what_the_console_says_and_what_is_drawn(tmp_path, night):
+    model = make_checkpoint(tmp_path / "m.pth", origin="simulated")
+    for path, refused in ((night, False), (write_csv(tmp_path / "MRN77.csv", 121), True)):
+        if refused:
+            table = pd.read_csv(path)
+            table.loc[table["time_s"] < 60, "PLETH"] = 1.0
+            table.to_csv(path, index=False)
+        code, out, err = run(model, path, "--figure", tmp_path / "f.html", "--out",
+                             tmp_path / "o.csv")
+        assert code == 0, err
+        page = html.unescape((tmp_path / "f.html").read_text(encoding="utf-8"))
+        for line in out.splitlines():
+            if "written: " not in line:
+                assert line.strip("* ") in page, line
+        assert f"from: abp ({2 if refused else 3} min)" in page
+        assert ("Grey: refused minutes" in page) == refused and "MRN" not in page
+        assert "Network: m.pth." in page and "34 mmHg: the published system's cut-off" in page
+        assert re.search(r"Research only; \d{4}-\d\d-\d\d", page) and "min-width: 42rem" in page
 
 
 def test_a_network_of_your_own_predicts_and_exports(tmp_path, night):
@@ -295,6 +316,9 @@ def test_an_export_gives_what_pytorch_gives_at_any_gain_and_batch_or_is_refused(
     onnxruntime, path = pytest.importorskip("onnxruntime"), str(tmp_path / "m.onnx")
     code, out, err = run(checkpoint, "--export", path)
     assert code == 0 and "mmHg from PyTorch on 64 segments" in out, err
+    simulated = make_checkpoint(tmp_path / "s.pth", origin="simulated")
+    out = run(simulated, "--export", tmp_path / "s.onnx")[1]
+    assert "no prediction intervals" in out and "recordings" not in out     # there is none
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     for n in (1, 64):

@@ -112,7 +112,7 @@ def test_the_page_says_what_tpp_is_four_numbers_and_shows_values_under_the_point
     assert f"model: RMSE {report.shown(report.of_ci95(results['tpp'], 'rmse'))} mmHg" in titles
 
 
-def test_a_page_of_few_segments_and_no_intervals_can_be_written_too(tmp_path, monkeypatch):
+def test_a_page_of_few_segments_and_no_intervals_says_of_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     segments = make_segments(3, 2, seed=1, intervals=False)
     segments.best, segments.baselines = None, {}
@@ -120,6 +120,9 @@ def test_a_page_of_few_segments_and_no_intervals_can_be_written_too(tmp_path, mo
     report.write_report(results, segments, "r.html", {"runs/a.pth": CHECKPOINT})
     text = words((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert "none (calibrated on other data)" in text and not re.search(r"\bnan\b|SIMU", text)
+    report.print_results(results)
+    said = text + capsys.readouterr().out
+    assert not re.search(r"\(95 %|95 % interval", said)      # there is none
 
 
 def test_several_runs_have_one_page_with_a_line_for_each(tmp_path, monkeypatch):
@@ -176,6 +179,11 @@ def test_the_headline_says_worse_where_any_baseline_does_better():
 
     assert "is better than the best" in text(0.5, 0.4) and "WORSE" not in text(0.5, 0.4)
     assert "WORSE than the best baseline here, mean TPP of the train patients" in text(0.5, -0.6)
+    assert "Over the best baseline here, mean TPP" in text(0.5, -0.05)      # its interval holds 0
+    for none in (None, np.nan):
+        here = {"value": -0.5, "low": none, "high": none, "over": "mean_tpp"}
+        few = report.skill_text(dict(estimate(0.5), over="ridge"), estimate(0.5), here)
+        assert "WORSE" not in few
     assert "is WORSE than" in text(-0.6, -0.7) and "NOT shown to be better" in text(0.05, 0.04)
     assert len(re.findall("WORSE|NOT shown|skill", text(-0.6, -0.6))) == 2      # each fact once
 
