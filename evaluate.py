@@ -44,8 +44,7 @@ PROBLEMS = {    # checks, in words
     "patients_in_two_parts": "{:,} patients are in two parts of the split: these scores are leaked",
     "constant_output": "CONSTANT OUTPUT: the model predicts the same TPP for every segment",
     "ignores_ppg": "IGNORES THE PPG: it predicts the same with another patient's PPG"}
-# Options in which repeats of a run may differ; `keys` are inputs and label.
-OF_A_REPEAT = ("seed", "split_seed", "fold", "folds", "processes", "keys")
+OF_A_REPEAT = ("seed", "split_seed", "fold", "folds", "processes", "keys")   # may differ
 STRATA = (      # field, name, unit, inner edges or None for quarters
     ("tpp", "TPP", "mmHg", (20, 34, 50)), ("map", "MAP", "mmHg", (65, 74, 90)),
     ("hr", "Heart rate", "/min", (60, 80, 100)), ("pp", "Pulse pressure", "mmHg", (40, 60, 80)),
