@@ -1,7 +1,7 @@
 """The reference on real patients: docs/real-recordings.md's protocol in one command.
 
     python benchmarks/real.py --records ../shared/data/wfdb ../shared/data/patients/wfdb \\
-        --groups groups.csv --seeds 5           # 20 minutes a seed and label on 2 busy cores
+        --groups groups.csv --seeds 5           # 15 minutes a seed and label on one quiet core
     python benchmarks/real.py --data data/real.h5 --seeds 1 --folds 5           # prepared before
 
 For each label method it prepares the recordings (once), trains train_resnet.py's recipe with every
