@@ -452,9 +452,14 @@ class Table:
     def __init__(self, path, file_fs=None):
         self.path, self.file = path, open_table(path)
         self.start_time, self.fs, self.jumps, notes = None, file_fs, [], []
-        names = [] if file_fs else self.file.time_columns()
+        names = self.file.time_columns()
         if file_fs:
             n = sum(len(frame) for frame in self.file.frames(self.file.names[-1:]))
+            with contextlib.suppress(RecordingError, IndexError):   # times that cannot be read
+                fs = find_grid(path, read_times(self.file, names)[0])[0]
+                if abs(fs / file_fs - 1) > 0.02:
+                    notes = [f"--fs {file_fs:g}, though its times say {fs:.4g} rows/s"]
+            names = []
         elif names:
             times, is_date, zoned = read_times(self.file, names)
             if is_date and not any("daylight" in note for note in self.file.notes):

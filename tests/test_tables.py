@@ -197,6 +197,13 @@ def test_a_given_rate_replaces_the_time_column(tmp_path):
     np.testing.assert_array_equal(whole(read)["abp"], [80, 81, 82])
 
 
+def test_a_given_rate_that_the_times_contradict_is_said(tmp_path):
+    text = "time_s,abp\n" + "".join(f"{i / 100:.2f},80\n" for i in range(500))
+    said = table(tmp_path / "a.csv", text, file_fs=50).notes
+    assert said == ["--fs 50, though its times say 100 rows/s"]
+    assert not table(tmp_path / "a.csv", text, file_fs=100).notes
+
+
 @pytest.mark.parametrize("header, form", [
     ("Time (ms)", lambda t: f"{1000 * t:.3f}"), ("t_ms", lambda t: f"{1000 * t:.0f}"),
     ("time [min]", lambda t: f"{t / 60:.9f}"), ("elapsed_us", lambda t: f"{1e6 * t:.0f}"),
