@@ -220,22 +220,24 @@ def kept_shares(anchor: Optional[dict]) -> Optional[dict]:
         anchor and "blend" in anchor) else None
 
 
-def blend(anchor: dict, with_pulse: Optional[dict], pulse_share: float, share: float) -> dict:
+def blend(anchor: dict, plain: dict, with_pulse: Optional[dict], pulse_share: float,
+          share: float) -> dict:
     """The anchor of a model that keeps these shares of the pulse statistics and of the network.
 
     anchor: the one that the network was trained on, kept as 'trained_on' for further training;
-    with_pulse: the one with statistics, or None. The model's estimate is then
-    (1 - share) * (anchor + pulse_share * (with_pulse - anchor)) + share * (anchor + network).
+    plain, with_pulse: ridges without and with statistics (or None). The model's estimate is then
+    share * (anchor + network)
+    + (1 - share) * (plain + pulse_share * (with_pulse - plain)).
     """
     weight = (1 - share) * pulse_share
-    other = with_pulse or anchor
-    mixed = {"intercept": anchor["intercept"] + weight * (other["intercept"] - anchor["intercept"]),
-             "coefficients": {key: one + weight * (other["coefficients"][key] - one)
-                              for key, one in anchor["coefficients"].items()},
+    parts = [(share, anchor), (1 - share - weight, plain), (weight, with_pulse or plain)]
+    mixed = {"intercept": sum(part * one["intercept"] for part, one in parts),
+             "coefficients": {key: sum(part * one["coefficients"][key] for part, one in parts)
+                              for key in anchor["coefficients"]},
              "sd": share * anchor["sd"], "pulse_share": pulse_share, "blend": share,
              "trained_on": anchor}
     if weight:
-        statistics = other["statistics"]
+        statistics = with_pulse["statistics"]
         mixed["statistics"] = dict(statistics, coefficients=[weight * one for one
                                                              in statistics["coefficients"]])
     return mixed

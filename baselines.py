@@ -1,12 +1,12 @@
-"""Predictors of TPP that a network must beat, fitted on the train patients.
+"""Predictors of TPP that a network must beat, fitted on the train and tune patients.
 
-    baselines = fit_baselines(train_fields, train_patients, ['map', 'dbp', 'hr'])
-    best = choose_best(baselines, tune_fields)
+    baselines = fit_baselines(fields, patients, ['map', 'dbp', 'hr'])
+    best = choose_best(baselines)                               # by cross-validation over patients
     tpp = baselines[best].predict(test_fields)                  # [N] mmHg
 
 Fields are dicts of arrays [N] with the layout's names and units, and `anchor.PULSE_STATISTICS`. The
 ridges are fitted as those that a model stands on (anchor.py); the number of boosting rounds is
-chosen by cross-validation over patients. Copy anchor.py, datasets.py and metrics.py with it.
+chosen by cross-validation. Copy anchor.py and datasets.py with it.
 """
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Optional, Sequence, Tuple
@@ -17,7 +17,6 @@ from sklearn.model_selection import GroupKFold
 from threadpoolctl import threadpool_limits
 
 from anchor import PULSE_STATISTICS, estimate, fit_rows
-from metrics import scores
 
 # The inputs of the label's own regression; pp*hr is its regressor, k·CO (Chandrasekhar et al., Nat
 # Med 2023, doi 10.1038/s41591-023-02474-6).
@@ -31,6 +30,7 @@ class Baseline:
     """A fitted predictor of TPP."""
     inputs: Tuple[str, ...]                         # names of its columns
     function: Callable[[np.ndarray], np.ndarray]    # [N, inputs] -> [N] mmHg
+    cv_rmse: float                                  # cross-validated over patients, mmHg
 
     def predict(self, fields: Dict[str, np.ndarray]) -> np.ndarray:
         """TPP in mmHg, [N], from a dict of fields [N]. Raises ValueError for one not finite."""
@@ -64,39 +64,39 @@ def left_out_baselines(vitals: Iterable[str], *parts: Dict[str, np.ndarray]) -> 
     return reasons
 
 
-def fit_baselines(train_fields: Dict[str, np.ndarray], patients: np.ndarray, vitals: Sequence[str],
+def fit_baselines(fields: Dict[str, np.ndarray], patients: np.ndarray, vitals: Sequence[str],
                   left_out: Optional[Iterable[str]] = None) -> Dict[str, Baseline]:
-    """Fit the baselines on the train patients: {name: Baseline}, without those in `left_out`.
+    """Fit the baselines: {name: Baseline}, without those in `left_out`.
 
-    train_fields: dict of fields [N], with `tpp` (the target) and what there is of map, sbp, dbp,
-    pp, hr and PULSE_STATISTICS. patients: [N]. vitals: the vitals that the network gets, e.g.
-    ['map', 'dbp', 'hr']. left_out: names; by default left_out_baselines(vitals, train_fields).
+    fields: dict of fields [N] of the train and tune patients, with `tpp` (the target) and what
+    there is of map, sbp, dbp, pp, hr and PULSE_STATISTICS. patients: [N]. vitals: the vitals that
+    the network gets, e.g. ['map', 'dbp', 'hr']. left_out: names; by default
+    left_out_baselines(vitals, fields).
     """
-    target = np.asarray(train_fields["tpp"], np.float64)
+    target = np.asarray(fields["tpp"], np.float64)
     if left_out is None:
-        left_out = left_out_baselines(vitals, train_fields)
+        left_out = left_out_baselines(vitals, fields)
     n_folds = min(FOLDS, len(np.unique(patients)))      # no patient is on both sides of a fold
-    folds = list(GroupKFold(n_folds).split(patients, groups=patients)) if n_folds > 1 else None
+    folds = list(GroupKFold(n_folds).split(patients, groups=patients)) if n_folds > 1 else []
     baselines = {}
     for name, inputs in _baseline_inputs(vitals).items():
         if name in left_out:
             continue
-        columns = _columns(train_fields, inputs)
-        if name.startswith("ridge"):
-            function = _fit_ridge(inputs, columns, target)
-        elif name.startswith("gradient"):
-            function = _fit_boosting(columns, target, folds).predict
-        else:                       # the sum of the inputs (none, or MAP) and the best constant
-            constant = np.mean(target - columns.sum(axis=1))
-            function = lambda columns, constant=constant: columns.sum(axis=1) + constant
-        baselines[name] = Baseline(inputs, function)
+        columns = _columns(fields, inputs)
+        if name.startswith("gradient"):
+            function, squares = _fit_boosting(columns, target, folds)
+        else:
+            fit = _fit_ridge if name.startswith("ridge") else _fit_constant
+            function = fit(inputs, columns, target)
+            squares = sum(np.sum((fit(inputs, columns[rows], target[rows])(columns[left])
+                                  - target[left]) ** 2) for rows, left in folds)
+        baselines[name] = Baseline(inputs, function, np.sqrt(squares / len(target)))
     return baselines
 
 
-def choose_best(baselines: Dict[str, Baseline], tune_fields: Dict[str, np.ndarray]) -> str:
-    """The name of the baseline with the lowest RMSE on the tune patients (dict of fields [N])."""
-    return min(baselines, key=lambda name: scores(
-        tune_fields["tpp"], baselines[name].predict(tune_fields))["rmse"])
+def choose_best(baselines: Dict[str, Baseline]) -> str:
+    """The name of the baseline with the lowest cross-validated RMSE."""
+    return min(baselines, key=lambda name: baselines[name].cv_rmse)
 
 
 def _columns(fields, inputs):
@@ -108,6 +108,12 @@ def _columns(fields, inputs):
         if bad:
             raise ValueError(f"{name}: {bad} of {len(columns)} values are not finite")
     return columns
+
+
+def _fit_constant(inputs, columns, target):
+    """The sum of the inputs (none, or MAP) and the best constant."""
+    constant = np.mean(target - columns.sum(axis=1))
+    return lambda columns: columns.sum(axis=1) + constant
 
 
 def _fit_ridge(inputs, columns, target):
@@ -130,7 +136,6 @@ def _fit_boosting(columns, target, folds):
 
     # On so few rows OpenMP costs more than it gains, ten times as much where cores are shared.
     with threadpool_limits(1):
-        if folds is None:
-            return fit(slice(None), BOOSTING_ROUNDS)
         errors = np.sum([squared_errors(*fold) for fold in folds], axis=0)
-        return fit(slice(None), int(np.argmin(errors)) + 1)
+        rounds = int(np.argmin(errors)) + 1 if folds else BOOSTING_ROUNDS
+        return fit(slice(None), rounds).predict, np.min(errors)

@@ -114,7 +114,7 @@ class Segments:
     tpp: Optional[np.ndarray] = None        # the predictions
     baselines: Dict[str, np.ndarray] = field(default_factory=dict)
     compared: Dict[str, np.ndarray] = field(default_factory=dict)       # runs of --ablate
-    best: Optional[str] = None              # of the baselines, on the tune patients
+    best: Optional[str] = None              # of the baselines, by cross-validation
     minutes: Optional[np.ndarray] = None    # numbers, where several runs may predict the same one
     intervals: Dict[float, Any] = field(default_factory=dict)   # by level: (low, high), or why not
 
@@ -290,17 +290,17 @@ def make_calibration(model, tune, device=None) -> dict:
 
 
 def calibrate(path, data, condition=None, network=None, device=None) -> dict:
-    """Fit the intervals of a checkpoint on the patients of `data` that it was neither trained nor
+    """Fit the intervals of a checkpoint on the patients of `data` that it was neither fitted nor
     tested on, and store them in it. Returns the new calibration."""
     saved, files = checkpoints.load_checkpoint(path), tk_utils.find_files(data)
     model, split = load_model(saved, device, network), dict(checkpoints.run_of(saved).split)
     index, parts, salt_path = read_parts(path, saved, files, condition)
     if parts is not None:
-        free = ~np.isin(parts, ["train", "ancestors", "test"])
+        free = ~np.isin(parts, [*checkpoints.SEEN, "test"])
         if not free.any():
             raise DataError(f"{files[0]}: intervals need patients not trained or tested on")
         split["calibration"] = checkpoints.hash_patients(
-            index.patients[free & (parts != "tune")].tolist(), checkpoints.read_salt(salt_path))
+            index.patients[free].tolist(), checkpoints.read_salt(salt_path))
         index = index.select(free[index.encounter_patient])
     found = make_calibration(model, TPP_PPG_dataset(index, "segment", model.keys), device)
     checkpoints.save_tensors(path, dict(saved, calibration=found, split=split))
@@ -377,22 +377,24 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
 
 
 def add_baselines(segments: Segments, train, tune, keys, fitted: dict) -> None:
-    """Predictions of the baselines, fitted on the train patients or taken from `fitted`."""
+    """Predictions of the baselines, fitted on train and tune patients or taken from `fitted`."""
     if train is None or tune is None:
         print("no baselines: the data of the train patients are not here")
         return
     vitals = datasets.vitals_of(keys)
     key = joblib.hash((vitals, sorted(segments.fields), train, tune))
     if key not in fitted:
-        of_train = read_segments(train, keys, MAX_BASELINE_SEGMENTS)
-        tuned = read_segments(tune, keys).fields
-        left_out = baselines.left_out_baselines(vitals, of_train.fields, tuned, segments.fields)
+        known = [read_segments(part, keys, MAX_BASELINE_SEGMENTS) for part in (train, tune)]
+        left_out = baselines.left_out_baselines(vitals, segments.fields,
+                                                *(part.fields for part in known))
         for name, reason in left_out.items():
             print(f"baseline {name} left out: {reason}")
-        found = baselines.fit_baselines(of_train.fields, of_train.patients, vitals, left_out)
-        fitted[key] = found, baselines.choose_best(found, tuned)
-    found, segments.best = fitted[key]
-    segments.baselines = {name: one.predict(segments.fields) for name, one in found.items()}
+        fitted[key] = baselines.fit_baselines(
+            joined([part.fields for part in known]),
+            np.concatenate([part.names for part in known]), vitals, left_out)
+    segments.best = baselines.choose_best(fitted[key])
+    segments.baselines = {name: one.predict(segments.fields)
+                          for name, one in fitted[key].items()}
 
 
 # ---------------------------------------------------------------- scores

@@ -27,7 +27,7 @@ from tk_utils import FONT_POINTS, TRAIN_COLOUR, TUNE_COLOUR, counted, new_figure
 
 MIN_SHARE = 0.05        # of the network, below which its influence is not worth the name
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
-NAMES = {"mean_tpp": "mean TPP of the train patients", "map_minus_mean_pcrit": "MAP - mean Pcrit",
+NAMES = {"mean_tpp": "mean TPP of known patients", "map_minus_mean_pcrit": "MAP - mean Pcrit",
          "ridge": "ridge, network's vitals",
          "gradient_boosting": "gradient boosting, network's vitals",
          "ridge_ppg": "ridge, vitals and pulse statistics",
@@ -141,12 +141,12 @@ def scored_text(results) -> str:
 
 
 def skill_text(skill, own, here) -> str:
-    """skill: over the best baseline on the tune patients; own: with each patient weighing the same;
+    """skill: over the best baseline (cross-validated); own: with each patient weighing the same;
     here: over the best baseline on these patients."""
     low, high = (np.nan if skill[end] is None else skill[end] for end in ("low", "high"))
     better = ("better than" if low > 0 else "WORSE than" if high < 0 else
               "NOT shown to be better than")
-    other = "the best baseline on the tune patients, " * (skill["over"] in NAMES)
+    other = "the best baseline (cross-validated), " * (skill["over"] in NAMES)
     text = (f"The model is {better} {other}{named(skill['over'])}: skill {shown(skill)}, with "
             f"equal weight for each patient {shown(own)} (0: no gain, 1: perfect).")
     if here["value"] == skill["value"]:         # over the same

@@ -431,6 +431,8 @@ def save(options, model, trajectory, files, description, parts, sets, data, fitt
     header.save_tensors(files.trajectory, {name: torch.from_numpy(values)
                                            for name, values in trajectory.items()})
     calibration = evaluate.make_calibration(model, sets["tune"], options.device)
+    if header.kept_shares(model.anchor):
+        header.refit_anchor(model, sets["train"], sets["tune"])
     header.save_checkpoint(files.checkpoint, model, **description, calibration=calibration)
     results, arrays = evaluate.evaluate_with_arrays(
         files.checkpoint, parts["test"], split="test", train=parts["train"], tune=parts["tune"],

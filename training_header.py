@@ -35,8 +35,8 @@ from torch.optim.lr_scheduler import (
 
 import kernels
 from anchor import (
-    blend, cross_validate, fit_anchor, kept_shares, predict_with_anchor, pulse_statistics,
-    read_pulse, shown_share, some_segments)
+    blend, cross_validate, fit_anchor, fit_rows, kept_shares, predict_with_anchor,
+    pulse_statistics, read_columns, read_pulse, shown_share, some_segments)
 from checkpoint import (
     CheckpointError, build_network, hash_patients, load_by_name, load_checkpoint, load_tensors,
     read_salt, save_checkpoint, save_tensors)
@@ -313,8 +313,21 @@ def fit_blend(model, train, tune, device=None) -> float:
         base = base + pulse_share * added
     network = predict_dataset(model, tune, device=device).astype(np.float64)
     share = shown_share(label - base, network - base, patients)
-    model.set_anchor(blend(model.anchor, with_pulse, pulse_share, share))
+    model.set_anchor(blend(model.anchor, model.anchor, with_pulse, pulse_share, share))
     return share
+
+
+def refit_anchor(model, train, tune) -> None:
+    """Fits the ridges of `fit_blend` again, to the tune patients as well; the shares stay.
+
+    Not before `evaluate.make_calibration`: intervals need patients who were left out of the fit.
+    """
+    sets, blended = [some_segments(train), some_segments(tune)], model.anchor
+    label, vitals = map(np.concatenate, zip(*(read_columns(one, model.keys) for one in sets)))
+    pulses = [None, np.concatenate([read_pulse(one) for one in sets]) if model.with_ppg else None]
+    plain, with_pulse = (fit_rows(vitals_of(model.keys), vitals, label, one) for one in pulses)
+    model.set_anchor(blend(blended["trained_on"], plain, with_pulse, blended["pulse_share"],
+                           blended["blend"]))
 
 
 # ------------------------------------------------------------------------------ training: its parts

@@ -66,6 +66,7 @@ def run(index, unseen, seed, options):
         **train_resnet.loop_arguments(recipe, loaders[0], model))
     if model.anchor:
         header.fit_blend(model, sets["train"], sets["tune"])
+        header.refit_anchor(model, sets["train"], sets["tune"])
     results = evaluate.evaluate(model, unseen, train=parts["train"], tune=parts["tune"])
     found = {name: one["rmse"] for name, one in results["baselines"].items()}
     return {"recipe": recipe["recipe"], "n_train_patients": parts["train"].n_patients,

@@ -3,12 +3,14 @@
     python benchmarks/real.py --records ../shared/data/wfdb ../shared/data/patients/wfdb \\
         --groups groups.csv --seeds 5           # 15 minutes a seed and label on one quiet core
     python benchmarks/real.py --data data/real.h5 --seeds 1 --folds 5           # prepared before
+    python benchmarks/real.py --data data/p?.h5 --each-file --seeds 1       # tests whole files
 
 For each label method it prepares the recordings (once), trains train_resnet.py's recipe with every
 fold and seed (after a kill the same command goes on), and prints two tables: patients never seen,
 against every baseline, by minute and with each patient weighing the same; and CALIBRATED patients,
 whose first KNOWN labelled minutes are known and whose later ones are to be followed. Results are
-also written to --out as JSON.
+also written to --out as JSON. --each-file instead tests each file with a network of all others:
+hospitals, or parts of a data set whose patients are an estimate.
 """
 import argparse
 import os
@@ -120,6 +122,22 @@ def calibrated_rows(runs, index, folds):
         for name, one in found.items()]
 
 
+def each_file(options):
+    """The table of patients of files that a network of all other files has not seen."""
+    paths, fitted = [], {}
+    for number, path in enumerate(options.data):
+        name, others = f"without_file{number}", [one for one in options.data if one != path]
+        seeds = ["--seeds", options.seeds] if options.seeds > 1 else []
+        script("train_resnet.py", "--data", *others, "--name", name, *seeds, *options.settings)
+        for ending in [f"_seed{seed}" for seed in range(options.seeds)] if seeds else [""]:
+            paths.append(f"runs/{name}{ending}.pth")
+            evaluate.evaluate_with_arrays(paths[-1], data=[path], fitted=fitted)
+    scored, segments = evaluate.compare_runs(paths, fitted=fitted)
+    rows = unseen_rows(segments)
+    print_estimates(rows)
+    tk_utils.write_json(options.out, {"each_file": rows, "together": scored["together"]})
+
+
 def print_estimates(rows):
     tk_utils.print_table(
         [[row[0], *(report.shown(one) for one in [*row[1:], None, None][:4])] for row in rows],
@@ -131,6 +149,7 @@ def main():
     parser.add_argument("--records", nargs="+", help="folders of recordings")
     parser.add_argument("--groups", help="CSV: record, split_group (prepare.py --groups)")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="prepared files, one a label")
+    parser.add_argument("--each-file", action="store_true", help="test each file, train on others")
     parser.add_argument("--methods", nargs="+", choices=tuple(labels.METHODS),
                         default=tuple(labels.METHODS))
     parser.add_argument("--folds", type=int, default=5)
@@ -140,6 +159,8 @@ def main():
     options = parser.parse_args()
     if not (options.data or options.records):
         parser.error("--records or --data is required")
+    if options.each_file:
+        return each_file(options)
     results = {}
     for method, path in prepare(options).items():
         name = f"real_{method}"
@@ -165,6 +186,7 @@ def main():
         results[method] = {"unseen": unseen, "calibrated": followed, "n_segments": len(index),
                            "n_patients": index.n_patients, "together": scored["together"]}
         tk_utils.write_json(options.out, results)
+    return None
 
 
 if __name__ == "__main__":

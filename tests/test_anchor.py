@@ -61,7 +61,7 @@ def test_a_blend_mixes_both_ridges_and_scales_the_network():
     pulse = {"intercept": 20.0, "coefficients": {"map": 2.0}, "sd": 3.0,
              "statistics": {"low": [0.0], "high": [1.0], "coefficients": [8.0]}}
     anchor = {"intercept": 10.0, "coefficients": {"map": 1.0}, "sd": 4.0}
-    mixed = blend(anchor, pulse, 0.5, 0.25)
+    mixed = blend(anchor, anchor, pulse, 0.5, 0.25)
     assert mixed["sd"] == 1.0 and mixed["statistics"]["coefficients"] == [3.0]
     assert mixed["intercept"] == 13.75 and mixed["coefficients"]["map"] == 1.375
-    assert blend(anchor, None, 0.0, 1.0)["coefficients"] == anchor["coefficients"]
+    assert blend(anchor, pulse, None, 0.0, 1.0)["coefficients"] == anchor["coefficients"]

@@ -44,7 +44,8 @@ def test_baselines_recover_a_linear_truth_on_unseen_patients():
     rmse = rmse_of(fitted, test)
     assert rmse["ridge"] < 1.2 and rmse["ridge_all"] < 1.2      # the noise is 1 mmHg
     assert rmse["ridge"] < rmse["gradient_boosting"] < 0.6 * rmse["mean_tpp"]
-    assert baselines.choose_best(fitted, test) == min(rmse, key=rmse.get)
+    assert rmse[baselines.choose_best(fitted)] < 1.05 * min(rmse.values())
+    assert all(abs(rmse[name] / one.cv_rmse - 1) < 0.3 for name, one in fitted.items())
     assert rmse == rmse_of(baselines.fit_baselines(train, patients, ["map", "dbp", "hr"]), test)
 
 

@@ -3,7 +3,7 @@ import json
 import os
 
 import pytest
-from conftest import little_work, needs_children, run
+from conftest import little_work, make_file, needs_children, run
 
 import models
 import simulate
@@ -13,6 +13,8 @@ import simulate
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmarks")
     simulate.simulate_file(folder / "s.h5", 12, 7, 0)
+    simulate.simulate_file(folder / "other.h5", 8, 2, 1)
+    make_file(folder / "line.h5", 12, 1, 4)
     with little_work():
         yield folder
 
@@ -29,7 +31,10 @@ def folder(tmp_path_factory):
     ("patients.py", ["--patients", 10, "--segments", 1, "--seeds", 1, "--cohort", 12, 2, "--unseen",
                      6, "--", "--epochs", 1, "--threads", 1], "gradient_boosting_ppg"),
     ("real.py", ["--data", "s.h5", "--folds", 3, "--seeds", 1, "--", "--epochs", 1, "--threads", 1],
-     "CALIBRATED")])
+     "CALIBRATED"),
+    ("real.py", ["--data", "s.h5", "other.h5", "--each-file", "--seeds", 1, "--", "--epochs", 1,
+                 "--threads", 1], "model's skill"),
+    ("pretrain.py", ["line.h5", "--folds", 3, "--pretrain-epochs", 1], "model's skill")])
 def test_a_benchmark_prints_its_table(folder, script, arguments, printed, scripts_here,
                                       monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)     # no processes are started to simulate

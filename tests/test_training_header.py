@@ -18,9 +18,9 @@ from anchor import read_pulse
 from training_header import (
     LOSSES, PPG_NORMALISATIONS, CheckpointError, CosineAnnealingLR, DataError, Interrupted,
     NonFiniteLoss, NormalisedModel, ReduceLROnPlateau, StepLR, TPP_PPG_dataset, TrainingError,
-    choose_loss, create_dataset_index, distributed, fit_anchor, fit_blend, fit_normaliser,
-    get_model_v3, load_model, make_loader, predict_dataset, predict_with_anchor,
-    predict_with_spread, reset_all_seeds, save_checkpoint, training_loop)
+    blend, choose_loss, create_dataset_index, distributed, fit_anchor, fit_blend, fit_normaliser,
+    get_model_v3, kept_shares, load_model, make_loader, predict_dataset, predict_with_anchor,
+    predict_with_spread, refit_anchor, reset_all_seeds, save_checkpoint, training_loop)
 
 SMALL = {"num_discrete": 3, "widths": (4, 4, 8), "kernel_sizes": 5}
 NORMALISER = {"map": {"mean": 75.0, "sd": 11.0}, "dbp": {"mean": 56.0, "sd": 10.0},
@@ -485,6 +485,23 @@ def test_the_blend_is_of_both_ridges_and_the_network(index, monkeypatch):
     assert np.allclose(predict_dataset(model, train), base + share * (with_network - base),
                        atol=2e-3)
     assert model.anchor["trained_on"] == anchor
+    before = predict_dataset(model, train)
+    refit_anchor(model, train, train)       # twice the same segments: the ridges' penalty halves
+    assert np.allclose(predict_dataset(model, train), before, atol=0.5)
+    assert kept_shares(model.anchor) == {"network": share, "pulse_statistics": pulse_share}
+    assert model.anchor["trained_on"] == anchor
+
+
+def test_the_ridges_of_a_blend_are_fitted_again_to_the_tune_patients_as_well(index):
+    sets = [TPP_PPG_dataset(index.select(index.encounter_patient % 2 == half), "segment", KEYS)
+            for half in (0, 1)]
+    model = NormalisedModel(small_model(), KEYS, fit_normaliser(sets[0], KEYS[1:]),
+                            anchor=fit_anchor(sets[0], KEYS))
+    model.set_anchor(blend(model.anchor, model.anchor, None, 0.0, 0.0))     # nothing but the ridge
+    refit_anchor(model, *sets)
+    whole = TPP_PPG_dataset(index, "segment", KEYS)
+    assert np.allclose(predict_dataset(model, whole), predict_with_anchor(
+        fit_anchor(whole, KEYS), whole), atol=2e-3)
 
 
 def test_the_normalisation_of_the_ppg_is_chosen_by_name():
