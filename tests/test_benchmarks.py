@@ -34,7 +34,8 @@ def folder(tmp_path_factory):
      "CALIBRATED"),
     ("real.py", ["--data", "s.h5", "other.h5", "--each-file", "--seeds", 1, "--", "--epochs", 1,
                  "--threads", 1], "model's skill"),
-    ("pretrain.py", ["line.h5", "--folds", 3, "--pretrain-epochs", 1], "model's skill")])
+    ("few_patients.py", ["line.h5", "--folds", 3, "--epochs", 1, "--only", "augmented",
+                         "pretrained", "--test"], "model's skill")])
 def test_a_benchmark_prints_its_table(folder, script, arguments, printed, scripts_here,
                                       monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)     # no processes are started to simulate
