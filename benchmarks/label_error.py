@@ -6,7 +6,8 @@
 Both print a table and write it to --out as CSV; the first also draws a figure. The virtual patients
 come in REGIMES that each strain the label in one way; their true Pcrit is known. In recordings
 nothing is known, so the table shows the minutes and patients that each method keeps, the difference
-from the published label, and how much the label changes from one minute to the next.
+from the published label, and how much the label changes from one minute to the next. A second table
+shows averages over several minutes, and how well vitals and pulse statistics estimate them.
 """
 import math
 import os
@@ -17,9 +18,14 @@ from functools import partial
 import common  # noqa: F401 (puts the repository on the path)
 import numpy as np
 import pandas as pd
+import torch
+from sklearn.model_selection import GroupKFold
 
+import anchor
 import datasets
 import labels
+import metrics
+import report
 import signals
 import simulate
 import tk_utils
@@ -176,7 +182,7 @@ def agreement_table(path):
     minutes = list(read_abp(path))
     if not minutes:
         raise datasets.DataError(f"{path}: no encounter has the field 'abp'; prepare.py stores it")
-    patient, abp, next_is_next_minute, reason, irregular = map(np.concatenate, zip(*minutes))
+    patient, abp, _, next_is_next_minute, reason, irregular = map(np.concatenate, zip(*minutes))
     made = label_all(abp)
     for fields in made.values():
         fields["reason"] |= reason
@@ -206,9 +212,48 @@ def agreement_table(path):
     return pd.DataFrame(rows)
 
 
+def averages_table(path):
+    """A row for each entry of SHOWN and number of minutes that are averaged: the repeatability of
+    Pcrit; on patients left out of the fit (10 folds), each with the same weight, the RMSE of the
+    ridge on MAP, DBP and HR, and the skill over it of that on these and the pulse statistics."""
+    patient, abp, ppg, follows, reason, _ = map(np.concatenate, zip(*read_abp(path)))
+    pulse = np.concatenate([anchor.pulse_statistics(torch.from_numpy(part).unsqueeze(1)) for part
+                            in np.array_split(np.nan_to_num(ppg), -(-len(ppg) // 256))])
+    made, rows = label_all(abp), []
+    for method, condition in SHOWN:
+        fields = {**made[method], "reason": made[method]["reason"] | reason}
+        kept = passes(fields, condition)
+        # blocks of `minutes` kept minutes, each the next of the one before
+        place = np.zeros(len(kept), int)
+        for i in range(1, len(kept)):
+            place[i] = place[i - 1] + 1 if follows[i - 1] and kept[i - 1] and kept[i] else 0
+        for minutes in (1, 2, 3, 5):
+            last = np.flatnonzero(kept & (place % minutes == minutes - 1))
+            of_block = last[:, None] - np.arange(minutes)
+            p_crit, vitals, statistics, owner = (
+                values[of_block].mean(1) for values in (fields["p_crit"], np.stack(
+                    [fields[key] for key in ("map", "dbp", "hr")], 1), pulse, patient))
+            by_vitals, by_pulse = p_crit.copy(), p_crit.copy()
+            for fit, left in GroupKFold(10).split(vitals, groups=owner):
+                of = (["map", "dbp", "hr"], vitals[fit], p_crit[fit])
+                by_vitals[left] = anchor.estimate(anchor.fit_rows(*of), vitals[left])
+                by_pulse[left] = anchor.estimate(anchor.fit_rows(*of, statistics[fit]),
+                                                 vitals[left], statistics[left])
+            after = np.flatnonzero((np.diff(last) == minutes) & (place[last[1:]] >= minutes))
+            change = p_crit[after + 1] - p_crit[after]
+            rmse = metrics.confidence_intervals(owner, p_crit, by_vitals, by_patient=True)["rmse"]
+            skill = metrics.skill(p_crit, by_pulse, by_vitals, owner, by_patient=True)
+            rows.append({
+                "method": method, "gate": condition, "averaged": minutes, "blocks": len(last),
+                "patients": len(np.unique(owner)), "p_crit_sd": p_crit.std(),
+                "block_to_block_sd": if_enough(np.std, change) / 2 ** 0.5,
+                "rmse_vitals": rmse["value"], "skill_of_pulse": report.shown(skill)})
+    return pd.DataFrame(rows)
+
+
 def read_abp(path):
-    """Yield, for every encounter that has `abp`: the patient's number, abp [N, 3600], whether the
-    next row is the next minute, reason of the PPG and the pair, whether arrhythmic; each [N]."""
+    """Yield, for every encounter that has `abp`: the patient's number, abp and PPG [N, 3600],
+    whether the next row is the next minute, reason of the PPG and the pair, whether arrhythmic."""
     with datasets.open_file(path) as file:
         for number, patient in enumerate(file.values()):
             for group in patient.values():
@@ -218,7 +263,7 @@ def read_abp(path):
                     start = (group["start_s"][()] if "start_s" in group
                              else datasets.SEGMENT_SECONDS * np.arange(len(abp)))
                     quality = signals.signal_quality(abp, ppg, datasets.FS)
-                    yield (np.full(len(abp), number), abp,
+                    yield (np.full(len(abp), number), abp, ppg,
                            np.append(np.diff(start) == datasets.SEGMENT_SECONDS, False),
                            quality["reason"], quality["beat_irregularity"] > signals.ARRHYTHMIC)
 
@@ -231,14 +276,18 @@ def main():
     parser.add_argument("--out", metavar="FOLDER", default="label_report")
     options = parser.parse_args()
     if options.data:
-        name, table = "label_agreement", agreement_table(options.data)
+        tables = {"label_agreement": agreement_table(options.data),
+                  "label_averages": averages_table(options.data)}
     else:
-        name, table = "label_report", error_table(options.patients, options.seed, os.cpu_count())
-        tk_utils.save_figure(draw_errors(table), os.path.join(options.out, f"{name}.png"))
-    with tk_utils.atomic_file(os.path.join(options.out, f"{name}.csv"), newline="") as file:
-        table.to_csv(file, index=False, float_format="%.4g")
-    tk_utils.print_table(table.round(2).itertuples(index=False), list(table))
-    print(f"wrote {os.path.join(options.out, name)}.csv")
+        tables = {"label_report": error_table(options.patients, options.seed, os.cpu_count())}
+        tk_utils.save_figure(draw_errors(tables["label_report"]),
+                             os.path.join(options.out, "label_report.png"))
+    for name, table in tables.items():
+        path = os.path.join(options.out, f"{name}.csv")
+        with tk_utils.atomic_file(path, newline="") as file:
+            table.to_csv(file, index=False, float_format="%.4g")
+        tk_utils.print_table(table.round(2).itertuples(index=False), list(table))
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
