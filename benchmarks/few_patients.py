@@ -2,6 +2,7 @@
 
     python benchmarks/few_patients.py data/real.h5          # about 25 minutes a variant on one core
     python benchmarks/few_patients.py data/real.h5 --only pretrained --test
+    python benchmarks/few_patients.py data/real.h5 --only virtual --virtual runs/M1.5.pth
 
 Each variant is trained in every fold as train_resnet.py would (recipe small, one seed) and compared
 on the tune patients of all folds with what the model stands on, the ridge on vitals and its share
@@ -11,6 +12,7 @@ variant that is chosen. Each fold is kept in runs/ and not trained again.
 The variant `pretrained` learns from all minutes, gate or no gate: every minute of the train
 patients has an arterial line, and the network first learns to say from the PPG what the line says:
 how its beats vary (`anchor.pulse_statistics` of the pressure), systolic and pulse pressure.
+`virtual` begins with the network of --virtual, trained on virtual patients.
 """
 import argparse
 import os
@@ -38,6 +40,8 @@ VARIANTS = {            # name: (arguments of the network, changes of the recipe
     "augmented": ({}, {}),              # see `augment`
     "narrow_augmented_12_epochs": (NARROW, {"epochs": 12}),
     "pretrained": ({}, {"lr": 5e-4}),   # a quarter of the recipe's rate
+    "virtual": ({}, {"lr": 5e-4}),
+    "no_anchor": ({}, {"anchor": False}),
 }
 PRETRAIN_EPOCHS, PRETRAIN_RATE = 6, 2e-3
 
@@ -119,7 +123,9 @@ def train_fold(path, variant, index, fold, options):
         recipe["model"], num_discrete=3, num_outputs=1, in_channels=1, **arguments)
     model = (Augmented if "augmented" in variant else header.NormalisedModel)(
         network, train_resnet.KEYS, header.fit_normaliser(sets["train"], train_resnet.KEYS[1:]),
-        anchor=header.fit_anchor(sets["train"], train_resnet.KEYS))
+        anchor=header.fit_anchor(sets["train"], train_resnet.KEYS) if recipe["anchor"] else None)
+    if variant == "virtual":
+        network.load_state_dict(header.load_checkpoint(options.virtual)["model"])
     if variant == "pretrained":
         everything = header.create_dataset_index(path=options.data, condition=["map > 0"])
         kept_out = np.concatenate([parts[name].patients for name in ("tune", "test")])
@@ -132,9 +138,11 @@ def train_fold(path, variant, index, fold, options):
     loaders = train_resnet.make_loaders(settings, recipe, sets)
     model, _ = header.training_loop(model, *loaders,
                                     **train_resnet.loop_arguments(recipe, loaders[0], model))
-    header.fit_blend(model, sets["train"], sets["tune"])
+    if recipe["anchor"]:
+        header.fit_blend(model, sets["train"], sets["tune"])
     calibration = evaluate.make_calibration(model, sets["tune"])
-    header.refit_anchor(model, sets["train"], sets["tune"])
+    if recipe["anchor"]:
+        header.refit_anchor(model, sets["train"], sets["tune"])
     header.save_checkpoint(path, model, spec=spec, model_args=arguments, split=parts,
                            calibration=calibration,
                            config={**recipe, "fold": fold, "folds": options.folds})
@@ -143,11 +151,11 @@ def train_fold(path, variant, index, fold, options):
 def on_tune_patients(path, index, fold, options):
     """[N, 3] (label, the blended ridges, network alone), patients [N] of the tune patients."""
     sets, model = datasets_of(index, fold, options)[1], header.load_model(path)
-    blended, train, tune = model.anchor, sets["train"], sets["tune"]
-    ridge = header.predict_with_anchor(blended["trained_on"], tune)
-    with_pulse = header.predict_with_anchor(
-        header.fit_anchor(train, model.keys, header.read_pulse(train)), tune)
-    model.set_anchor(blended["trained_on"])
+    train, tune, blended = sets["train"], sets["tune"], model.anchor or {"pulse_share": 1.0}
+    ridge, with_pulse = (header.predict_with_anchor(
+        header.fit_anchor(train, model.keys, pulse), tune)
+        for pulse in (None, header.read_pulse(train)))
+    model.set_anchor(blended.get("trained_on"))
     return np.stack([tune.column("tpp").numpy(),
                      ridge + blended["pulse_share"] * (with_pulse - ridge),
                      header.predict_dataset(model, tune)], 1), tune.index.patients[
@@ -157,7 +165,9 @@ def on_tune_patients(path, index, fold, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("data", help="real patients, made by prepare.py")
-    parser.add_argument("--only", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
+    parser.add_argument("--only", nargs="+", choices=tuple(VARIANTS),
+                        default=[name for name in VARIANTS if name != "virtual"])
+    parser.add_argument("--virtual", metavar="CHECKPOINT", help="a network of virtual patients")
     parser.add_argument("--test", action="store_true", help="also score the test patients")
     parser.add_argument("--epochs", type=int, help="not each variant's own (for a quick look)")
     parser.add_argument("--folds", type=int, default=5)
@@ -174,7 +184,7 @@ def main():
         found = [on_tune_patients(path, index, fold, options) for fold, path in enumerate(paths)]
         truth, ridges, network = np.concatenate([values for values, _ in found]).T
         patients = np.concatenate([names for _, names in found])
-        shares = [header.kept_shares(header.load_checkpoint(path)["anchor"])["network"]
+        shares = [(header.load_checkpoint(path)["anchor"] or {}).get("blend", 1.0)
                   for path in paths]
         rows.append([variant, *(real.report.shown(metrics.skill(
             truth, network, ridges, patients, by_patient=one)) for one in (False, True)),

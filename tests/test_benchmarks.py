@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     ("real.py", ["--data", "s.h5", "other.h5", "--each-file", "--seeds", 1, "--", "--epochs", 1,
                  "--threads", 1], "model's skill"),
     ("few_patients.py", ["line.h5", "--folds", 3, "--epochs", 1, "--only", "augmented",
-                         "pretrained", "--test"], "model's skill")])
+                         "pretrained", "no_anchor", "--test"], "model's skill")])
 def test_a_benchmark_prints_its_table(folder, script, arguments, printed, scripts_here,
                                       monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)     # no processes are started to simulate
