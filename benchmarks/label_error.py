@@ -214,8 +214,8 @@ def agreement_table(path):
 
 def averages_table(path):
     """A row for each entry of SHOWN and number of minutes that are averaged: the repeatability of
-    Pcrit; on patients left out of the fit (10 folds), each with the same weight, the RMSE of the
-    ridge on MAP, DBP and HR, and the skill over it of that on these and the pulse statistics."""
+    Pcrit and `estimated`, and, as most patients have no uninterrupted minutes, the skill of
+    `estimated` also for the single minutes of the same averages."""
     patient, abp, ppg, follows, reason, _ = map(np.concatenate, zip(*read_abp(path)))
     pulse = np.concatenate([anchor.pulse_statistics(torch.from_numpy(part).unsqueeze(1)) for part
                             in np.array_split(np.nan_to_num(ppg), -(-len(ppg) // 256))])
@@ -223,32 +223,42 @@ def averages_table(path):
     for method, condition in SHOWN:
         fields = {**made[method], "reason": made[method]["reason"] | reason}
         kept = passes(fields, condition)
-        # blocks of `minutes` kept minutes, each the next of the one before
-        place = np.zeros(len(kept), int)
+        vitals = np.stack([fields[key] for key in ("map", "dbp", "hr")], 1)
+        columns = fields["p_crit"], vitals, pulse, patient
+        place = np.zeros(len(kept), int)    # of a kept minute in its uninterrupted series
         for i in range(1, len(kept)):
             place[i] = place[i - 1] + 1 if follows[i - 1] and kept[i - 1] and kept[i] else 0
         for minutes in (1, 2, 3, 5):
             last = np.flatnonzero(kept & (place % minutes == minutes - 1))
             of_block = last[:, None] - np.arange(minutes)
-            p_crit, vitals, statistics, owner = (
-                values[of_block].mean(1) for values in (fields["p_crit"], np.stack(
-                    [fields[key] for key in ("map", "dbp", "hr")], 1), pulse, patient))
-            by_vitals, by_pulse = p_crit.copy(), p_crit.copy()
-            for fit, left in GroupKFold(10).split(vitals, groups=owner):
-                of = (["map", "dbp", "hr"], vitals[fit], p_crit[fit])
-                by_vitals[left] = anchor.estimate(anchor.fit_rows(*of), vitals[left])
-                by_pulse[left] = anchor.estimate(anchor.fit_rows(*of, statistics[fit]),
-                                                 vitals[left], statistics[left])
+            averages = [values[of_block].mean(1) for values in columns]
             after = np.flatnonzero((np.diff(last) == minutes) & (place[last[1:]] >= minutes))
-            change = p_crit[after + 1] - p_crit[after]
-            rmse = metrics.confidence_intervals(owner, p_crit, by_vitals, by_patient=True)["rmse"]
-            skill = metrics.skill(p_crit, by_pulse, by_vitals, owner, by_patient=True)
+            change = averages[0][after + 1] - averages[0][after]
+            rmse, skill = estimated(*averages)
             rows.append({
-                "method": method, "gate": condition, "averaged": minutes, "blocks": len(last),
-                "patients": len(np.unique(owner)), "p_crit_sd": p_crit.std(),
-                "block_to_block_sd": if_enough(np.std, change) / 2 ** 0.5,
-                "rmse_vitals": rmse["value"], "skill_of_pulse": report.shown(skill)})
+                "method": method, "gate": condition, "averaged": minutes, "averages": len(last),
+                "patients": len(np.unique(patient[last])), "p_crit_sd": averages[0].std(),
+                "repeatability_sd": if_enough(np.std, change) / 2 ** 0.5, "rmse_vitals": rmse,
+                "skill": skill, "skill_single_minutes": estimated(
+                    *(values[of_block.ravel()] for values in columns))[1]})
     return pd.DataFrame(rows)
+
+
+def estimated(p_crit, vitals, pulse, patients):
+    """Of patients left out of the fit (10 folds), each with the same weight: the RMSE of the ridge
+    on MAP, DBP and HR, and the skill over it of the ridge on these and the pulse statistics."""
+    by_vitals, by_pulse, names = p_crit.copy(), p_crit.copy(), ["map", "dbp", "hr"]
+    n_patients = len(np.unique(patients))
+    if n_patients < 3:
+        return np.nan, ""
+    for fit, left in GroupKFold(min(10, n_patients)).split(vitals, groups=patients):
+        plain = anchor.fit_rows(names, vitals[fit], p_crit[fit])
+        full = anchor.fit_rows(names, vitals[fit], p_crit[fit], pulse[fit])
+        by_vitals[left] = anchor.estimate(plain, vitals[left])
+        by_pulse[left] = anchor.estimate(full, vitals[left], pulse[left])
+    rmse = metrics.confidence_intervals(patients, p_crit, by_vitals, by_patient=True)["rmse"]
+    return rmse["value"], report.shown(metrics.skill(p_crit, by_pulse, by_vitals, patients,
+                                                     by_patient=True))
 
 
 def read_abp(path):

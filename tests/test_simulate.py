@@ -146,6 +146,9 @@ def test_the_study_writes_tables_and_a_figure(tmp_path):
     own, balance, *_ = label_error.agreement_table(tmp_path / "a.h5").itertuples()
     assert own.minutes == 25 and own.minus_published == 0 and own.pairs > 5
     assert 0.5 < balance.r_with_published < 1 and balance.minute_to_minute_sd > 0
+    one, two, *_ = label_error.averages_table(tmp_path / "a.h5").itertuples()
+    assert (one.averaged, one.averages, two.averaged) == (1, own.kept, 2)
+    assert one.skill == one.skill_single_minutes and 5 <= two.averages < one.averages
     simulate.simulate_file(tmp_path / "no_abp.h5", 1, 1, seed=2)
     with pytest.raises(datasets.DataError, match="abp"):
         label_error.agreement_table(tmp_path / "no_abp.h5")
