@@ -116,6 +116,15 @@ def fork(work, folder, **environment):
     return process
 
 
+def printed_by(processes, folder, code=0):
+    """What forks in this folder have printed that must end with this exit code."""
+    for process in processes:
+        process.join(60)
+        text = (folder / ".printed").read_text()
+        assert process.exitcode == code, text
+    return text
+
+
 def fork_ranks(work, folder):
     """Two processes that train together, as torchrun starts them."""
     with socket.socket() as free:
@@ -135,6 +144,12 @@ def little_work(boosting_rounds=5):
         for name, builder in models.MODELS.items():
             patch.setitem(models.MODELS, name, lambda num_discrete, builder=builder, **options:
                           builder(num_discrete, **{"widths": (4, 4, 8), **options}))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small():
+    with little_work():
         yield
 
 
