@@ -188,13 +188,10 @@ def test_a_slower_channel_has_a_cell_in_every_second_row(tmp_path):
     np.testing.assert_array_equal(ppg.samples, 2 * np.arange(ppg.first, ppg.first + 1000) + 1)
 
 
-def test_a_given_rate_replaces_the_time_column(tmp_path):
+def test_a_given_rate_replaces_the_time_column_and_a_contradiction_is_said(tmp_path):
     read = table(tmp_path / "a.csv", "date,abp\n12:00,80\n12:00,81\n12:00,82\n", file_fs=50)
     assert (read.fs, read.end_s) == (50, 0.06)
     np.testing.assert_array_equal(whole(read)["abp"], [80, 81, 82])
-
-
-def test_a_given_rate_that_the_times_contradict_is_said(tmp_path):
     text = "time_s,abp\n" + "".join(f"{i / 100:.2f},80\n" for i in range(500))
     said = table(tmp_path / "a.csv", text, file_fs=50).notes
     assert said == ["--fs 50, though its times say 100 rows/s"]
