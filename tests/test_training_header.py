@@ -2,7 +2,6 @@
 networks and losses of one's own."""
 # ruff: noqa: I001
 import copy
-import math
 import os
 import signal
 
@@ -13,8 +12,7 @@ from conftest import KEYS, fork_ranks, make_file, printed_by
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import anchor
-from anchor import read_pulse
+from anchor import FOLDS, cross_validate, read_pulse
 from training_header import (
     LOSSES, PPG_NORMALISATIONS, CheckpointError, CosineAnnealingLR, DataError, Interrupted,
     NonFiniteLoss, NormalisedModel, ReduceLROnPlateau, StepLR, TPP_PPG_dataset, TrainingError,
@@ -108,8 +106,7 @@ def test_the_model_returned_has_the_weights_of_the_best_epoch_not_of_the_last():
     best = int(seen["epoch_val_loss"].argmin())
     assert 0 < best < 7
     assert (model.linear.bias.item() - 3) ** 2 == pytest.approx(seen["epoch_val_loss"][best])
-    # and each epoch was reported as it ended
-    assert [row["epoch"] for row in rows] == list(range(1, 9))
+    assert [row["epoch"] for row in rows] == list(range(1, 9))      # each was reported as it ended
     assert [row["tune_loss"] for row in rows] == seen["epoch_val_loss"].tolist()
     assert rows[-1]["best_epoch"] == best + 1
 
@@ -358,8 +355,8 @@ def test_an_interrupted_loop_goes_on_to_the_same_bits(index, tmp_path, step, opt
     ({"model": nn.Flatten()}, "the network has no parameters"),
     ({"model": nn.Sequential(Line((0, 0)), nn.BatchNorm1d(1).double()),
       "loader": lines(0, batch_size=1)}, "the network fails on a batch .ValueError: Expected more"),
-    ({"label": math.nan}, "the training loss is not finite at epoch 1, batch 1"),
-    ({"tune_label": math.inf}, "the tune loss is inf after epoch 1"),
+    ({"label": np.nan}, "the training loss is not finite at epoch 1, batch 1"),
+    ({"tune_label": np.inf}, "the tune loss is inf after epoch 1"),
     ({"epochs": 900, "label": 10, "lr": 100.0}, "loss is (inf|nan|not finite) (at|after) epoch")])
 def test_what_cannot_be_trained_is_refused_in_one_line(options, message):
     with pytest.raises((TrainingError, CheckpointError), match=message) as caught:
@@ -368,7 +365,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(options, message):
 
 
 def test_the_batches_of_the_step_that_is_not_finite_are_named():
-    data = TensorDataset(torch.zeros(6, 1, 2).double(), torch.tensor([0, 0, 0, 0, math.nan, 0]))
+    data = TensorDataset(torch.zeros(6, 1, 2).double(), torch.tensor([0, 0, 0, 0, np.nan, 0]))
     with pytest.raises(NonFiniteLoss) as caught:
         train_line(1, loader=DataLoader(data, 1), gradient_accumulation=2)
     assert (caught.value.epoch, caught.value.batches) == (0, [4, 5])
@@ -452,12 +449,12 @@ def test_with_an_anchor_the_network_adds_to_the_ridge_on_the_vitals(index):
 
 def test_no_patient_is_in_the_fit_that_its_cross_validation_tests(index):
     train = TPP_PPG_dataset(index, "segment", KEYS)
-    missing, added, patients = anchor.cross_validate(train, KEYS, anchor.read_pulse(train))
-    assert index.n_patients <= anchor.FOLDS and np.array_equal(patients, index.segment_patients())
+    missing, added, patients = cross_validate(train, KEYS, read_pulse(train))
+    assert index.n_patients <= FOLDS and np.array_equal(patients, index.segment_patients())
     others = TPP_PPG_dataset(index.select(index.encounter_patient != 2), "segment", KEYS)
     this = TPP_PPG_dataset(index.select(index.encounter_patient == 2), "segment", KEYS)
     plain, full = (predict_with_anchor(fit_anchor(others, KEYS, pulse), this)
-                   for pulse in (None, anchor.read_pulse(others)))
+                   for pulse in (None, read_pulse(others)))
     assert np.allclose(missing[patients == 2], this.column("tpp").numpy() - plain, atol=1e-6)
     assert np.allclose(added[patients == 2], full - plain, atol=1e-6)
 
