@@ -3,7 +3,6 @@
 A new interpreter imports PyTorch for seconds: only tests of start-up itself start any.
 """
 import contextlib
-import glob
 import io
 import multiprocessing
 import os
@@ -11,7 +10,8 @@ import runpy
 import socket
 import subprocess
 import sys
-from typing import NamedTuple
+from collections import namedtuple
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -50,14 +50,12 @@ def recordings():
     return SHARED
 
 
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
+Done = namedtuple("Done", "returncode stdout stderr")
 
 
-def run_here(main, *arguments, cwd=".", encoding="utf-8"):
-    """What `main()` of a script does with these arguments, in this process."""
+def run_here(main, *arguments, cwd=".", encoding="utf-8", check=None):
+    """What `main()` of a script does with these arguments, in this process, and must end with the
+    exit code `check`."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(streams[0]), \
             contextlib.redirect_stderr(streams[1]):
@@ -67,7 +65,9 @@ def run_here(main, *arguments, cwd=".", encoding="utf-8"):
             code = main()
         except SystemExit as end:
             code = end.code
-    return Done(code or 0, *(stream.seek(0) or stream.read() for stream in streams))
+    done = Done(code or 0, *(stream.seek(0) or stream.read() for stream in streams))
+    assert check in (None, done.returncode), done.stdout + done.stderr
+    return done
 
 
 def call(module, *arguments, **options):
@@ -76,15 +76,13 @@ def call(module, *arguments, **options):
                                        TrainingError), *arguments, **options)
 
 
-def run(script, *arguments, check=None, **options):
+def run(script, *arguments, **options):
     """What a script does, read anew from its file as a user's would be."""
     path = os.path.join(ROOT, script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [os.path.dirname(path), *sys.path])
-        done = run_here(lambda: runpy.run_path(path, run_name="__main__") and 0, *arguments,
+        return run_here(lambda: runpy.run_path(path, run_name="__main__") and 0, *arguments,
                         **options)
-    assert check in (None, done.returncode), done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture
@@ -116,6 +114,15 @@ def fork(work, folder, **environment):
     return process
 
 
+def printed_by(processes, folder, code=0, seconds=120):
+    """What forks in this folder have printed that must end with this exit code."""
+    for process in processes:
+        process.join(seconds)
+        text = (folder / ".printed").read_text()
+        assert process.exitcode == code, text
+    return text
+
+
 def fork_ranks(work, folder):
     """Two processes that train together, as torchrun starts them."""
     with socket.socket() as free:
@@ -138,6 +145,12 @@ def little_work(boosting_rounds=5):
         yield
 
 
+@pytest.fixture(scope="module")
+def small():
+    with little_work():
+        yield
+
+
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory):
     """A small file of virtual patients: 30 patients of 4 segments."""
@@ -153,15 +166,16 @@ needs_children = pytest.mark.skipif(
 
 def children(pid):
     """The processes that a process has started, in any of its threads, and that have not ended."""
-    found = []
-    for path in glob.glob(f"/proc/{pid}/task/*/children"):
-        with open(path) as file:
-            found += map(int, file.read().split())
-    return found
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children")
+            for child in path.read_text().split()]
 
 
-def make_file(path, patients=6, encounters=2, rows=8, seed=0, ppg_rank=3, layout="contiguous",
-              fields=("abp", "map", "sbp", "dbp", "pp", "hr", "p_crit", "tpp", "r2", "fit_rmse")):
+def read_ours(name):
+    """The text of a file of the repository."""
+    return Path(ROOT, name).read_text(encoding="utf-8")
+
+
+def make_file(path, patients=6, encounters=2, rows=8, seed=0, ppg_rank=3, layout="contiguous"):
     """A file as the published system describes it: no attributes, ppg (N, 1, 3600) or (N, 3600).
 
     Every number tells where it stands: sample 0 of a PPG row is its own serial number. Vitals pass
@@ -188,8 +202,8 @@ def make_file(path, patients=6, encounters=2, rows=8, seed=0, ppg_rank=3, layout
                 group.create_dataset("ppg", data=ppg.reshape(shape),
                                      chunks=None if chunks is None else (chunks,) + shape[1:],
                                      compression=layout if layout in ("lzf", "gzip") else None)
-                for key in fields:
-                    group.create_dataset(key, data=values[key].astype("f4"))
+                for key, value in values.items():
+                    group.create_dataset(key, data=value.astype("f4"))
     return str(path)
 
 

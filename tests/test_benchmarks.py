@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
         yield folder
 
 
-@pytest.mark.parametrize("script, arguments, printed", [
+@pytest.mark.parametrize("script, arguments, said", [
     ("evaluation.py", ["coverage", "--repeats", 1, "--draws", 20], "patients"),
     ("evaluation.py", ["conformal", "--repeats", 1], "tune patients"),
     ("evaluation.py", ["scale", "--predictions", 20_000], "20,000 predictions of 40 patients"),
@@ -36,11 +36,10 @@ def folder(tmp_path_factory):
                  "--threads", 1], "model's skill"),
     ("few_patients.py", ["line.h5", "--folds", 3, "--epochs", 1, "--only", "augmented",
                          "pretrained", "no_anchor", "--test"], "model's skill")])
-def test_a_benchmark_prints_its_table(folder, script, arguments, printed, scripts_here,
-                                      monkeypatch):
+def test_a_benchmark_prints_its_table(folder, script, arguments, said, scripts_here, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)     # no processes are started to simulate
     done = run(f"benchmarks/{script}", *arguments, cwd=folder, check=0)
-    assert printed in done.stdout and "FAILED" not in done.stdout, done.stdout
+    assert said in done.stdout and "FAILED" not in done.stdout, done.stdout
     if script == "training.py":
         assert list(json.loads((folder / "training.json").read_text())) == arguments[-1:]
 

@@ -2,13 +2,12 @@
 # ruff: noqa: I001
 import os
 import pickle
-import stat
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, fork, make_file
+from conftest import ROOT, fork, make_file, printed_by
 from test_training_header import KEYS, NORMALISER, SMALL, small_model, some_inputs, wrapped
 
 from checkpoint import (
@@ -186,7 +185,7 @@ def test_a_salt_is_made_once_kept_private_and_hashes_by_it_alone(tmp_path, left)
         path.write_text(left)
     salt = read_salt(path)
     assert len(salt) == 32 and read_salt(path) == salt
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert path.stat().st_mode & 0o777 == 0o600
     assert read_salt(tmp_path / "b.salt") != salt
     assert salt_mark(salt) != salt_mark("other") and salt not in salt_mark(salt)
 
@@ -200,9 +199,8 @@ def test_another_file_is_not_replaced_by_a_salt(tmp_path, text):
 
 
 def test_processes_that_need_a_salt_at_once_get_the_same(tmp_path):
-    for process in [fork(lambda: print(read_salt("a.salt")), tmp_path) for _ in range(2)]:
-        process.join()
-    first, second = (tmp_path / ".printed").read_text().split()
+    both = [fork(lambda: print(read_salt("a.salt")), tmp_path) for _ in range(2)]
+    first, second = printed_by(both, tmp_path).split()
     assert first == second
 
 

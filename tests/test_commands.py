@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, little_work, run
+from conftest import ROOT, little_work, read_ours, run
 
 OPTIONS = {
     "train_resnet": "data keys condition split-seed epochs batch-size lr weight-decay recipe model "
@@ -18,7 +18,6 @@ OPTIONS = {
     "prepare": "out report workers groups label-method align list-channels abp-channel ppg-channel "
                "fs unit",
     "simulate": "out patients segments seed workers label-method"}
-ASCII = {"PYTHONIOENCODING": "ascii"}
 
 
 @pytest.mark.parametrize("module", OPTIONS)
@@ -59,8 +58,9 @@ tk_utils.run_script(train_resnet.main)
 def test_importing_does_no_work_and_help_comes_without_delay(tmp_path):
     resource = pytest.importorskip("resource", reason="processor times of children are of POSIX")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, capture_output=True,
-                          env=dict(os.environ, **ASCII, PYTHONPATH=ROOT), text=True)
+    environment = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONPATH=ROOT)
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and os.listdir(tmp_path) == [], done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 8  # of processor
@@ -90,14 +90,13 @@ def test_seeds_are_trained_and_scored_on_a_console_of_ascii(tmp_path):
 def needed(module, found=None):
     """The files of ours that a module imports anywhere, and those that these import."""
     found = set() if found is None else found
-    with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:
-        for node in ast.walk(ast.parse(file.read())):
-            names = ([node.module] if isinstance(node, ast.ImportFrom) else
-                     [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
-            for name in names:
-                if os.path.exists(os.path.join(ROOT, f"{name}.py")) and name not in found:
-                    found.add(name)
-                    needed(name, found)
+    for node in ast.walk(ast.parse(read_ours(f"{module}.py"))):
+        names = ([node.module] if isinstance(node, ast.ImportFrom) else
+                 [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+        for name in names:
+            if os.path.exists(os.path.join(ROOT, f"{name}.py")) and name not in found:
+                found.add(name)
+                needed(name, found)
     return found
 
 
@@ -109,8 +108,7 @@ def needed(module, found=None):
         "cuda_graph"))])
 def test_a_module_imports_those_that_its_docstring_names_and_no_others(module, others):
     assert needed(module) == set(others)
-    with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:
-        says = ast.get_docstring(ast.parse(file.read()))
+    says = ast.get_docstring(ast.parse(read_ours(f"{module}.py")))
     if others:
         assert all(f"{name}.py" in says for name in others)
     else:

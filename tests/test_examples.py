@@ -6,18 +6,12 @@ import re
 
 import numpy as np
 import pytest
-from conftest import KEYS, ROOT, SHARED, little_work, run
+from conftest import KEYS, ROOT, SHARED, read_ours, run
 
 import simulate
 import training_header as tpp
 
-EXAMPLES = os.path.join(ROOT, "examples")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    with little_work():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def run_example(name, *arguments, cwd):
@@ -49,8 +43,7 @@ def test_a_network_trains_on_ones_own_arrays(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
-    with open(os.path.join(EXAMPLES, "own_arrays.ipynb"), encoding="utf-8") as file:
-        notebook = json.load(file)
+    notebook = json.loads(read_ours("examples/own_arrays.ipynb"))
     assert notebook["nbformat"] == 4
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     shorter = [cell.replace("PATIENTS, MINUTES, EPOCHS = 200, 3, 6",
@@ -81,8 +74,8 @@ def test_a_network_and_a_loss_of_ones_own_go_all_the_way_in_forty_lines(folder):
     assert "written: two_blocks.onnx" in out
     out = run_example("onnx_predict.py", "two_blocks.onnx", "--map", 80, cwd=folder)
     assert re.search(r"^tpp: [-\d.]+ mmHg$", out, re.M) and "latency of one segment" in out
-    with open(os.path.join(EXAMPLES, "custom_network.py"), encoding="utf-8") as file:
-        code = file.read().split('"""', 2)[2].split("import make_calibration", 1)[-1]
+    code = read_ours("examples/custom_network.py").split('"""', 2)[2]
+    code = code.split("import make_calibration", 1)[-1]
     lines = [line for line in code.splitlines() if line.strip() and '"""' not in line]
     assert len(lines) <= 40
 
@@ -101,7 +94,6 @@ def test_a_sweep_ends_in_a_table(folder, scripts_here):
     assert re.search(r"the best, 'recipe', on the test patients: RMSE [\d.]+ mmHg", out)
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(EXAMPLES, "*.py"))))
+@pytest.mark.parametrize("path", sorted(glob.glob(f"{ROOT}/examples/*.py")))
 def test_each_example_fits_on_a_page(path):
-    with open(path, encoding="utf-8") as file:
-        assert len(file.readlines()) <= 75
+    assert len(read_ours(path).splitlines()) <= 75

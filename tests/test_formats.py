@@ -31,11 +31,9 @@ def whole(path, file_fs=None):
 def write_wfdb(folder, name, samples, fs=125, unit="/mmHg", signal="ABP", gain=100):
     """A one-signal WFDB record in format 16, NaN included, without the wfdb package."""
     digital = np.where(np.isfinite(samples), np.rint(np.nan_to_num(samples) * gain), -32768)
-    digital.astype("<i2").tofile(os.path.join(folder, name + ".dat"))
-    with open(os.path.join(folder, name + ".hea"), "w") as file:
-        file.write(f"{name} 1 {fs} {len(samples)}\n"
-                   f"{name}.dat 16 {gain}{unit} 16 0 0 0 0 {signal}\n")
-    return os.path.join(folder, name + ".hea")
+    digital.astype("<i2").tofile(folder / f"{name}.dat")
+    (folder / f"{name}.hea").write_text(
+        f"{name} 1 {fs} {len(samples)}\n{name}.dat 16 {gain}{unit} 16 0 0 0 0 {signal}\n")
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +109,8 @@ def files(tmp_path_factory, signals):
     return {form: str(folder / names.get(form, f"r.{form}")) for form in ROUNDING}
 
 
-def named(reader, name):
-    return next(own for own in reader.channels if own.endswith(name))
-
-
 @pytest.mark.parametrize("form", sorted(ROUNDING))
-def test_every_format_gives_the_same_samples_at_the_same_times_whole_and_in_spans(files, signals,
-                                                                                  form):
+def test_every_format_gives_the_same_samples_and_times_whole_and_in_spans(files, signals, form):
     reader = opened(files[form])
     names = [next(own for own in reader.channels if own.endswith(name)) for name in RATES]
     together = reader.read(names, 0, np.inf)
@@ -179,12 +172,11 @@ def test_windows_of_every_storage_format_equal_the_whole(tmp_path, form):
 
 @pytest.mark.parametrize("gain, complaint", [
     ("100", ""), ("100(0)", ""), ("0", "unit is not known"), ("0(0)/mmHg", "unit is not known")])
-def test_a_pressure_without_a_unit_is_mmhg_and_one_without_a_gain_is_refused(tmp_path, gain,
-                                                                             complaint):
-    path = write_wfdb(tmp_path, "r", np.full(9000, 80.0))
+def test_pressure_without_a_unit_is_mmhg_and_without_a_gain_is_refused(tmp_path, gain, complaint):
+    write_wfdb(tmp_path, "r", np.full(9000, 80.0))
     (tmp_path / "r.hea").write_text(f"r 1 125 9000\nr.dat 16 {gain} 16 0 0 0 0 ABP\n")
     with pytest.raises(RecordingError, match=complaint) if complaint else nullcontext():
-        recorded = recordings.read_windows(path, fs=60, seconds=60, limits={})
+        recorded = recordings.read_windows(str(tmp_path / "r.hea"), fs=60, seconds=60, limits={})
         assert recorded.chosen == {"abp": "ABP"}
 
 
@@ -226,8 +218,7 @@ ONE = "16 1/mmHg 16 0 0 0 0 ABP\n"
     ("r 1 125 900\nr.dat " + ONE, "data file is too short"),
     ("r/1 1 125 100\nr 100\n", "has segments itself"),
     ("r 1 125 100\n../s.dat " + ONE, "outside its own folder"),
-    ("m/1 1 125 100\n/etc/passwd 100\n", "outside its own folder"),
-])
+    ("m/1 1 125 100\n/etc/passwd 100\n", "outside its own folder")])
 def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
     np.zeros(100, "<i2").tofile(tmp_path / "r.dat")
     (tmp_path / "r.hea").write_text(header)
@@ -278,8 +269,7 @@ def edf(tmp_path, signals):
 @pytest.mark.parametrize("first, text", [
     (168, b"00.00.00"), (176, b"10:20:30"), (8, b"M\xfcller, J\xf6rg"), (8, b"\x00\x00\x00"),
     (236, b"-1      "), (256 + 3 * 96 + 8, b"\xb5V      "),
-    (256 + 3 * 104 + 8, b"0       0       "), (256 + 3 * 120 + 16, b"-       "),
-])
+    (256 + 3 * 104 + 8, b"0       0       "), (256 + 3 * 120 + 16, b"-       ")])
 def test_an_odd_field_that_the_wanted_channel_does_not_need_is_no_obstacle(edf, first, text):
     path, data = edf
     expected = whole(path)["ABP"].samples
@@ -296,8 +286,7 @@ def test_the_start_of_an_edf_file(edf):
     (252, b"x   ", "unreadable header"), (236, b"900     ", "holds 80 data records, its "),
     (236, b"70      ", "its header says 70"),
     (256 + 3 * 104, b"5       5       5       5       ", "unreadable or equal limits"),
-    (244, b"0       ", "no signals"), (256 + 3 * 104, b"x       ", "unreadable or equal limits"),
-])
+    (244, b"0       ", "no signals"), (256 + 3 * 104, b"x       ", "unreadable or equal limits")])
 def test_a_bad_edf_file_gets_one_line(edf, first, text, complaint):
     path, data = edf
     path.write_bytes(data[:first] + text + data[first + len(text):])
@@ -333,8 +322,7 @@ def test_the_rate_of_hdf5_is_an_attribute_of_the_dataset_or_above_or_given(tmp_p
 @pytest.mark.parametrize("attributes, shift", [
     ({"scale_factor": 0.01}, 0), ({"scale_factor": 0.01, "add_offset": 5.0}, 5),
     ({"gain": 0.01}, 0), ({"gain": np.array([0.01]), "offset": 5}, 5), ({"gain": 100.0}, 0),
-    ({"adc_gain": 100, "baseline": 500}, -5), ({"gain": 100, "baseline": 500}, -5),
-])
+    ({"adc_gain": 100, "baseline": 500}, -5), ({"gain": 100, "baseline": 500}, -5)])
 def test_integers_of_hdf5_are_scaled_by_their_attributes(tmp_path, attributes, shift):
     with h5py.File(tmp_path / "w.h5", "w") as file:
         file["abp"] = np.array([8000, 8100, -32768, 8250], "<i2")

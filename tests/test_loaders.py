@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import KEYS, ROOT, fork, make_file, serials
+from conftest import KEYS, ROOT, fork, make_file, printed_by, serials
 
 import datasets
 import loaders
@@ -52,19 +52,12 @@ def test_batches_made_on_a_device_are_those_of_the_plain_loader(dataset, level):
         assert all(torch.equal(a, b) for one, other in zip(*batches) for a, b in zip(one, other))
 
 
-def run_here(code, path, *shell):
-    """All that Python code prints in a shell with these preparations."""
-    code = (f"import sys; sys.path[:0] = [{ROOT!r}]\nfrom datasets import *\n"
-            f"from loaders import *\nP = {path!r}\n{code}")
-    shell = "; ".join([*shell, f'exec {sys.executable} -c "$CODE"'])
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True,
-                          env=dict(os.environ, CODE=code))
-    return (done.stdout + done.stderr).strip()
-
-
 READ_ALL = """
-data = TPP_PPG_dataset(create_dataset_index(path=P), 'segment', ['ppg', 'map', 'tpp'])
-for workers in WORKERS:
+import sys
+from datasets import *
+from loaders import *
+data = TPP_PPG_dataset(create_dataset_index(path=sys.argv[1]), 'segment', ['ppg', 'map', 'tpp'])
+for workers in (0, 2):
     try:
         loader = make_loader(data, 32, drop_last=False, workers=workers)
         print(sum(int(batch[0][:, 0, 0].sum()) for epoch in range(2) for batch in loader))
@@ -89,18 +82,18 @@ def test_more_files_than_may_be_open_are_read(tmp_path):
         data = TPP_PPG_dataset(create_dataset_index(path=paths), "segment", ["ppg", "map", "tpp"])
         assert sum(serials(make_loader(data, 32))) == 240
 
-    process = fork(read, tmp_path)
-    process.join()
-    assert process.exitcode == 0, (tmp_path / ".printed").read_text()
+    printed_by([fork(read, tmp_path)], tmp_path)
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists("/dev/shm"), reason="needs mount")
 def test_a_full_dev_shm_is_one_line_and_no_matter_without_workers(published):
-    fill = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/x"
-    script = f"unshare -m bash -c '{fill}; exec {sys.executable} -c \"$CODE\"' && exit"
     if subprocess.run(["unshare", "-m", "true"]).returncode:
         pytest.skip("needs unshare")
-    plain, failed = run_here(READ_ALL.replace("WORKERS", "(0, 2)"), published, script).splitlines()
+    fill = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/x"
+    done = subprocess.run(["unshare", "-m", "bash", "-c", f'{fill}; exec "$@"', "bash",
+                           sys.executable, "-c", READ_ALL, published],
+                          cwd=ROOT, capture_output=True, text=True)
+    plain, failed = (done.stdout + done.stderr).splitlines()
     assert plain == "9120" and failed.startswith("DataError: a loader worker")
 
 

@@ -49,16 +49,14 @@ def test_what_is_undefined_is_nan():
     assert metrics.skill(truth, truth, prediction, patients)["low"] == 1.0
 
 
-def test_values_that_are_not_finite_missing_or_unequal_in_number_are_refused():
-    with pytest.raises(ValueError, match="prediction: not all of the 3 values"):
-        metrics.scores([1, 2, 3], [1, -np.inf, 3])
-    with pytest.raises(ValueError, match="truth: not all"):
-        metrics.confidence_intervals([0, 0, 1], [1, np.nan, 3], [1, 2, 3])
-    with pytest.raises(ValueError, match="errors: not all"):
-        metrics.fit_calibration([1, np.nan, 3], [0, 0, 1])
-    for truth in ([], [1, 2, 3]):
-        with pytest.raises(ValueError):
-            metrics.scores(truth, truth[:-1])
+@pytest.mark.parametrize("score, arguments, message", [
+    (metrics.scores, ([1, 2, 3], [1, -np.inf, 3]), "prediction: not all of the 3 values"),
+    (metrics.confidence_intervals, ([0, 0, 1], [1, np.nan, 3], [1, 2, 3]), "truth: not all"),
+    (metrics.fit_calibration, ([1, np.nan, 3], [0, 0, 1]), "errors: not all"),
+    (metrics.scores, ([], []), "0 sample"), (metrics.scores, ([1, 2, 3], [1, 2]), "inconsistent")])
+def test_values_not_finite_missing_or_unequal_in_number_are_refused(score, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        score(*arguments)
 
 
 def test_a_score_added_to_the_table_has_its_value_and_interval_everywhere(monkeypatch):

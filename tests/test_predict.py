@@ -52,13 +52,13 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("runs") / "m.pth")
 
 
-def run(*arguments):
-    return call(predict, *arguments)
+def run(*arguments, code=0):
+    """What predict.py does, which must end with this exit code."""
+    return call(predict, *arguments, check=code)
 
 
 def predicted(tmp_path, *arguments):
-    code, out, err = run(*arguments, "--out", tmp_path / "o.csv")
-    assert code == 0, out + err
+    run(*arguments, "--out", tmp_path / "o.csv")
     return pd.read_csv(tmp_path / "o.csv").fillna({"refused": ""})
 
 
@@ -115,9 +115,7 @@ def test_the_page_says_what_the_console_says_and_what_is_drawn(tmp_path, night):
             table = pd.read_csv(path)
             table.loc[table["time_s"] < 60, "PLETH"] = 1.0
             table.to_csv(path, index=False)
-        code, out, err = run(model, path, "--figure", tmp_path / "f.html", "--out",
-                             tmp_path / "o.csv")
-        assert code == 0, err
+        out = run(model, path, "--figure", tmp_path / "f.html", "--out", tmp_path / "o.csv").stdout
         page = html.unescape((tmp_path / "f.html").read_text(encoding="utf-8"))
         for line in out.splitlines():
             if "written: " not in line:
@@ -130,13 +128,12 @@ def test_the_page_says_what_the_console_says_and_what_is_drawn(tmp_path, night):
 
 def test_a_network_of_your_own_predicts_and_exports(tmp_path, night):
     model = save(tmp_path / "own.pth", Own(), ["ppg", "map", "tpp"], spec="test_predict.py:Own")
-    assert "--model" in run(model, night)[2]
+    assert "--model" in run(model, night, code=2).stderr
     table = predict.predict_recording(load_model(model, network=Own()), night)
     assert np.isfinite(table["tpp"]).all()
     pytest.importorskip("onnxruntime")
-    code, out, err = run(model, night, "--model", f"{__file__}:Own", "--export",
-                         tmp_path / "own.onnx")
-    assert code == 0 and "from PyTorch on 64 segments" in out and "3 minutes, 3 with TPP" in out
+    out = run(model, night, "--model", f"{__file__}:Own", "--export", tmp_path / "own.onnx").stdout
+    assert "from PyTorch on 64 segments" in out and "3 minutes, 3 with TPP" in out
     rows = out[out.index("start_s  "):].splitlines()        # the table, 100 columns at most
     assert rows[3].startswith("   60.0") and max(map(len, rows[:5])) <= 100
     import onnx
@@ -144,9 +141,9 @@ def test_a_network_of_your_own_predicts_and_exports(tmp_path, night):
     assert said["outputs"] == "tpp [batch] mmHg"            # no interval, as it is not calibrated
     model = NormalisedModel(Own(), ["ppg", "tpp"], load_model(model, network=Own()).normaliser,
                             inputs=["ppg", "map"])          # as by --ablate: without the vitals
-    code, out, err = run(save_checkpoint(tmp_path / "b.pth", model) and tmp_path / "b.pth",
-                         "--model", f"{__file__}:Own", "--export", tmp_path / "b.onnx")
-    assert code == 0 and "from PyTorch on 64 segments" in out, err
+    save_checkpoint(tmp_path / "b.pth", model)
+    done = run(tmp_path / "b.pth", "--model", f"{__file__}:Own", "--export", tmp_path / "b.onnx")
+    assert "from PyTorch on 64 segments" in done.stdout
 
 
 def test_several_recordings_make_one_table_and_names_stay_private(tmp_path, night, checkpoint):
@@ -156,23 +153,23 @@ def test_several_recordings_make_one_table_and_names_stay_private(tmp_path, nigh
     shutil.copy(night, paths[0])
     paths[1].write_text("no recording\n")
     write_csv(paths[2], 61)
-    code, out, err = run(checkpoint, folder, "--out", out_path)
-    assert code == 1 and "recording 2 of 3" in err and "MRN" not in out + err + out_path.read_text()
+    _, out, err = run(checkpoint, folder, "--out", out_path, code=1)
+    assert "recording 2 of 3" in err and "MRN" not in out + err + out_path.read_text()
     table = pd.read_csv(out_path)
     assert list(zip(table["recording"], table["start_s"])) == [(1, 0), (1, 60), (1, 120), (3, 0)]
     names = pd.read_csv(tmp_path / "o_recordings.csv", comment="#", index_col="recording")["path"]
     assert names.to_dict() == {i: str(path) for i, path in enumerate(paths, 1)}
     table = predict.predict_recording(checkpoint, paths[::2])
     assert list(table["recording"].unique()) == list(map(str, paths[::2]))
-    code, _, err = run(checkpoint, folder, "--figure", tmp_path / "f.png")
-    assert code == 2 and "--figure draws one recording" in err
+    done = run(checkpoint, folder, "--figure", tmp_path / "f.png", code=2)
+    assert "--figure draws one recording" in done.stderr
 
 
 def test_without_arterial_line_exactly_the_missing_vitals_are_named(night, checkpoint):
     ignored = ["--abp-channel", "none", night]      # options may stand before the recording
     for given, said in (([], "MAP, DBP"), (["--map", 75], "DBP")):
-        code, _, err = run(checkpoint, *given, *ignored)
-        assert code == 2 and f"needs {said}: no arterial pressure" in err and "--vitals CSV" in err
+        err = run(checkpoint, *given, *ignored, code=2).stderr
+        assert f"needs {said}: no arterial pressure" in err and "--vitals CSV" in err
     table = predict.predict_recording(checkpoint, night, 75, 55, channels={"abp": "none"})
     assert list(table["map_from"] + table["hr_from"]) == ["optionppg"] * 3
     assert abs(table["hr"][0] - 72) < 1 and "tpp_abp" not in table
@@ -191,18 +188,18 @@ def test_why_no_minute_has_a_vital_is_said(tmp_path, night, checkpoint, scale, c
     table["ABP"] *= scale
     table.set_axis(["time_s", *columns], axis=1).to_csv(tmp_path / "r.csv", index=False)
     (tmp_path / "cuff.csv").write_text(f"time_s,map,dbp\n{cuff}\n")
-    code, _, err = run(checkpoint, tmp_path / "r.csv",
-                       *(["--vitals", tmp_path / "cuff.csv"] if cuff else []))
-    assert code == 2 and said in err and "add --vitals" not in err and err.count("\n") == 1
+    vitals = ["--vitals", tmp_path / "cuff.csv"] if cuff else []
+    line, = run(checkpoint, tmp_path / "r.csv", *vitals, code=2).stderr.splitlines()
+    assert said in line and "add --vitals" not in line
 
 
 def test_a_unit_is_for_a_channel_or_a_column_of_vitals_that_is_there(tmp_path, night, checkpoint):
     (tmp_path / "cuff.csv").write_text("time_s,map,dbp\n0,10,7.3\n")
     given = [checkpoint, night, "--vitals", tmp_path / "cuff.csv", "--unit", "DBP=kPa", "--unit"]
-    code, out, _ = run(*given, "map=kPa")
-    assert code == 0 and "MAP from: vitals (3 min)" in out and "75.0" in out
-    code, out, err = run(*given, "abpp=kPa")
-    assert code == 2 and "--unit abpp: no such channel or column of --vitals" in err
+    out = run(*given, "map=kPa").stdout
+    assert "MAP from: vitals (3 min)" in out and "75.0" in out
+    err = run(*given, "abpp=kPa", code=2).stderr
+    assert "--unit abpp: no such channel or column of --vitals" in err
 
 
 def test_vitals_come_from_options_then_readings_then_the_line_then_numbers(tmp_path, checkpoint):
@@ -218,8 +215,8 @@ def test_vitals_come_from_options_then_readings_then_the_line_then_numbers(tmp_p
     table = predicted(tmp_path, checkpoint, path, "--abp-channel", "none")
     assert [set(table[f"{key}_from"]) for key in ("map", "dbp", "hr")] == [{"numbers"}] * 3
     np.testing.assert_allclose(table["map"], [70.48, 71.48, 72.48, 73.48], atol=0.01)
-    code, out, _ = run(checkpoint, path, "--map", 40)
-    assert code == 1 and "4 minutes, 0 with TPP; refused: dbp_above_map 4" in out
+    out = run(checkpoint, path, "--map", 40, code=1).stdout
+    assert "4 minutes, 0 with TPP; refused: dbp_above_map 4" in out
     del numbers["MAP"]
     path = write_csv(tmp_path / "r.csv", 65, columns=("PLETH",), numbers=numbers)
     assert list(predicted(tmp_path, checkpoint, path)["map_from"]) == ["cuff"]
@@ -229,8 +226,8 @@ def test_implausible_numbers_are_refused_and_counted_by_minute(tmp_path, checkpo
     path = write_csv(tmp_path / "r.csv", 121, columns=("PLETH",), numbers={
         "MAP": lambda t: 8388607 if t % 6 == 0 else 86, "DBP": lambda t: 68,
         "HR": lambda t: 0 if t >= 60 and t % 6 == 0 else 75})
-    code, out, err = run(checkpoint, path, "--out", tmp_path / "o.csv")
-    assert code == 0 and "MAP from: numbers (2 min); 20 implausible values refused" in out, err
+    out = run(checkpoint, path, "--out", tmp_path / "o.csv").stdout
+    assert "MAP from: numbers (2 min); 20 implausible values refused" in out
     table = pd.read_csv(tmp_path / "o.csv")[["map", "hr", "map_refused", "hr_refused"]]
     assert table.values.tolist() == [[86, 75, 10, 0], [86, 75, 10, 10]]
 
@@ -247,8 +244,7 @@ def test_a_reading_holds_for_half_an_hour_and_no_longer(tmp_path, checkpoint, mo
 def test_a_network_of_pcrit_gives_tpp_and_needs_map(tmp_path):
     model = make_checkpoint(tmp_path / "p.pth", ["ppg", "pp", "p_crit"])
     path, cuff = write_csv(tmp_path / "r.csv", 61, columns=("PLETH",)), tmp_path / "cuff.csv"
-    code, _, err = run(model, path)
-    assert code == 2 and "needs PP, MAP: no arterial" in err
+    assert "needs PP, MAP: no arterial" in run(model, path, code=2).stderr
     cuff.write_text("time_s,sbp,dbp\n20,110,70\n")
     a, b = (predicted(tmp_path, model, path, "--vitals", cuff, "--map", x) for x in (85, 95))
     assert abs(b["tpp"][0] - a["tpp"][0] - 10) < 0.011
@@ -265,20 +261,18 @@ def test_intervals_are_as_wide_as_the_network_s_own_spread_says(tmp_path, night)
     assert b"Type3" not in (tmp_path / "f.pdf").read_bytes()
 
 
-@pytest.mark.parametrize("options, has_interval, remark", [
+@pytest.mark.parametrize("options, shown, remark", [
     ({"origin": "simulated"}, False, "no prediction intervals: .* --calibrate DATA"),
     ({"calibrated": False}, False, "no prediction intervals: no calibration .* makes one"),
     ({}, True, r"no interval at 95 %: calibrated on too few patients \(12\)"),
-    ({"label_method": "mine"}, True, "labels are 'published', not 'mine'"),
-])
-def test_an_interval_stands_only_where_its_calibration_holds(tmp_path, night, options, has_interval,
-                                                             remark):
+    ({"label_method": "mine"}, True, "labels are 'published', not 'mine'")])
+def test_intervals_stand_only_where_calibrations_hold(tmp_path, night, options, shown, remark):
     model = make_checkpoint(tmp_path / "m.pth", **options)
-    code, out, _ = run(model, night, "--out", tmp_path / "o.csv", "--figure", tmp_path / "f.svg")
-    assert code == 0 and len(re.findall(remark, out)) == 1
+    out = run(model, night, "--out", tmp_path / "o.csv", "--figure", tmp_path / "f.svg").stdout
+    assert len(re.findall(remark, out)) == 1
     assert ("MODEL TRAINED ON SIMULATED PATIENTS" in out) == ("origin" in options)
     table = pd.read_csv(tmp_path / "o.csv")
-    assert "low_95" not in table and ("low_90" in table) == has_interval
+    assert "low_95" not in table and ("low_90" in table) == shown
     with pytest.warns(UserWarning, match=remark):
         predict.predict_recording(model, night)
 
@@ -289,13 +283,12 @@ def test_an_interval_stands_only_where_its_calibration_holds(tmp_path, night, op
     ({}, ["--ppg-channel", "X"], "--ppg-channel"), ({}, ["--map", "0"], "--map 0: expected"),
     ({}, ["--map", "55", "--dbp", "75"], "--dbp 75: expected less than --map 55"),
     ({}, ["--figure", "f.txt"], "ends in .png"), ({}, ["--unit", "kPa"], "CHANNEL=UNIT"),
-    ({}, ["none.csv"], "no such file"), ({"scale": 1e6}, [], "no tissue perfusion pressure"),
-])
+    ({}, ["none.csv"], "no such file"), ({"scale": 1e6}, [], "no tissue perfusion pressure")])
 def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, file, options, said):
     model = make_checkpoint(tmp_path / "m.pth", scale=file.pop("scale", 10.0))
     path, out = write_csv(tmp_path / "r.csv", **{"seconds": 61, **file}), tmp_path / "x" / "o.csv"
-    code, _, err = run(model, path, "--out", out, *options)
-    assert code == 2 and said in err.strip().splitlines()[-1] and "Traceback" not in err
+    err = run(model, path, "--out", out, *options, code=2).stderr
+    assert said in err.strip().splitlines()[-1] and "Traceback" not in err
     assert not out.parent.exists()
 
 
@@ -306,18 +299,17 @@ def test_no_input_checkpoint_or_foreign_table_is_overwritten(tmp_path, night, ch
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for model, out in ((checkpoint, "r.csv"), (checkpoint, "other.csv"), ("m.csv", "m.csv"),
                        (checkpoint, "/proc/nowhere/o.csv")):
-        code, _, err = run(tmp_path / model, tmp_path / "r.csv", "--out", tmp_path / out)
-        assert code == 2 and err.startswith("error: "), err     # found before the work
+        done = run(tmp_path / model, tmp_path / "r.csv", "--out", tmp_path / out, code=2)
+        assert done.stderr.startswith("error: ")        # found before the work
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_export_gives_what_pytorch_gives_at_any_gain_and_batch_or_is_refused(
         tmp_path, checkpoint, monkeypatch):
     onnxruntime, path = pytest.importorskip("onnxruntime"), str(tmp_path / "m.onnx")
-    code, out, err = run(checkpoint, "--export", path)
-    assert code == 0 and "mmHg from PyTorch on 64 segments" in out, err
+    assert "mmHg from PyTorch on 64 segments" in run(checkpoint, "--export", path).stdout
     simulated = make_checkpoint(tmp_path / "s.pth", origin="simulated")
-    out = run(simulated, "--export", tmp_path / "s.onnx")[1]
+    out = run(simulated, "--export", tmp_path / "s.onnx").stdout
     assert "no prediction intervals" in out and "recordings" not in out     # there is none
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
@@ -331,6 +323,6 @@ def test_an_export_gives_what_pytorch_gives_at_any_gain_and_batch_or_is_refused(
         assert tpp.shape == (n,) and np.abs(tpp - expected).max() <= 1e-3
         np.testing.assert_allclose([tpp - low, high - tpp], 9.0, atol=1e-4)
     monkeypatch.setattr(predict, "EXPORT_TOLERANCE", -1.0)
-    code, _, err = run(checkpoint, "--export", tmp_path / "x" / "m.onnx")
-    assert code == 2 and "not written, as onnxruntime differs" in err
+    done = run(checkpoint, "--export", tmp_path / "x" / "m.onnx", code=2)
+    assert "not written, as onnxruntime differs" in done.stderr
     assert not (tmp_path / "x").exists()

@@ -1,7 +1,6 @@
 """recordings.py: finding records, choosing channels, units and vitals, windows of one minute."""
 import gzip
 import os
-import stat
 import subprocess
 import sys
 import tracemalloc
@@ -118,8 +117,7 @@ def test_a_span_is_resampled_to_the_bit_as_the_whole_is(fs):
     ("hr", ["HR [bpm]", "HR [beats/min]", "Solar8000/HR", "NOM_ECG_CARD_BEAT_RATE", "PLETH_HR"]),
     ("cuff_map", ["NIBP_MBP", "NBP (Mean)"]), ("cuff_sbp", ["NBP Sys"]),
     ("cuff_dbp", ["NIBP Dias [mmHg]"]),
-    ("", ["SpO2", "PAP", "CVP", "RAP", "P1", "ICP", "ART(MAX)", "PPG (ambient)"]),
-])
+    ("", ["SpO2", "PAP", "CVP", "RAP", "P1", "ICP", "ART(MAX)", "PPG (ambient)"])])
 def test_usual_names_are_recognised_with_their_units(kind, names):
     for name in names:
         kinds = [other for other in CHANNELS if plain_name(name) in CHANNELS[other]]
@@ -133,8 +131,7 @@ def test_usual_names_are_recognised_with_their_units(kind, names):
       "Pulse": light}, {"abp": "ABP wave", "ppg": "PPG"}),
     ({"ABP": lambda t: 0 * t, "ABP#2": pressure, "PPG": light}, {"abp": "ABP#2", "ppg": "PPG"}),
     ({"MAP": pressure, "PPG": light, "HR": lambda t: 75 + np.floor(t / 7) % 3},
-     {"abp": "MAP", "ppg": "PPG", "hr": "HR"}),
-])
+     {"abp": "MAP", "ppg": "PPG", "hr": "HR"})])
 def test_waveforms_and_numbers_are_told_apart_by_content_in_any_order(tmp_path, columns, chosen):
     recorded = windows(write_csv(tmp_path / "a.csv", columns=columns))
     assert recorded.chosen == chosen
@@ -171,8 +168,7 @@ def test_hdf5_of_several_patients_is_not_mixed_up(tmp_path):
     ("ABP", 1, None), ("ABP [mmHg]", 1, None), ("ABP (kPa)", 7.50062, None), ("ABP", 1, "Torr"),
     ("abp_kpa", 7.50062, None), ("ABP [cmH2O]", 0.735559, None), ("abp_cmh2o", 0.735559, None),
     ("ABP [hPa]", 0.750062, None), ("ABP", 7.50062, "kPa"), ("ABP [furlong]", 0.735559, "cmH2O"),
-    ("ABP [furlong]", None, None), ("ABP (mV)", None, None), ("ABP [au]", None, None),
-])
+    ("ABP [furlong]", None, None), ("ABP (mV)", None, None), ("ABP [au]", None, None)])
 def test_the_pressure_is_converted_to_mmhg_or_its_unit_is_asked_for(tmp_path, name, factor, unit):
     path = write_csv(tmp_path / "a.csv", 70, columns={
         name: lambda t: pressure(t) / (factor or 1), "PPG": light})
@@ -235,8 +231,7 @@ def test_numbers_are_averaged_over_the_minute_and_a_cuff_s_reading_is_held_with_
     ("time (min);MAP (kPa);DBP (kPa)\n0;10,6658;7,99934\n2;11,9990;8,79927\n4;0;9,33256\n"
      "6;13,3322;\n", {"map": [240], "dbp": []}),
     ("Time (ms),NIBP Mean [mmHg],NIBP Dias [mmHg]\n0,80,60\n120000,90,66\n240000,8388607,70\n"
-     "360000,100,-1\n400000,50,60\n", {"map": [240, 400], "dbp": [360, 400]}),
-])
+     "360000,100,-1\n400000,50,60\n", {"map": [240, 400], "dbp": [360, 400]})])
 def test_a_vitals_table_is_checked_as_the_recording_s_numbers_are(tmp_path, text, refused_s):
     (tmp_path / "v.csv").write_text(text)
     readings, refused, _, _ = recordings.read_vitals(tmp_path / "v.csv", LIMITS)
@@ -249,8 +244,7 @@ def test_a_vitals_table_is_checked_as_the_recording_s_numbers_are(tmp_path, text
     ("time_s,NIBP\n0,120/80\n60,110/70\n", "no row of numbers"),
     ("time_s,MAP [furlong]\n0,80\n60,90\n", "--unit CHANNEL=UNIT"),
     ("time_s,weight\n0,80\n60,90\n", "any of map"), ("map,dbp\n80,60\n", "no time column"),
-    ("time_s,map\n60,80\n0,90\n", "times of MAP do not increase"),
-])
+    ("time_s,map\n60,80\n0,90\n", "times of MAP do not increase")])
 def test_a_vitals_table_that_cannot_be_used_gets_one_line(tmp_path, text, complaint):
     (tmp_path / "v.csv").write_text(text)
     with pytest.raises(RecordingError, match=complaint):
@@ -288,8 +282,7 @@ def test_a_new_window_begins_after_each_gap_and_pieces_change_nothing(tmp_path, 
     ([(0, 20)], [20, 80, 140, 200, 260, 320]),
     ([(70, 85)], [0, 85, 145, 205, 265, 325]),
     ([(100, 1000)], [0, 60, 120, 180, 240, 300]),           # it does not come back
-    ([(70, 85), (100, 130)], [0, 60, 130, 190, 250, 310]),  # not whole before 130
-])
+    ([(70, 85), (100, 130)], [0, 60, 130, 190, 250, 310])])  # not whole before 130
 def test_a_gap_of_the_arterial_line_moves_a_window_only_where_that_gains_one(gaps, starts):
     t = np.arange(400 * 60) / 60
     abp = np.where(np.any([(t > a) & (t < b) for a, b in gaps], axis=0), np.nan, pressure(t))
@@ -375,7 +368,7 @@ def test_linked_folders_are_followed_once_and_closed_ones_are_named(tmp_path):
     if os.geteuid() == 0:       # for whom no folder is closed
         command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    os.chmod(tmp_path / "recs" / "closed", stat.S_IRWXU)
+    os.chmod(tmp_path / "recs" / "closed", 0o700)
     assert done.stdout.splitlines() == ["recs/a.csv", "recs/p2/b.csv", "recs/closed"]
     assert "a folder that cannot be opened" in done.stderr.splitlines()[-1]
 

@@ -54,8 +54,7 @@ def written(separator=",", header=HEADER, lines=ROWS, end="\n"):
     written(header=[*HEADER, ""]), written(lines=[[f'"{cell}"' for cell in row] for row in ROWS]),
     written(header=["'Elapsed time'", "'ABP'", "'PPG'"],    # WFDB's rdsamp -v -pe
             lines=[["'hh:mm:ss.mmm'", "'mmHg'", "'NU'"],
-                   *(["'0:00.0" + str(int(100 * row[0])) + "0'", *row[1:]] for row in ROWS)]),
-])
+                   *(["'0:00.0" + str(int(100 * row[0])) + "0'", *row[1:]] for row in ROWS)])])
 def test_a_table_is_read_in_whatever_form_it_was_written(tmp_path, text):
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "cp1252"):
         read = table(tmp_path / "a.csv", text, encoding)
@@ -102,8 +101,7 @@ def test_units_come_from_the_header_or_the_row_below_it(tmp_path):
     ("time,abp\n0,80,7\n0.1,81\n0.2,82\n", "row 1 has 3 cells, the header names 2"),
     ("time_s;abp\n0,00;1 080,5\n0,01;1 081\n", "thousands separators"),
     ("PK\x03\x04 and so on\n", "a ZIP or Excel file"), ("a,b\n\x00\x01\n", "binary data"),
-    ("time,abp\n0,80\n1," + "8" * (tables.MAX_LINE + tables.TABLE_CHARS) + "\n", "a line of over"),
-])
+    ("time,abp\n0,80\n1," + "8" * (tables.MAX_LINE + tables.TABLE_CHARS) + "\n", "a line of over")])
 def test_what_is_not_certain_is_refused_in_one_line(tmp_path, text, complaint):
     with pytest.raises(RecordingError) as caught:
         whole(table(tmp_path / "bad.csv", text))
@@ -120,8 +118,7 @@ def test_a_row_that_was_cut_at_the_file_s_end_is_left_out_and_said(tmp_path):
     (50, 0, False), (60, 0, True), (62.4725, 0, False), (124.945, 0, True), (1000, 0, False),
     (60, 3, False), (100, 2, False), (125, 1.5, False), (250, 0.5, False), (60, 0.7, True),
     (250, 0.7, True)])
-def test_rows_lie_where_they_were_sampled_though_stamps_are_rounded_and_jitter(tmp_path, fs,
-                                                                               jitter_ms, has_gaps):
+def test_rows_lie_where_they_were_sampled_though_stamps_jitter(tmp_path, fs, jitter_ms, has_gaps):
     rng, n = np.random.default_rng(3), int(60 * fs)
     keep = np.ones(n, bool)
     for first, length in ((1000, 1), (1010, 1), (2000, 2), (2500, 300), (2803, 50), (n - 500, 1)):
@@ -191,13 +188,10 @@ def test_a_slower_channel_has_a_cell_in_every_second_row(tmp_path):
     np.testing.assert_array_equal(ppg.samples, 2 * np.arange(ppg.first, ppg.first + 1000) + 1)
 
 
-def test_a_given_rate_replaces_the_time_column(tmp_path):
+def test_a_given_rate_replaces_the_time_column_and_a_contradiction_is_said(tmp_path):
     read = table(tmp_path / "a.csv", "date,abp\n12:00,80\n12:00,81\n12:00,82\n", file_fs=50)
     assert (read.fs, read.end_s) == (50, 0.06)
     np.testing.assert_array_equal(whole(read)["abp"], [80, 81, 82])
-
-
-def test_a_given_rate_that_the_times_contradict_is_said(tmp_path):
     text = "time_s,abp\n" + "".join(f"{i / 100:.2f},80\n" for i in range(500))
     said = table(tmp_path / "a.csv", text, file_fs=50).notes
     assert said == ["--fs 50, though its times say 100 rows/s"]
@@ -217,8 +211,7 @@ def test_a_given_rate_that_the_times_contradict_is_said(tmp_path):
     ("date_time", lambda t: f"5.6.2023 10:{t // 60:02.0f}:{t % 60:06.3f}"),
     ("Date/Time", lambda t: f"6/5/2023 10:{t // 60:02.0f}:{t % 60:06.3f}"),
     ("time", lambda t: f"05-Jun-2023 10:{t // 60:02.0f}:{t % 60:06.3f}"),
-    ("", lambda t: f"2023-06-05 10:{t // 60:02.0f}:{t % 60:09.6f}"),  # a pandas index
-])
+    ("", lambda t: f"2023-06-05 10:{t // 60:02.0f}:{t % 60:09.6f}")])  # a pandas index
 def test_units_dates_and_clock_times_of_the_time_column(tmp_path, header, form):
     read = table(tmp_path / "a.csv", rows([form(i / 60) for i in range(4200)],
                                           header=header + ",abp"))
@@ -231,10 +224,8 @@ def test_units_dates_and_clock_times_of_the_time_column(tmp_path, header, form):
     ("2023-06-05 23:59", "%H:%M:%S.%f", "UTC"),                 # goes on past midnight
     ("2023-06-05 23:59", "%d.%m.%Y;%H:%M:%S.%f", "UTC"),        # in two columns
     ("2023-03-26 00:59", "%Y-%m-%d %H:%M:%S.%f", "Europe/Berlin"),      # summer time begins,
-    ("2023-10-29 00:59", "%Y-%m-%d %H:%M:%S.%f", "Europe/Berlin"),      # and ends
-])
-def test_midnight_and_daylight_saving_time_are_neither_gaps_nor_steps_back(tmp_path, start, form,
-                                                                           zone):
+    ("2023-10-29 00:59", "%Y-%m-%d %H:%M:%S.%f", "Europe/Berlin")])      # and ends
+def test_midnight_and_daylight_saving_time_are_no_gaps_nor_steps_back(tmp_path, start, form, zone):
     stamps = pd.date_range(start, periods=6000, freq="20ms", tz="UTC").tz_convert(zone)
     header = "Date;Time;abp" if ";" in form else "time;abp"
     read = table(tmp_path / "a.csv", header + "\n" + "".join(

@@ -1,5 +1,4 @@
 """train_resnet.py as its users run it, on small real files and with small networks."""
-import csv
 import json
 import os
 import re
@@ -10,12 +9,12 @@ import subprocess
 import sys
 import time
 
-import conftest
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import KEYS, fork, fork_ranks, little_work, make_file, needs_children
+from conftest import KEYS, call, children, fork, fork_ranks, make_file, needs_children, printed_by
 
 import train_resnet
 from checkpoint import CheckpointError, hash_patients, load_checkpoint, read_salt
@@ -23,6 +22,7 @@ from datasets import DataError, TPP_PPG_dataset, create_dataset_index, split_ind
 from tk_utils import run_script
 from training_header import TrainingError, load_model
 
+pytestmark = pytest.mark.usefixtures("small")
 OPTIONS = ["--data", "d.h5", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
 SIDE_FILES = {"trajectory.pth", "log.csv", "metrics.json", "run.json", "card.md"}
 FIGURES = {f"figures_resnet/{name}_plot.png" for name in (
@@ -32,13 +32,11 @@ OUTPUTS = {"runs/M1.5.pth", *FIGURES, *(f"runs/M1.5/{name}" for name in SIDE_FIL
 
 def tree(folder):
     """The files below a folder, as relative paths, without hidden ones (locks)."""
-    return {os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
-            for place, _, names in os.walk(folder) for name in names if not name.startswith(".")}
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 def read_json(path):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def same_weights(one, other):
@@ -46,21 +44,10 @@ def same_weights(one, other):
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    with little_work():
-        yield
-
-
-def call(*arguments, cwd):
-    return conftest.call(train_resnet, *arguments, cwd=cwd)
-
-
-def train(folder, *options):
-    """What a run prints that must end well."""
-    code, out, err = call(*OPTIONS, *options, cwd=folder)
-    assert code == 0, err
-    return out
+def train(folder, *options, code=0):
+    """What a run prints that must end with this exit code: its results, or its messages."""
+    done = call(train_resnet, *OPTIONS, *options, cwd=folder, check=code)
+    return done.stderr if code else done.stdout
 
 
 @pytest.fixture
@@ -107,13 +94,12 @@ def test_simulated_data_are_called_so_on_console_in_json_and_in_figures(trained)
 
 
 def test_the_log_has_a_row_per_epoch_and_agrees_with_the_trajectory(trained):
-    with open(trained / "runs/M1.5/log.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = pd.read_csv(trained / "runs/M1.5/log.csv")
     seen = torch.load(trained / "runs/M1.5/trajectory.pth", weights_only=True)
-    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert rows["epoch"].tolist() == [1, 2]
     for column, curve in (("train_loss", "epoch_train_loss"), ("tune_loss", "epoch_val_loss"),
                           ("lr", "lr")):
-        assert [float(row[column]) for row in rows] == pytest.approx(seen[curve].tolist(), rel=1e-4)
+        assert rows[column].tolist() == pytest.approx(seen[curve].tolist(), rel=1e-4)
 
 
 def test_the_checkpoint_says_how_it_was_made(trained):
@@ -143,8 +129,7 @@ def test_without_data_default_patients_are_simulated_once_and_called_so(monkeypa
     monkeypatch.setattr(train_resnet, "SIMULATED", {"patients": 12, "segments": 2, "seed": 3})
     monkeypatch.setattr(train_resnet, "SIMULATED_FILE", path)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)     # or processes start to simulate
-    code, out, err = call("--epochs", 1, "--device", "cpu", cwd=tmp_path)
-    assert code == 0, err
+    out = call(train_resnet, "--epochs", 1, "--device", "cpu", cwd=tmp_path, check=0).stdout
     assert "training on SIMULATED patients" in out and "recipe small" in out
     assert re.search(r"\nkept of the network \d\.\d\d, of .* \(chosen on \d+ tune patient", out)
     assert tree(tmp_path) == OUTPUTS | {path, "data/tpp_ppg.salt"}
@@ -168,17 +153,14 @@ def test_a_network_of_pcrit_without_vitals_with_its_own_spread_is_scored_as_tpp(
     ([], 10 ** 6, {"recipe": "large", "batch_size": 256}),
     (["--recipe", "M1.5", "--lr", "0.01", "--epochs", "3", "--weight-decay", "0"], 30,
      {"recipe": "M1.5", "lr": 0.01, "epochs": 3, "weight_decay": 0.0, "model": "resnet_v3"})])
-def test_the_recipe_follows_the_size_of_the_data_and_the_command_line(arguments, segments,
-                                                                      expected):
+def test_the_recipe_follows_the_size_of_the_data_and_the_options(arguments, segments, expected):
     found = train_resnet.choose_recipe(train_resnet.parse_args(arguments), segments)
     assert {key: found[key] for key in expected} == expected
 
 
-class Model:
-    scale = torch.tensor([2.0])         # mmHg for each unit of the network's output
-
-
 def test_a_recipe_becomes_arguments_of_the_loop():
+    class Model:
+        scale = torch.tensor([2.0])     # mmHg for each unit of the network's output
     found = train_resnet.loop_arguments(train_resnet.RECIPES["M1.5"], range(10), Model)
     assert found == {
         "total_epochs": 10, "lr": 1e-3, "weight_decay": 0.1, "l1_reg": 1e-4,
@@ -225,8 +207,7 @@ def test_a_network_and_a_loss_of_your_own_go_all_the_way(folder):
     assert (without["keys"], without["inputs"]) == (["ppg", "tpp"], KEYS[:-1])
     assert {*read_json(folder / "runs/own_fold0/metrics.json")["compared"]} == {
         "model without the PPG", "model without vitals"}
-    code, _, err = call(*OPTIONS, *folds, cwd=folder)
-    assert code == 2 and "model my_net.py:MyNet (now resnet_" in err
+    assert "model my_net.py:MyNet (now resnet_" in train(folder, *folds, code=2)
 
 
 def command(*options):
@@ -254,15 +235,13 @@ def printed(folder):
     (signal.SIGINT, 500), (signal.SIGTERM, 500), (signal.SIGTERM, 1)])     # 1: fits the baselines
 def test_a_signal_saves_and_ends_with_exit_code_3(folder, number, epochs):
     process = started(folder, "--epochs", str(epochs))
-    code, _, err = call(*OPTIONS, cwd=folder)
-    assert code == 2 and "another process is training under this name" in err and "--name" in err
+    err = train(folder, code=2)
+    assert "another process is training under this name" in err and "--name" in err
     os.kill(process.pid, number)
-    process.join(60)
-    text = printed(folder)
-    assert process.exitcode == 3, text
+    text = printed_by([process], folder, code=3)
     assert "the same command goes on from here" in text and "Traceback" not in text
-    code, _, err = call(*OPTIONS, "--lr", "0.01", cwd=folder)
-    assert code == 2 and f"epochs {epochs} (now 2)" in err and "(now 0.01)" in err
+    err = train(folder, "--lr", "0.01", code=2)
+    assert f"epochs {epochs} (now 2)" in err and "(now 0.01)" in err
     assert "--fresh" in err and "--name" in err
     if epochs == 1:
         assert "going on from" in train(folder, "--epochs", "1")
@@ -272,32 +251,29 @@ def test_a_signal_saves_and_ends_with_exit_code_3(folder, number, epochs):
 
 
 def test_a_finished_run_is_never_overwritten(copied):
-    path = copied / "runs/M1.5.pth"
+    path, same = copied / "runs/M1.5.pth", ["--recipe", "M1.5"]
     before = path.read_bytes()
-    assert "this run is finished" in train(copied, "--recipe", "M1.5")
-    code, _, err = call(*OPTIONS, "--recipe", "M1.5", "--seed", "3", cwd=copied)
-    assert code == 2 and "seed 0 (now 3)" in err and "--fresh" in err and "--name" in err
+    assert "this run is finished" in train(copied, *same)
+    err = train(copied, *same, "--seed", "3", code=2)
+    assert "seed 0 (now 3)" in err and "--fresh" in err and "--name" in err
     assert path.read_bytes() == before
     # an option that the run does not know, as it is newer, was at its default
     saved = load_checkpoint(path)
     for key in ("anchor", "precision", "loss"):
         del saved["config"][key]
     torch.save(saved, path)
-    assert "this run is finished" in train(copied, "--recipe", "M1.5")
-    code, _, err = call(*OPTIONS, "--recipe", "M1.5", "--loss", "l1", cwd=copied)
-    assert code == 2 and "loss mse (now l1)" in err
+    assert "this run is finished" in train(copied, *same)
+    assert "loss mse (now l1)" in train(copied, *same, "--loss", "l1", code=2)
     with h5py.File(copied / "d.h5", "a") as file:       # changed data are another experiment
         file["sim1-000000/1/tpp"][...] += 1
-    code, _, err = call(*OPTIONS, "--recipe", "M1.5", cwd=copied)
-    assert code == 2 and "other data" in err
+    assert "other data" in train(copied, *same, code=2)
 
 
 def test_files_that_are_not_ours_are_left_alone(folder):
     (folder / "runs").mkdir()
     (folder / "runs/mine.pth").write_text("not a checkpoint")
     for options in ([], ["--fresh"]):
-        code, _, err = call(*OPTIONS, "--name", "mine", *options, cwd=folder)
-        assert code == 2 and "not a checkpoint" in err
+        assert "not a checkpoint" in train(folder, "--name", "mine", *options, code=2)
     assert (folder / "runs/mine.pth").read_text() == "not a checkpoint"
 
 
@@ -308,8 +284,7 @@ def other_patients(trained, folder):
     return folder
 
 
-def test_fine_tuning_begins_with_the_parents_weights_and_remembers_its_patients(
-        trained, other_patients):
+def test_fine_tuning_takes_the_parents_weights_and_remembers_its_patients(trained, other_patients):
     parent = trained / "runs/M1.5.pth"
     train(other_patients, "--init-from", parent, "--lr", "1e-12", "--epochs", "1")
     child, parent = load_checkpoint(other_patients / "runs/M1.5.pth"), load_checkpoint(parent)
@@ -323,15 +298,14 @@ def test_fine_tuning_begins_with_the_parents_weights_and_remembers_its_patients(
     (["--loss", "nll"], "the network has 1 output, --loss nll needs 2"),
     (["--keys", "ppg", "map", "tpp"], "its --keys are ppg map dbp hr tpp")])
 def test_a_parent_that_does_not_fit_is_refused(trained, other_patients, options, message):
-    code, _, err = call(*OPTIONS, "--init-from", trained / "runs/M1.5.pth", *options,
-                        cwd=other_patients)
-    assert code == 2 and message in err
+    parent = trained / "runs/M1.5.pth"
+    assert message in train(other_patients, "--init-from", parent, *options, code=2)
 
 
 def test_fine_tuning_refuses_to_test_on_the_parents_patients(trained, copied):
-    code, _, err = call(*OPTIONS, "--init-from", trained / "runs/M1.5.pth", "--split-seed", 1,
-                        "--name", "child", cwd=copied)
-    assert code == 2 and "trained or tuned on patients that would be tune patients here" in err
+    err = train(copied, "--init-from", trained / "runs/M1.5.pth", "--split-seed", 1, "--name",
+                "child", code=2)
+    assert "trained or tuned on patients that would be tune patients here" in err
     assert "fine-tuning needs --data of others" in err and not (copied / "runs/child").exists()
 
 
@@ -399,11 +373,8 @@ def test_started_again_finished_runs_are_kept_and_the_missing_one_is_trained_the
 def test_two_processes_at_half_the_batch_do_what_one_does_and_one_writes(folder):
     # (test_training_header.py has the loop's equality to 1e-9; here Adam amplifies rounding.)
     train(folder, "--epochs", "1", "--batch-size", "4", "--name", "one")
-    for process in fork_ranks(command("--epochs", "1", "--batch-size", "2", "--name", "two"),
-                              folder):
-        process.join(60)
-        assert process.exitcode == 0, printed(folder)
-    text = printed(folder)
+    both = command("--epochs", "1", "--batch-size", "2", "--name", "two")
+    text = printed_by(fork_ranks(both, folder), folder)
     assert text.count("test: 6 segments") == text.count("epoch 1/1: train loss") == 1
     assert load_checkpoint(folder / "runs/two.pth")["config"]["processes"] == 2
     one, two = (torch.load(folder / f"runs/{name}/trajectory.pth", weights_only=True)
@@ -423,9 +394,9 @@ def test_tensorboard_gets_scalars_hyper_parameters_and_figures(folder):
 
 
 def test_a_loss_that_is_not_finite_names_the_batch_and_saves_nothing_bad(folder):
-    code, _, err = call(*OPTIONS, "--lr", "1e30", cwd=folder)
+    err = train(folder, "--lr", "1e30", code=2)
     line = err.strip().splitlines()[-1]
-    assert code == 2 and "MRN" not in err
+    assert "MRN" not in err
     assert re.match(r"error: the training loss is not finite at epoch \d, batch \d", line)
     assert re.search(r"Its patients: [0-9a-f]{16}", line)
     assert not os.path.exists(folder / "runs/M1.5.pth")
@@ -436,15 +407,15 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_saves_nothing_bad(folder)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a tmpfs needs root")
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(folder, tmp_path):
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(folder):
     small = folder / "runs"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small],
                       capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        code, _, err = call(*OPTIONS, cwd=folder)
-        assert code == 2 and err.splitlines()[-1].startswith("error: ")
+        err = train(folder, code=2)
+        assert err.splitlines()[-1].startswith("error: ")
         assert "No space left on device" in err and "Traceback" not in err
         assert not list(small.rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=200m", small], check=True)
@@ -464,16 +435,14 @@ def change(process, folder):
 @pytest.mark.parametrize("workers, harm, message", [
     (0, change, "changed since the index was made"),
     (0, lambda process, folder: os.truncate(folder / "d.h5", 2000), "d.h5"),
-    (2, lambda process, folder: os.kill(conftest.children(process.pid)[-1], signal.SIGKILL),
+    (2, lambda process, folder: os.kill(children(process.pid)[-1], signal.SIGKILL),
      "a loader worker")])
 def test_what_happens_to_a_run_ends_in_one_line(folder, workers, harm, message):
     process = started(folder, "--workers", str(workers))
     harm(process, folder)
-    process.join(60)
-    text = printed(folder)
-    assert process.exitcode == 2 and "Traceback" not in text, text
+    text = printed_by([process], folder, code=2)
     line = text.strip().splitlines()[-1]
-    assert line.startswith("error: ") and message in line
+    assert line.startswith("error: ") and message in line and "Traceback" not in text, text
 
 
 @needs_children
@@ -486,7 +455,7 @@ def test_when_a_rank_or_its_launcher_dies_all_end_within_a_minute(folder, victim
     reading, writing = os.pipe()
     launcher = started(folder, work=launch)
     os.close(writing)
-    killed = conftest.children(launcher.pid)[-1] if victim == "a rank" else launcher.pid
+    killed = children(launcher.pid)[-1] if victim == "a rank" else launcher.pid
     os.kill(killed, signal.SIGKILL)
     ended, _, _ = select.select([reading], [], [], 60)      # closed by the last that ends
     os.close(reading)
@@ -498,6 +467,7 @@ def test_when_a_rank_or_its_launcher_dies_all_end_within_a_minute(folder, victim
     (("--data", "absent.h5"), "absent.h5: no such file"),
     (("--condition", "r2 > 1"), "no segment passes the quality gate"),
     (("--keys", "ppg", "temperature", "tpp"), "'temperature' cannot be an input"),
+    (("--keys", "ppg", "r2", "tpp"), "'r2' cannot be an input: expected ppg, map"),
     (("--keys", "ppg", "map", "sbp"), "--keys: expected ppg, then vitals"),
     (("--keys", "map", "ppg", "tpp"), "expected ppg, then vitals"),
     (("--keys", "tpp"), "--keys: expected ppg"),
@@ -520,7 +490,7 @@ def test_when_a_rank_or_its_launcher_dies_all_end_within_a_minute(folder, victim
     (("--recipe", "secret"), "invalid choice: 'secret'")])
 def test_training_refuses_bad_input_in_one_line_and_writes_nothing(folder, options, message):
     (folder / "bad.py").write_text("def square(a, b, c): return (a - b) ** c")
-    code, _, err = call(*OPTIONS, *options, cwd=folder)
+    err = train(folder, *options, code=2)
     errors = [line for line in err.splitlines() if "error: " in line]
-    assert code == 2 and len(errors) == 1 and message in errors[0], err
-    assert "Traceback" not in err and tree(folder) <= {"d.h5", "bad.py", "tpp_ppg.salt"}
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in err, err
+    assert tree(folder) <= {"d.h5", "bad.py", "tpp_ppg.salt"}

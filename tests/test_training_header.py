@@ -2,19 +2,17 @@
 networks and losses of one's own."""
 # ruff: noqa: I001
 import copy
-import math
 import os
 import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import KEYS, fork_ranks, make_file
+from conftest import KEYS, fork_ranks, make_file, printed_by
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import anchor
-from anchor import read_pulse
+from anchor import FOLDS, cross_validate, read_pulse
 from training_header import (
     LOSSES, PPG_NORMALISATIONS, CheckpointError, CosineAnnealingLR, DataError, Interrupted,
     NonFiniteLoss, NormalisedModel, ReduceLROnPlateau, StepLR, TPP_PPG_dataset, TrainingError,
@@ -63,10 +61,6 @@ def cubic(prediction, label):
     return (prediction - label).abs() ** 3 / 100
 
 
-def mean_cubic(prediction, label):
-    return cubic(prediction, label).mean()
-
-
 class NotedSGD(SGD):
     """SGD that notes the rate of each step."""
 
@@ -112,8 +106,7 @@ def test_the_model_returned_has_the_weights_of_the_best_epoch_not_of_the_last():
     best = int(seen["epoch_val_loss"].argmin())
     assert 0 < best < 7
     assert (model.linear.bias.item() - 3) ** 2 == pytest.approx(seen["epoch_val_loss"][best])
-    # and each epoch was reported as it ended
-    assert [row["epoch"] for row in rows] == list(range(1, 9))
+    assert [row["epoch"] for row in rows] == list(range(1, 9))      # each was reported as it ended
     assert [row["tune_loss"] for row in rows] == seen["epoch_val_loss"].tolist()
     assert rows[-1]["best_epoch"] == best + 1
 
@@ -138,18 +131,16 @@ def test_trajectories_have_a_value_per_batch_and_epoch_and_each_epoch_may_have_i
 
 
 def test_the_tune_loss_is_taken_in_evaluation_mode_without_gradients():
-    class Watcher(Line):
-        def forward(self, ppg):
-            modes.append((self.training, torch.is_grad_enabled()))
-            return super().forward(ppg)
-    modes = []
-    train_line(2, model=Watcher())
+    modes, model = [], Line()
+    model.register_forward_hook(
+        lambda network, *_: modes.append((network.training, torch.is_grad_enabled())))
+    train_line(2, model=model)
     assert modes == [(True, True), (False, False)] * 2
 
 
 @pytest.mark.parametrize("criterion, train_loss, tune_loss", [
     ("mse", 9, 400), ("l1", 3, 20), ("huber", 4.5, 5 * (20 - 2.5)), (cubic, 0.27, 80),
-    (mean_cubic, 0.27, 80)])
+    (lambda prediction, label: cubic(prediction, label).mean(), 0.27, 80)])
 def test_each_loss_by_hand(criterion, train_loss, tune_loss):
     seen = train_line(1, label=3, tune_label=20, criterion=criterion, lr=1e-12)[1]
     assert seen["epoch_train_loss"] == pytest.approx([train_loss])
@@ -220,8 +211,8 @@ def test_cosine_by_batch_follows_the_cosine_through_the_batches(accumulate):
     train_line(2, lr=1.0, loader=lines(0, n=8, batch_size=2), optimizer_type=NotedSGD,
                scheduler_and_args=[CosineAnnealingLR, {"T_max": 8}], batch_cosine=True,
                gradient_accumulation=accumulate)
-    assert NotedSGD.rates == pytest.approx([(1 + math.cos(math.pi * b / 8)) / 2
-                                            for b in range(0, 8, accumulate)])
+    cosine = (1 + np.cos(np.pi * np.arange(8) / 8)) / 2
+    assert NotedSGD.rates == pytest.approx(cosine[::accumulate])
 
 
 def test_early_stopping_ends_the_run_so_many_epochs_after_the_best():
@@ -298,9 +289,7 @@ def test_two_processes_equal_one_to_the_ninth_digit(index, tmp_path):
             torch.save(found, "out")
 
     # 24 tune segments in batches of 23: the second process has none of the last batch.
-    for process in fork_ranks(work, tmp_path):
-        process.join(60)
-        assert process.exitcode == 0, (tmp_path / ".printed").read_text()
+    printed_by(fork_ranks(work, tmp_path), tmp_path)
     for two, one in zip(torch.load(tmp_path / "out", weights_only=True),
                         train_in_double_precision(index.paths[0])):
         assert torch.allclose(two, one, rtol=1e-9, atol=1e-9)
@@ -328,7 +317,7 @@ def with_signal(criterion, step):
     (15, {"average_weights": 0.6, "optimizer_type": torch.optim.AdamW, "weight_decay": 0.1}),
     (8, {"level": "patient"}),
     (7, {"plain": True}),
-    (6, {"own": MyNet, "criterion": mean_cubic})])
+    (6, {"own": MyNet, "criterion": lambda *both: cubic(*both).mean()})])
 def test_an_interrupted_loop_goes_on_to_the_same_bits(index, tmp_path, step, options):
     options["resume_path"] = state = str(tmp_path / "state.pth")
     expected, expected_seen = train_on_file(index, **options)
@@ -366,8 +355,8 @@ def test_an_interrupted_loop_goes_on_to_the_same_bits(index, tmp_path, step, opt
     ({"model": nn.Flatten()}, "the network has no parameters"),
     ({"model": nn.Sequential(Line((0, 0)), nn.BatchNorm1d(1).double()),
       "loader": lines(0, batch_size=1)}, "the network fails on a batch .ValueError: Expected more"),
-    ({"label": math.nan}, "the training loss is not finite at epoch 1, batch 1"),
-    ({"tune_label": math.inf}, "the tune loss is inf after epoch 1"),
+    ({"label": np.nan}, "the training loss is not finite at epoch 1, batch 1"),
+    ({"tune_label": np.inf}, "the tune loss is inf after epoch 1"),
     ({"epochs": 900, "label": 10, "lr": 100.0}, "loss is (inf|nan|not finite) (at|after) epoch")])
 def test_what_cannot_be_trained_is_refused_in_one_line(options, message):
     with pytest.raises((TrainingError, CheckpointError), match=message) as caught:
@@ -376,7 +365,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(options, message):
 
 
 def test_the_batches_of_the_step_that_is_not_finite_are_named():
-    data = TensorDataset(torch.zeros(6, 1, 2).double(), torch.tensor([0, 0, 0, 0, math.nan, 0]))
+    data = TensorDataset(torch.zeros(6, 1, 2).double(), torch.tensor([0, 0, 0, 0, np.nan, 0]))
     with pytest.raises(NonFiniteLoss) as caught:
         train_line(1, loader=DataLoader(data, 1), gradient_accumulation=2)
     assert (caught.value.epoch, caught.value.batches) == (0, [4, 5])
@@ -460,12 +449,12 @@ def test_with_an_anchor_the_network_adds_to_the_ridge_on_the_vitals(index):
 
 def test_no_patient_is_in_the_fit_that_its_cross_validation_tests(index):
     train = TPP_PPG_dataset(index, "segment", KEYS)
-    missing, added, patients = anchor.cross_validate(train, KEYS, anchor.read_pulse(train))
-    assert index.n_patients <= anchor.FOLDS and np.array_equal(patients, index.segment_patients())
+    missing, added, patients = cross_validate(train, KEYS, read_pulse(train))
+    assert index.n_patients <= FOLDS and np.array_equal(patients, index.segment_patients())
     others = TPP_PPG_dataset(index.select(index.encounter_patient != 2), "segment", KEYS)
     this = TPP_PPG_dataset(index.select(index.encounter_patient == 2), "segment", KEYS)
     plain, full = (predict_with_anchor(fit_anchor(others, KEYS, pulse), this)
-                   for pulse in (None, anchor.read_pulse(others)))
+                   for pulse in (None, read_pulse(others)))
     assert np.allclose(missing[patients == 2], this.column("tpp").numpy() - plain, atol=1e-6)
     assert np.allclose(added[patients == 2], full - plain, atol=1e-6)
 

@@ -2,9 +2,6 @@
 
 Patients are called MRN000…, encounters CSN0000…: messages must not contain these letters.
 """
-import contextlib
-import io
-import os
 import re
 import shutil
 
@@ -12,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import KEYS, make_file, run
+from conftest import KEYS, fork, make_file, run
 
 import checkpoint
 import datasets
@@ -21,41 +18,32 @@ import training_header
 from loaders import make_loader
 
 
-def outcome(work, *expected):
+def outcome(work, folder, *expected):
     """What `work` did, in a fork (a library may crash on damaged bytes): 'fine', 'refused' or what
     is wrong."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
+    def tell():
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                work()
-            text = "fine"
+            work()
+            print("\nfine")
         except expected as error:
-            text = "refused" if "MRN" not in str(error) and "\n" not in str(error) else str(error)
-        except BaseException as error:  # noqa: BLE001 - what the test looks for
-            text = repr(error)
-        os.write(writing, text.encode()[:4000])
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        text = pipe.read().decode()
-    _, status = os.waitpid(child, 0)
-    return text or f"ended with status {status}"
+            assert "MRN" not in str(error) and "\n" not in str(error), error
+            print("\nrefused")
+    process = fork(tell, folder)
+    process.join()
+    text = (folder / ".printed").read_text()
+    return f"exit code {process.exitcode}: {text}" if process.exitcode else text.splitlines()[-1]
 
 
 def damage(path, rng, where=None):
     """Cuts the file, or changes some bytes, at positions `where` (default: anywhere)."""
-    with open(path, "rb") as file:
-        data = bytearray(file.read())
+    data = bytearray(path.read_bytes())
     at = rng.choice(len(data) if where is None else where, int(rng.choice([1, 5, 50])))
     if rng.random() < 0.3:
         data = data[:at[0]]
     else:
         for one in at:
             data[one] ^= 1 << int(rng.integers(8))
-    with open(path, "wb") as file:
-        file.write(data)
+    path.write_bytes(data)
 
 
 def read_all(path):
@@ -67,36 +55,29 @@ def read_all(path):
 
 def test_a_damaged_data_file_gives_a_result_or_one_line(tmp_path):
     make_file(tmp_path / "whole.h5", 4, 1, 4)
-    with open(tmp_path / "whole.h5", "rb") as file:
-        data = np.frombuffer(file.read(), "u1")
+    data = np.frombuffer((tmp_path / "whole.h5").read_bytes(), "u1")
     # bytes of metadata: far from the waveforms, which are most of the file
     names = np.flatnonzero(np.lib.stride_tricks.sliding_window_view(data == 0, 64).any(1))
     for seed in range(30):
         shutil.copy(tmp_path / "whole.h5", tmp_path / "f.h5")
         damage(tmp_path / "f.h5", np.random.default_rng(seed), names)
-        found = outcome(lambda: read_all(tmp_path / "f.h5"), datasets.DataError)
+        found = outcome(lambda: read_all(tmp_path / "f.h5"), tmp_path, datasets.DataError)
         assert found in ("fine", "refused"), (seed, found)
-
-
-def write_checkpoint(path):
-    torch.manual_seed(0)
-    normaliser = {key: {"mean": 70.0, "sd": 10.0, "unit": ""} for key in KEYS[1:]}
-    network = models.get_model_v3(num_discrete=3, widths=(4, 4, 4))
-    checkpoint.save_checkpoint(path, training_header.NormalisedModel(network, KEYS, normaliser))
-    return path
 
 
 def test_a_damaged_checkpoint_gives_one_line(tmp_path):
-    write_checkpoint(tmp_path / "whole.pth")
+    torch.manual_seed(0)
+    model = training_header.NormalisedModel(
+        models.get_model_v3(num_discrete=3, widths=(4, 4, 4)), KEYS,
+        {key: {"mean": 70.0, "sd": 10.0, "unit": ""} for key in KEYS[1:]})
+    checkpoint.save_checkpoint(tmp_path / "whole.pth", model)
     for seed in range(30):
         shutil.copy(tmp_path / "whole.pth", tmp_path / "m.pth")
         damage(tmp_path / "m.pth", np.random.default_rng(seed))
-        found = outcome(lambda: training_header.load_model(tmp_path / "m.pth"),
+        found = outcome(lambda: training_header.load_model(tmp_path / "m.pth"), tmp_path,
                         checkpoint.CheckpointError)
         assert found in ("fine", "refused"), (seed, found)
 
-
-# --------------------------------------------------------------------------------------- recordings
 
 def write_wfdb(folder, name, fs=125, seconds=70):
     t = np.arange(seconds * fs) / fs
@@ -133,5 +114,5 @@ def test_a_damaged_recording_costs_itself_alone(tmp_path, ending):
                     file[name] = np.arange(70 * 50) % 50.0
                     file[name].attrs["fs"] = 50.0
         damage(folder / "in" / f"MRN001{ending}", np.random.default_rng(seed))
-        found = outcome(lambda folder=folder: prepare_quietly(folder))
+        found = outcome(lambda folder=folder: prepare_quietly(folder), folder)
         assert found == "fine", (seed, found)

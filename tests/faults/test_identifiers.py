@@ -9,23 +9,13 @@ import re
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, little_work, make_file, run
+from conftest import ROOT, make_file, run
 from test_damaged_files import write_wfdb
 
+pytestmark = pytest.mark.usefixtures("small")
 PRIVATE = re.compile(r".*(\.h5|\.salt|\.index\.npz|_problems\.csv|run\.json|records/.*|who\.csv)")
 NAME = re.compile(rb"(MRN|CSN)\d{3}")
 TRAIN = ["--data", "d.h5", "--name", "x", "--epochs", 1, "--batch-size", 8]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    with little_work():
-        yield
-
-
-def files_below(folder):
-    return {os.path.relpath(os.path.join(place, name), folder)
-            for place, _, names in os.walk(folder) for name in names}
 
 
 def check_folder(folder):
@@ -33,12 +23,13 @@ def check_folder(folder):
     words = [str(folder), os.path.realpath(folder), os.path.expanduser("~") + "/", ROOT]
     words += [path.read_text().strip() for path in folder.glob("*.salt")]
     words += [platform.node()] if len(platform.node()) > 3 else []
-    shared = sorted(name for name in files_below(folder) if not PRIVATE.fullmatch(name))
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    shared = sorted(name for name in names if not PRIVATE.fullmatch(name))
     for name in shared:
         content = (folder / name).read_bytes().replace(b"\0", b"")      # UTF-16 as well
         found = NAME.findall(content) + [word for word in words if word.encode() in content]
         assert not found and not NAME.search(name.encode()), name
-    for name in files_below(folder):
+    for name in names:
         if name.endswith(("_problems.csv", "run.json")):
             assert re.search("private", (folder / name).read_text()[:200], re.I), name
     return shared
@@ -63,24 +54,17 @@ def test_training_and_evaluating_leave_no_name_and_no_path(tmp_path):
             "figures_resnet/x_loss_lr_plot.png"} <= set(shared)
 
 
-def spoil(path, how):
-    with h5py.File(path, "r+") as file:
-        group = file["MRN003/CSN0030"]
-        if how == "no ppg":
-            del group["ppg"]
-        elif how == "a text":
-            del group["map"]
-            group["map"] = np.array([b"CSN"] * 6)
-        elif how == "infinite ppg":
-            for patient in file.values():
-                for encounter in patient.values():
-                    encounter["ppg"][2:] = np.inf
-
-
 @pytest.mark.parametrize("how", ["no ppg", "a text", "infinite ppg"])
 def test_what_is_said_of_a_bad_file_names_nobody(tmp_path, how):
     make_file(tmp_path / "d.h5", 12, 1, 6)
-    spoil(tmp_path / "d.h5", how)
+    with h5py.File(tmp_path / "d.h5", "r+") as file:
+        if how == "infinite ppg":
+            for number in range(12):
+                file[f"MRN{number:03d}/CSN{number:03d}0/ppg"][2:] = np.inf
+        else:
+            del file["MRN003/CSN0030/" + ("ppg" if how == "no ppg" else "map")]
+        if how == "a text":
+            file["MRN003/CSN0030/map"] = np.array([b"CSN"] * 6)
     text = quiet(run("train_resnet.py", *TRAIN, cwd=tmp_path), 2, 0)
     if how != "infinite ppg":           # where, and how to look up the name
         assert "patient 3" in text and "--who 3" in text

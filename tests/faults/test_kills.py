@@ -7,6 +7,7 @@ simulating, preparing, predicting), again and again, until the run ends by itsel
 its state after each step; every second run also writes slowly (each sync waits), so that many kills
 fall inside a write; of one process, every second kill arrives at a call that changes files.
 """
+# ruff: noqa: I001
 import contextlib
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -27,7 +29,8 @@ import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE)]
-from conftest import children, fork, fork_ranks, little_work, make_file, needs_children  # noqa: E402
+from conftest import (  # noqa: E402
+    KEYS, children, fork, fork_ranks, little_work, make_file, needs_children, printed_by)
 
 import predict  # noqa: E402
 import prepare  # noqa: E402
@@ -42,8 +45,7 @@ KINDS = {"one process": [], "workers": ["--workers", "2"], "two ranks": []}
 COMMANDS = {
     "simulating": [simulate, "--patients", "16", "--segments", "2", "--out", "out.h5"],
     "preparing": [prepare, "../records", "--workers", "2", "--out", "out.h5"],
-    "predicting": [predict, "../m.pth", "../records", "--out", "out.csv"],
-}
+    "predicting": [predict, "../m.pth", "../records", "--out", "out.csv"]}
 
 
 def work(kind, slow, kill_at):
@@ -81,16 +83,15 @@ def fingerprint(folder, kind):
     """Of the final weights, the normaliser and the trajectories, or of the file, to the bit."""
     found = hashlib.sha256()
     if kind in COMMANDS:
-        path = os.path.join(folder, COMMANDS[kind][-1])
-        if path.endswith(".h5"):
+        path = folder / COMMANDS[kind][-1]
+        if path.suffix == ".h5":
             with h5py.File(path, "r") as file:
                 file.visititems(lambda name, item: found.update(name.encode() + (
                     item[()].tobytes() if isinstance(item, h5py.Dataset) else b"")))
         else:
-            with open(path, "rb") as file:
-                found.update(file.read())
+            found.update(path.read_bytes())
         return found.hexdigest()
-    saved, trajectory = (torch.load(os.path.join(folder, "runs", name), weights_only=True)
+    saved, trajectory = (torch.load(folder / "runs" / name, weights_only=True)
                          for name in ("M1.5.pth", "M1.5/trajectory.pth"))
     for tensors in (saved["model"], trajectory):
         for name, values in tensors.items():
@@ -112,47 +113,32 @@ def kill(pid):
 def run_to_the_end(folder, kind):
     """The seconds that a run takes, unless it has ended before."""
     begun = time.monotonic()
-    for process in start(folder, kind):
-        process.join(600)
-        assert process.exitcode == 0, printed(folder)
+    printed_by(start(folder, kind), folder, seconds=600)
     return time.monotonic() - begun
-
-
-def printed(folder):
-    with open(os.path.join(folder, ".printed")) as file:
-        return file.read()
 
 
 @functools.lru_cache(maxsize=None)
 def reference(base, kind):
     """(the end of an unbroken run, its seconds)."""
-    folder = os.path.join(base, f"unbroken {kind}")
-    os.makedirs(folder)
+    folder = base / f"unbroken {kind}"
+    folder.mkdir()
     seconds = run_to_the_end(folder, kind)
     return fingerprint(folder, kind), seconds
 
 
 def check_files(folder):
     """Raises where a file that a reader could find is not whole; returns how many there are."""
-    count = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(place, name)
-            if name.startswith("."):        # locks, temporaries
-                continue
-            count += 1
-            if name.endswith(".pth"):
-                torch.load(path, weights_only=True)
-            elif name.endswith(".json"):
-                with open(path) as file:
-                    json.load(file)
-            elif name.endswith(".png"):
-                with open(path, "rb") as file:
-                    assert file.read()[-8:-4] == b"IEND", path
-            elif name.endswith(".csv"):
-                with open(path) as file:
-                    assert file.read().endswith("\n"), path
-    return count
+    paths = [path for path in folder.rglob("[!.]*") if path.is_file()]      # no locks, temporaries
+    for path in paths:
+        if path.suffix == ".pth":
+            torch.load(path, weights_only=True)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".png":
+            assert path.read_bytes()[-8:-4] == b"IEND", path
+        elif path.suffix == ".csv":
+            assert path.read_text().endswith("\n"), path
+    return len(paths)
 
 
 def killed_runs(base, kind, kills, rng):
@@ -161,8 +147,8 @@ def killed_runs(base, kind, kills, rng):
     expected, usual_s = reference(base, "one process" if kind == "workers" else kind)
     done = completed = 0
     while done < kills:
-        folder = os.path.join(base, f"{kind} {completed}")
-        os.makedirs(folder)
+        folder = base / f"{kind} {completed}"
+        folder.mkdir()
         while True:
             at_call = kind == "one process" and done % 4 >= 2
             processes = start(folder, kind, done % 2 == 1, rng.randint(1, 150) if at_call else 0)
@@ -173,7 +159,7 @@ def killed_runs(base, kind, kills, rng):
             for process in processes:
                 process.join()
             if processes[0].exitcode != -signal.SIGKILL:
-                assert processes[0].exitcode == 0, printed(folder)
+                printed_by(processes[:1], folder)
                 break
             done += 1
             check_files(folder)
@@ -182,9 +168,9 @@ def killed_runs(base, kind, kills, rng):
                 break
         assert check_files(folder) > (0 if kind in COMMANDS else 5)
         assert fingerprint(folder, kind) == expected, f"{kind}: another end after {done} kills"
-        left = [name for _, _, names in os.walk(folder) for name in names
-                if "tmp" in name or ".partial" in name]
-        assert not left and not os.path.exists(os.path.join(folder, "runs/M1.5/resume.pth")), left
+        left = [path for part in ("tmp", ".partial", "resume.pth")
+                for path in folder.rglob(f"*{part}*")]
+        assert not left, left
         shutil.rmtree(folder)
         completed += 1
     return done, completed
@@ -192,22 +178,21 @@ def killed_runs(base, kind, kills, rng):
 
 def make_inputs(folder):
     """Data to train on, recordings, and a model that predicts."""
-    make_file(os.path.join(folder, "d.h5"), patients=6, encounters=1, rows=8)
-    os.makedirs(os.path.join(folder, "records"))
+    make_file(folder / "d.h5", patients=6, encounters=1, rows=8)
+    (folder / "records").mkdir()
     for number in range(4):
         fields = simulate.simulate_patient(5, number, 2, keep_abp=True)
         pd.DataFrame({"time_s": np.arange(7200) / 60, "abp": fields["abp"].ravel(),
                       "ppg": fields["ppg"].ravel()}).to_csv(
-                          os.path.join(folder, "records", f"{number}.csv"), index=False)
-    keys = ["ppg", "map", "dbp", "hr", "tpp"]
-    model = header.NormalisedModel(header.get_model_v3(3, widths=(4, 4, 8)), keys, {
-        key: {"mean": 60.0, "sd": 10.0} for key in keys[1:]})
-    header.save_checkpoint(os.path.join(folder, "m.pth"), model)
+                          folder / "records" / f"{number}.csv", index=False)
+    model = header.NormalisedModel(header.get_model_v3(3, widths=(4, 4, 8)), KEYS, {
+        key: {"mean": 60.0, "sd": 10.0} for key in KEYS[1:]})
+    header.save_checkpoint(folder / "m.pth", model)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    base = str(tmp_path_factory.mktemp("kills"))
+    base = tmp_path_factory.mktemp("kills")
     make_inputs(base)
     return base
 
@@ -224,7 +209,8 @@ def main(kills, others, seed):
     shares = {kind: kills // 2 if number == 0 else (kills + 3) // 4
               for number, kind in enumerate(KINDS)}
     shares.update(dict.fromkeys(COMMANDS, (others + 2) // 3))
-    with tempfile.TemporaryDirectory() as base:
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
         make_inputs(base)
         for kind, share in shares.items():
             done, completed = killed_runs(base, kind, share, rng)
