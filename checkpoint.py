@@ -81,6 +81,7 @@ def save_checkpoint(path, model, *, spec: Optional[str] = None, model_args: Opti
         salt = read_salt(default_salt_path(index.paths[0]))
         split, config = hash_split(split, salt), {"condition": index.condition, **(config or {})}
         provenance = {"origin": datasets.origin_of(index.paths), "salt": salt_mark(salt),
+                      "label_method": datasets.origin_of(index.paths, "label_method"),
                       **(provenance or {})}
     weights = model.network.state_dict()
     model.checkpoint = {

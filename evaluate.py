@@ -354,7 +354,10 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     if full and model.with_ppg:
         predict_with_swapped_ppg(model, segments, device)
 
-    origin = domain_of(scored)["origin"]
+    origin, method = domain_of(scored).values()
+    if run.split and method not in (run.label_method, "unknown"):
+        about["problems"] = about["problems"] + [
+            f"labels by the method {method}, but the model was trained on {run.label_method}"]
     results = {
         "checkpoint": os.path.basename(path) if path else "model in memory", **about,
         "date": time.strftime("%Y-%m-%d"), "keys": list(model.keys),

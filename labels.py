@@ -163,7 +163,8 @@ def waveform_balance(beats: Beats, n: int, wave: Wave) -> Dict[str, np.ndarray]:
             "n_beats": count}
 
 
-# (beats, n segments, wave) -> {name: (n,)}. Files store a method's name, so it must not change.
+# (beats, n segments, wave) -> {p_crit, p_crit_se, r2, fit_rmse, n_beats: each (n,)}. Files store a
+# method's name, so it must not change.
 METHODS = {"published": published, "waveform_balance": waveform_balance}
 
 

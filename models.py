@@ -229,5 +229,5 @@ def get_spread_resnet(num_discrete: int, **options) -> SpreadResNet:
     return balance_vitals(SpreadResNet(num_discrete=num_discrete, **options))
 
 
-# name -> builder(num_discrete, **options)
+# name -> builder(num_discrete, **options), such as num_outputs, and in_channels=0: without a PPG
 MODELS = {"resnet_v3": get_model_v3, "resnet_spread": get_spread_resnet}

@@ -281,13 +281,14 @@ def read_segments(path, options, rows):
             raise RecordingError(path, f"no {kind.upper()}: {recorded.reasons[kind]}; see "
                                        f"--list-channels and --{kind}-channel",
                                  "it has " + (", ".join(recorded.channels) or "no channels"))
-    blocks = [(minutes.start_s, minutes.abp, minutes.ppg) for minutes in recorded]
+    blocks = list(recorded)
     rows += [("note", note, "") for note in recorded.notes] + [
         ("note", f"--unit {name}: no such channel", "") for name in recorded.unknown_units]
     if not blocks:
         raise RecordingError(path, f"lasts {recorded.left_over_s:.1f} s, with no uninterrupted "
                                    f"{datasets.SEGMENT_SECONDS} s of PPG")
-    start_s, abp, ppg = map(np.concatenate, zip(*blocks))
+    start_s, abp, ppg = (np.concatenate([getattr(minutes, name) for minutes in blocks])
+                         for name in ("start_s", "abp", "ppg"))
     delay_s, strength, delays_s = signals.ppg_delay(abp, ppg, datasets.FS)
     shift_s = delay_s if options.align and strength >= signals.SURE_DELAY else 0.0
     if shift_s:
@@ -296,6 +297,8 @@ def read_segments(path, options, rows):
         rows.append(("note", "the PPG's delay is uncertain: not aligned", ""))
     fields = {"abp": abp, "ppg": ppg, "start_s": start_s, "ppg_delay_s": delays_s - shift_s,
               **labels.label_segments(abp, datasets.FS, method=options.label_method)}
+    fields.update({key: np.concatenate([minutes.numbers[key] for minutes in blocks])
+                   for key in datasets.VITALS if key in recorded.chosen and key not in fields})
     quality = signals.signal_quality(abp, ppg, datasets.FS)
     quality["reason"] |= fields["reason"]
     return {**fields, **quality}, {

@@ -62,7 +62,8 @@ CHANNELS = {
            "abphr", "arthr", "plethhr", "plethpulserate", "spo2hr", "spo2pr"],
     **{f"cuff_{kind}": _numbers(kind, CUFF) for kind in ENDINGS},
 }
-NUMBERS = ("map", "sbp", "dbp", "hr", "cuff_map", "cuff_sbp", "cuff_dbp")  # read from recordings
+# Read from recordings; PP is the difference of SBP and DBP.
+NUMBERS = tuple(kind for kind in CHANNELS if kind not in ("ppg", "abp", "pp"))
 SENTINELS = tuple(float(v) for n in (16, 24, 32) for v in (-2 ** (n - 1), 2 ** (n - 1) - 1))
 MAX_MISSING = 0.1       # of a window's arterial pressure, before the window moves on
 GAP_MARGIN_S = 1 / 60   # next to a gap: what a low-passed, continued signal is least sure of

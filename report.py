@@ -220,7 +220,7 @@ def all_scores(results):
 def score_table(results):
     """(rows, headers) of `all_scores`."""
     others = {name: one.title for name, one in metrics.SCORES.items() if name != "rmse"}
-    rows = [[name, shown(of_ci95(scores, "rmse")), *(scores[key] for key in others),
+    rows = [[name, shown(of_ci95(scores, "rmse")), *map(scores.get, others),
              scores["p_crit_r2"], scores["skill"] and scores["skill"]["value"]]
             for name, scores in all_scores(results)]
     return rows, ["TPP by", f"RMSE, mmHg{of_95(results)}", *others.values(), "R² of Pcrit",

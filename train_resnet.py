@@ -42,7 +42,8 @@ NEUTRAL = {
     "schedule": ["step", 1000, 1.0],    # or ["onecycle", share of the steps that rise, first rate]
     "clip": None,                   # largest norm of the gradient, for a label of SD 1
     "average_last": 0.0,            # share of all steps, the last ones, whose weights are averaged
-    "anchor": False}                # learn what the PPG adds to the ridge regression on the vitals
+    "anchor": False,                # learn what the PPG adds to the ridge regression on the vitals
+    "ppg_normalisation": "segment"}     # a name in training_header.PPG_NORMALISATIONS
 STEADY = {**NEUTRAL, "model": "resnet_spread", "lr": 2e-3, "schedule": ["onecycle", 0.3, 0.04],
           "optimizer": "adamw", "weight_decay": 0.01, "clip": 1.0, "average_last": 0.2,
           "anchor": True}
@@ -296,6 +297,9 @@ def show_if_finished(options, files, description, nth) -> bool:
              for name, value in now.items() if had.get(name) != value]
     if had.get("data_fingerprint") != description["provenance"]["data_fingerprint"]:
         other.append("other data")
+    elif had["salt"] == description["provenance"]["salt"] and any(
+            saved["split"][part] != description["split"][part] for part in header.PARTS):
+        other.append("other train, tune or test patients")
     if other:
         raise header.DataError(f"{path}: a run with other options: {', '.join(other)}. --fresh "
                                "replaces it, --name OTHER keeps both")
@@ -326,7 +330,8 @@ def build(options, recipe, train, parent):
         described = {"spec": spec, "model_args": arguments}
         anchor = header.fit_anchor(train, options.keys) if recipe["anchor"] and vitals else None
         normaliser = header.fit_normaliser(train, [*vitals, options.keys[-1]])
-        model = header.NormalisedModel(network, options.keys, normaliser, "segment", anchor, inputs)
+        model = header.NormalisedModel(network, options.keys, normaliser,
+                                       recipe["ppg_normalisation"], anchor, inputs)
     if model.outputs != loss.outputs:
         raise header.TrainingError(f"the network has {counted(model.outputs, 'output')}, --loss "
                                    f"{options.loss} needs {loss.outputs}")

@@ -14,6 +14,7 @@ import checkpoint as checkpoints
 import evaluate
 import metrics
 import models
+import simulate
 from checkpoint import CheckpointError, load_checkpoint
 from datasets import DataError, TPP_PPG_dataset, create_dataset_index, fit_normaliser, split_index
 from training_header import NormalisedModel, load_model, predict_dataset
@@ -156,6 +157,13 @@ def test_calibrating_on_data_gives_intervals_there_and_takes_them_away_elsewhere
     assert "refused" in evaluate.evaluate(path)["uncertainty"]["levels"]["90 %"]
     with pytest.raises(DataError, match="intervals need patients not trained or tested on"):
         evaluate.calibrate(path, [str(data)])
+
+
+def test_labels_of_another_method_than_those_trained_on_are_said(data, tmp_path):
+    simulate.simulate_file(tmp_path / "b.h5", 4, 2, 3, label_method="waveform_balance")
+    results = evaluate.evaluate(save_run(data, "methods"), data=[str(tmp_path / "b.h5")])
+    assert ("labels by the method waveform_balance, but the model was trained on published"
+            in results["problems"])
 
 
 def test_a_checkpoint_without_calibration_is_calibrated_on_the_tune_patients(data):

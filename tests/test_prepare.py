@@ -15,6 +15,7 @@ from conftest import call
 import datasets
 import labels
 import prepare
+import recordings
 import simulate
 
 
@@ -276,6 +277,21 @@ def test_alignment_shifts_the_ppg_alone_and_says_by_how_much(tmp_path):
         np.testing.assert_array_equal(as_is[key], aligned[key])
     np.testing.assert_allclose(
         aligned["ppg"].ravel()[200:10000], aligned["abp"].ravel()[200:10000], atol=0.6)
+
+
+def test_a_vital_of_your_own_is_read_stored_and_may_be_an_input(tmp_path, monkeypatch):
+    monkeypatch.setitem(datasets.FIELDS, "spo2", datasets.Field("f4", "%", "vital", 50, 100))
+    monkeypatch.setattr(datasets, "VITALS", (*datasets.VITALS, "spo2"))
+    monkeypatch.setitem(recordings.CHANNELS, "spo2", ["spo2", "sao2"])
+    monkeypatch.setattr(recordings, "NUMBERS", [*recordings.NUMBERS, "spo2"])
+    fields = simulate.simulate_patient(5, 0, 2, keep_abp=True)
+    spo2 = np.repeat([97, 93], 3600)
+    np.savetxt(tmp_path / "a.csv", np.column_stack([
+        fields["abp"].ravel(), fields["ppg"].ravel(), spo2]), "%.4f", ",", header="ABP,PLETH,SpO2",
+        comments="")
+    run(tmp_path / "a.csv", "--out", tmp_path / "d.h5", "--fs", 60, code=0)
+    with h5py.File(tmp_path / "d.h5", "r") as file:
+        assert file["a/a/spo2"][()].tolist() == [97, 93]
 
 
 def test_the_page_stands_alone_is_repeatable_and_names_nobody(tmp_path):

@@ -264,6 +264,13 @@ def test_a_finished_run_is_never_overwritten(copied):
     torch.save(saved, path)
     assert "this run is finished" in train(copied, *same)
     assert "loss mse (now l1)" in train(copied, *same, "--loss", "l1", code=2)
+    saved["split"]["test"] = saved["split"]["train"]    # as an edited `split_index` would have it
+    del saved["metrics"]["tpp"]["sd"]                   # as if this score were newer
+    torch.save(saved, path)
+    assert "other train, tune or test patients" in train(copied, *same, code=2)
+    saved["provenance"]["salt"] = "another"             # then this cannot be told
+    torch.save(saved, path)
+    assert "this run is finished" in train(copied, *same)
     with h5py.File(copied / "d.h5", "a") as file:       # changed data are another experiment
         file["sim1-000000/1/tpp"][...] += 1
     assert "other data" in train(copied, *same, code=2)
