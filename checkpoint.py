@@ -121,7 +121,7 @@ class Run(NamedTuple):
     condition: str = "default"          # the quality gate
     loss: str = "mse"
     origin: str = "unknown"             # of the data, as `datasets.origin_of`
-    label_method: str = "published"
+    label_method: str = "unknown"
     split: dict = {}                    # {part: hashed patients}
     calibration: dict = {}              # of the prediction intervals
 

@@ -35,7 +35,7 @@ from tk_utils import counted
 from training_header import LOSSES, TrainingError, choose_device, load_model, predict_with_spread
 
 SCORED = ["map", "p_crit", "tpp"]           # fields without which there are no scores
-MAX_BASELINE_SEGMENTS = 100_000             # train segments for the baselines: more adds nothing
+MAX_BASELINE_SEGMENTS = 100_000             # of each part for the baselines: more adds nothing
 MAX_HASHED_SEGMENTS = 200_000               # segments of a part searched for shared seconds
 MIN_CHANGE_MMHG = 0.01                      # predictions that vary by less are constant
 # Runs that train_resnet.py --ablate trains in addition, by the endings of their names.
@@ -65,7 +65,8 @@ def parse_args(arguments=None):
     add("--condition", nargs="+", metavar="GATE", help="quality gate; default: that of the run")
     add("--model", metavar="FILE.py:NAME", help="your own network, as in train_resnet.py --model")
     add("--calibrate", nargs="+", metavar="FILE",
-        help="fit the prediction intervals on these patients and store them in the checkpoint")
+        help="fit the prediction intervals on those of these patients that the run has not used, "
+             "and store them in the checkpoint")
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE.json", help="also write the scores here")
     add("--report", metavar="FILE.html",
@@ -298,7 +299,8 @@ def calibrate(path, data, condition=None, network=None, device=None) -> dict:
     if parts is not None:
         free = ~np.isin(parts, [*checkpoints.SEEN, "test"])
         if not free.any():
-            raise DataError(f"{files[0]}: intervals need patients not trained or tested on")
+            raise DataError(f"{files[0]}: intervals need patients that this run has not used "
+                            "(to train, tune or test)")
         split["calibration"] = checkpoints.hash_patients(
             index.patients[free].tolist(), checkpoints.read_salt(salt_path))
         index = index.select(free[index.encounter_patient])
@@ -344,7 +346,7 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
         raise DataError("a model in memory needs the index of the segments to score")
     scored, train, tune = parts
     calibration = run.calibration
-    if not calibration and train is not None:
+    if not calibration and train is not None and not (model.anchor or {}).get("refitted"):
         calibration = make_calibration(model, TPP_PPG_dataset(tune, "segment", model.keys), device)
     segments = read_segments(scored, model.keys)
     add_baselines(segments, train, tune, model.keys, fitted)
@@ -354,8 +356,9 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     if full and model.with_ppg:
         predict_with_swapped_ppg(model, segments, device)
 
-    origin, method = domain_of(scored).values()
-    if run.split and method not in (run.label_method, "unknown"):
+    domain = domain_of(scored)
+    origin, method = domain["origin"], domain["label_method"]
+    if len({*run.label_method.split(", "), *method.split(", ")} - {"unknown"}) > 1:
         about["problems"] = about["problems"] + [
             f"labels by the method {method}, but the model was trained on {run.label_method}"]
     results = {

@@ -34,10 +34,9 @@ import tk_utils
 import training_header as header
 from checkpoint import run_of
 from datasets import FIELDS, FS, SEGMENT_SAMPLES, SEGMENT_SECONDS, VITALS, WINDOW, DataError
-from recordings import RecordingError
+from recordings import MAX_AGE_S, RecordingError
 from tk_utils import counted
 
-MAX_AGE_S = 30 * 60.0           # how long a reading or a monitor's number is held
 EXPORT_LEVEL = 0.9
 EXPORT_TOLERANCE = 1e-3         # mmHg
 EXPORT_SEGMENTS = 64            # that an export is checked with
@@ -162,7 +161,9 @@ class Predictor:
         self.origin, self.method, self.calibration = run.origin, run.label_method, run.calibration
         self.warning = tk_utils.simulated_note("recordings", self.origin)
         if self.method not in labels.METHODS:
-            self.remarks.append(f"labels are 'published', not {self.method!r} as the network's own")
+            if self.method != "unknown":
+                self.remarks.append("labels are 'published', not "
+                                    f"{self.method!r} as the network's own")
             self.method = "published"
         self.gate = datasets.get_gate(run.condition)
         self.remarks += report.influence_lines(header.kept_shares(model.anchor))

@@ -70,6 +70,7 @@ GAP_MARGIN_S = 1 / 60   # next to a gap: what a low-passed, continued signal is 
 COPY_CORRELATION = 0.999    # of PPG and ABP; in 766 real records it is 0.83 at most
 MIN_STRETCH_S = 0.25    # between two gaps; a shorter one holds no beat
 PIECE = 36000           # samples on the windows' grid that are read at a time, to bound memory
+MAX_AGE_S = 30 * 60.0   # how long a reading or a monitor's number may be held
 MARGIN_S = 2.0          # read beyond a piece's ends: over twice the filter's half-length, 0.65 s
 PROBE_S = 600.0         # of each candidate, to tell waveforms from numbers
 BLOCK_WINDOWS = 30      # handed over at a time
@@ -361,7 +362,7 @@ class Recorded:
         self.notes = list(self.reader.notes)        # for the user; name nothing inside the file
         self.implausible = {}   # after iterating: {kind: what is wrong} without a plausible value
         # {kind: channel name} and {kind: why that one, or none}. Kinds: ppg, abp (waveforms), map,
-        # sbp, dbp, hr (numbers of the line or the monitor), cuff_map, cuff_sbp, cuff_dbp.
+        # sbp, dbp, hr, … (numbers of the line or the monitor), cuff_map, cuff_sbp, cuff_dbp.
         self.chosen, self.reasons = choose(self.path, self.reader, channels or {})
         units = {name.lower(): unit for name, unit in (units or {}).items()}
         self.unknown_units = set(units) - {name.lower() for name in self.channels}
@@ -372,7 +373,7 @@ class Recorded:
             except RecordingError:
                 if kind == "abp" or "abp" not in self.chosen:
                     raise
-                del self.chosen[kind]       # with an arterial line, nobody needs it
+                del self.chosen[kind]       # an arterial line can do without
                 self.notes.append(f"{kind}: not used, its unit is unknown (--unit CHANNEL=UNIT)")
 
     def __iter__(self) -> Iterator[Minutes]:
@@ -406,8 +407,9 @@ class Recorded:
         if np.isfinite(abp).any() and not low <= np.nanmedian(abp) <= high:
             self.implausible["abp"] = (f"implausible ABP (median {np.nanmedian(abp):.3g}, expected "
                                        f"{low:g} to {high:g} mmHg; see --abp-channel)")
-        # with an arterial line, the numbers are not needed
-        kinds = [kind for kind in self.implausible if kind == "abp" or "abp" not in self.chosen]
+        # with an arterial line, its numbers are not needed
+        kinds = [kind for kind in self.implausible if "abp" not in self.chosen
+                 or kind.replace("cuff_", "") not in (*ENDINGS, "hr")]
         hint = UNIT_HINT.format("CHANNEL", "ABP")
         self.notes += [f"{self.implausible[kind]}; {hint}" for kind in kinds]
         for block in blocks:

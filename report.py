@@ -27,7 +27,7 @@ from tk_utils import FONT_POINTS, TRAIN_COLOUR, TUNE_COLOUR, counted, new_figure
 
 MIN_SHARE = 0.05        # of the network, below which its influence is not worth the name
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
-NAMES = {"mean_tpp": "mean TPP of known patients", "map_minus_mean_pcrit": "MAP - mean Pcrit",
+NAMES = {"mean_tpp": "mean TPP of other patients", "map_minus_mean_pcrit": "MAP - mean Pcrit",
          "ridge": "ridge, network's vitals",
          "gradient_boosting": "gradient boosting, network's vitals",
          "ridge_ppg": "ridge, vitals and pulse statistics",

@@ -302,7 +302,8 @@ def fit_blend(model, train, tune, device=None) -> float:
     """
     train, tune = some_segments(train), some_segments(tune)
     label, patients = tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
-    base, with_pulse, pulse_share = predict_with_anchor(model.anchor, tune), None, 0.0
+    plain, with_pulse, pulse_share = fit_anchor(train, model.keys), None, 0.0
+    base = predict_with_anchor(plain, tune)
     if model.with_ppg:
         pulse = read_pulse(train)
         with_pulse = fit_anchor(train, model.keys, pulse)
@@ -313,7 +314,7 @@ def fit_blend(model, train, tune, device=None) -> float:
         base = base + pulse_share * added
     network = predict_dataset(model, tune, device=device).astype(np.float64)
     share = shown_share(label - base, network - base, patients)
-    model.set_anchor(blend(model.anchor, model.anchor, with_pulse, pulse_share, share))
+    model.set_anchor(blend(model.anchor, plain, with_pulse, pulse_share, share))
     return share
 
 
@@ -326,8 +327,8 @@ def refit_anchor(model, train, tune) -> None:
     label, vitals = map(np.concatenate, zip(*(read_columns(one, model.keys) for one in sets)))
     pulses = [None, np.concatenate([read_pulse(one) for one in sets]) if model.with_ppg else None]
     plain, with_pulse = (fit_rows(vitals_of(model.keys), vitals, label, one) for one in pulses)
-    model.set_anchor(blend(blended["trained_on"], plain, with_pulse, blended["pulse_share"],
-                           blended["blend"]))
+    model.set_anchor({"refitted": True, **blend(
+        blended["trained_on"], plain, with_pulse, blended["pulse_share"], blended["blend"])})
 
 
 # ------------------------------------------------------------------------------ training: its parts

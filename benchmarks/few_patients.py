@@ -1,4 +1,4 @@
-"""What helps a network that has few real patients? docs/real-recordings.md's table.
+"""What helps a network that has few real patients? A table of docs/real-recordings.md.
 
     python benchmarks/few_patients.py data/real.h5          # about 25 minutes a variant on one core
     python benchmarks/few_patients.py data/real.h5 --only pretrained --test
@@ -6,12 +6,13 @@
 
 Each variant is trained in every fold as train_resnet.py would (recipe small, one seed) and compared
 on the tune patients of all folds with what the model stands on, the ridge on vitals and its share
-of the pulse statistics. --test scores the test patients, too, as benchmarks/real.py does: for a
-variant that is chosen. Each fold is kept in runs/ and not trained again.
+of the pulse statistics (which comes partly from these tune patients). --test scores the test
+patients, too, as benchmarks/real.py does: for a variant that is chosen. Each fold is kept in runs/
+and not trained again.
 
-The variant `pretrained` learns from all minutes, gate or no gate: every minute of the train
-patients has an arterial line, and the network first learns to say from the PPG what the line says:
-how its beats vary (`anchor.pulse_statistics` of the pressure), systolic and pulse pressure.
+The variant `pretrained` learns from every minute with a label, gate or no gate: the network first
+learns to say from the PPG what the arterial line says: how its beats vary
+(`anchor.pulse_statistics` of the pressure), systolic and pulse pressure.
 `virtual` begins with the network of --virtual, trained on virtual patients.
 """
 import argparse
@@ -132,7 +133,7 @@ def train_fold(path, variant, index, fold, options):
         known = everything.select(~np.isin(everything.patients, kept_out)[
             everything.encounter_patient])
         print(f"fold {fold}: {len(known):,} minutes of {known.n_patients} patients, "
-              f"{len(sets['train']):,} of them with a label")
+              f"{len(sets['train']):,} of them pass the gate")
         pretrain(model.network, header.TPP_PPG_dataset(known, "segment", train_resnet.KEYS),
                  options.epochs or PRETRAIN_EPOCHS)
     loaders = train_resnet.make_loaders(settings, recipe, sets)
@@ -173,11 +174,14 @@ def main():
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if "virtual" in options.only and not options.virtual:
+        parser.error("the variant virtual needs --virtual CHECKPOINT")
     torch.set_num_threads(options.threads)
     index, rows = header.create_dataset_index(path=options.data), []
     os.makedirs("runs", exist_ok=True)
     for variant in options.only:
-        paths = [f"runs/few_{variant}_fold{fold}.pth" for fold in range(options.folds)]
+        epochs = f"_{options.epochs}_epochs" if options.epochs else ""
+        paths = [f"runs/few_{variant}{epochs}_fold{fold}.pth" for fold in range(options.folds)]
         for fold, path in enumerate(paths):
             if not os.path.exists(path):
                 train_fold(path, variant, index, fold, options)

@@ -9,8 +9,9 @@ For each label method it prepares the recordings (once), trains train_resnet.py'
 fold and seed (after a kill the same command goes on), and prints two tables: patients never seen,
 against every baseline, by minute and with each patient weighing the same; and CALIBRATED patients,
 whose first KNOWN labelled minutes are known and whose later ones are to be followed. Results are
-also written to --out as JSON. --each-file instead tests each file with a network of all others:
-hospitals, or parts of a data set whose patients are an estimate.
+also written to --out as JSON. --each-file instead tests each file with a network of the others:
+hospitals, or parts of a data set whose patients are an estimate (that these runs differ in their
+data is then meant so).
 """
 import argparse
 import os
@@ -110,8 +111,9 @@ def calibrated_rows(runs, index, folds):
     train_of, parts = {}, []
     for fold, segments in runs:
         if fold not in train_of:
-            train = datasets.split_index(index, 0, fold, folds)["train"]
-            train_of[fold] = evaluate.read_segments(train, ["map", "dbp", "hr", "tpp"])
+            test = datasets.split_index(index, 0, fold, folds)["test"].patients
+            known = index.select(~np.isin(index.patients, test)[index.encounter_patient])
+            train_of[fold] = evaluate.read_segments(known, ["map", "dbp", "hr", "tpp"])
         if all(np.bincount(one.patients).max() > KNOWN for one in (segments, train_of[fold])):
             parts.append(follow(segments, train_of[fold]))
     if not parts:
@@ -125,12 +127,15 @@ def calibrated_rows(runs, index, folds):
 
 
 def each_file(options):
-    """The table of patients of files that a network of all other files has not seen."""
+    """The table of patients of files, by networks trained and tuned on 9 of 10 patients of the
+    other files."""
+    gate = GATES.get(datasets.origin_of(options.data, "label_method"), ["default"])
     paths, fitted = [], {}
     for number, path in enumerate(options.data):
         name, others = f"without_file{number}", [one for one in options.data if one != path]
         seeds = ["--seeds", options.seeds] if options.seeds > 1 else []
-        script("train_resnet.py", "--data", *others, "--name", name, *seeds, *options.settings)
+        script("train_resnet.py", "--data", *others, "--condition", *gate, "--name", name, *seeds,
+               *options.settings)
         for ending in [f"_seed{seed}" for seed in range(options.seeds)] if seeds else [""]:
             paths.append(f"runs/{name}{ending}.pth")
             evaluate.evaluate_with_arrays(paths[-1], data=[path], fitted=fitted)
@@ -156,25 +161,27 @@ def main():
                         default=tuple(labels.METHODS))
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", default="real.json")
+    parser.add_argument("--out", help="default: real.json or each_file.json")
     parser.add_argument("settings", nargs="*", help="after --, options of train_resnet.py")
     options = parser.parse_args()
-    if not (options.data or options.records):
-        parser.error("--records or --data is required")
+    if not (options.data or options.records and not options.each_file):
+        parser.error("--records or --data is required; with --each-file, --data")
+    options.out = options.out or ("each_file.json" if options.each_file else "real.json")
     if options.each_file:
         return each_file(options)
     results = {}
     for method, path in prepare(options).items():
         name = f"real_{method}"
         repeats = ["--seeds", options.seeds] if options.seeds > 1 else []
-        script("train_resnet.py", "--data", path, "--condition", *GATES[method], "--name", name,
-               "--folds", options.folds, *repeats, *options.settings)
+        gate = GATES.get(method, ["default"])
+        script("train_resnet.py", "--data", path, "--condition", *gate, "--name", name, "--folds",
+               options.folds, *repeats, *options.settings)
         seeds = [f"_seed{seed}" for seed in range(options.seeds)] if repeats else [""]
         runs = [(fold, f"runs/{name}{seed}_fold{fold}.pth")
                 for seed in seeds for fold in range(options.folds)]
         fitted = {}
         scored, segments = evaluate.compare_runs([path for _, path in runs], fitted=fitted)
-        index = datasets.create_dataset_index(condition=GATES[method], path=path)
+        index = datasets.create_dataset_index(condition=gate, path=path)
         unseen = unseen_rows(segments)
         n_followed, followed = calibrated_rows(
             [(fold, fitted[path, False][1]) for fold, path in runs], index, options.folds)

@@ -49,7 +49,8 @@ def save_run(data, name="a", network=None, calibrated=True, seed=0):
     path = str(folder / "runs" / f"{name}.pth")
     checkpoints.save_checkpoint(
         path, model, calibration=calibration, split=checkpoints.hash_split(parts, salt),
-        provenance={"origin": "simulated", "salt": checkpoints.salt_mark(salt)})
+        provenance={"origin": "simulated", "salt": checkpoints.salt_mark(salt),
+                    "label_method": "published"})
     return path
 
 
@@ -155,7 +156,7 @@ def test_calibrating_on_data_gives_intervals_there_and_takes_them_away_elsewhere
     assert results["uncertainty"]["levels"]["90 %"]["patients"]["value"] >= 0.9
     assert "not a test of it" in evaluate.report.interval_text(results)     # the same patients
     assert "refused" in evaluate.evaluate(path)["uncertainty"]["levels"]["90 %"]
-    with pytest.raises(DataError, match="intervals need patients not trained or tested on"):
+    with pytest.raises(DataError, match="intervals need patients that this run has not used"):
         evaluate.calibrate(path, [str(data)])
 
 
@@ -175,6 +176,10 @@ def test_a_checkpoint_without_calibration_is_calibrated_on_the_tune_patients(dat
     expected = metrics.fit_calibration(error, tune.index.segment_patients())
     assert found["half_widths"] == expected["half_widths"] and found["origin"] == "simulated"
     assert "half_width" in evaluate.evaluate(path)["uncertainty"]["levels"]["50 %"]
+    model = load_model(path)
+    model.anchor = {"refitted": True}       # to the tune patients: their errors are too small
+    found = evaluate.evaluate(model, parts["test"], train=parts["train"], tune=parts["tune"])
+    assert found["uncertainty"]["levels"] == {}
 
 
 def test_a_constant_output_and_one_that_ignores_the_ppg_are_named():

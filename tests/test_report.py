@@ -178,7 +178,7 @@ def test_the_headline_says_worse_where_any_baseline_does_better():
                                  dict(estimate(here), over="mean_tpp"))
 
     assert "is better than the best" in text(0.5, 0.4) and "WORSE" not in text(0.5, 0.4)
-    assert "WORSE than the best baseline here, mean TPP of known patients" in text(0.5, -0.6)
+    assert "WORSE than the best baseline here, mean TPP of other patients" in text(0.5, -0.6)
     assert "Over the best baseline here, mean TPP" in text(0.5, -0.05)      # its interval holds 0
     for none in (None, np.nan):
         here = {"value": -0.5, "low": none, "high": none, "over": "mean_tpp"}
