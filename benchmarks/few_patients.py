@@ -4,9 +4,9 @@
     python benchmarks/few_patients.py data/real.h5 --only pretrained --test
     python benchmarks/few_patients.py data/real.h5 --only virtual --virtual runs/M1.5.pth
 
-Each variant is trained in every fold as train_resnet.py would (recipe small, one seed) and compared
-on the tune patients of all folds with what the model stands on, the ridge on vitals and its share
-of the pulse statistics (which comes partly from these tune patients). --test scores the test
+Each variant is trained in every fold as train_resnet.py would (recipe small, one --seed). On the
+tune patients of all folds it is compared with what the model stands on, the ridge on vitals and its
+share of the pulse statistics (which comes partly from these tune patients). --test scores the test
 patients, too, as benchmarks/real.py does: for a variant that is chosen. Each fold is kept in runs/
 and not trained again.
 
@@ -116,7 +116,7 @@ def train_fold(path, variant, index, fold, options):
     """Trains and saves one fold of a variant."""
     arguments, changes = VARIANTS[variant]
     parts, sets = datasets_of(index, fold, options)
-    settings = train_resnet.parse_args(["--recipe", "small"])
+    settings = train_resnet.parse_args(["--recipe", "small", "--seed", str(options.seed)])
     recipe = {**train_resnet.choose_recipe(settings, len(sets["train"])), **changes,
               **({"epochs": options.epochs} if options.epochs else {})}
     header.reset_all_seeds(settings.seed)
@@ -171,6 +171,7 @@ def main():
     parser.add_argument("--virtual", metavar="CHECKPOINT", help="a network of virtual patients")
     parser.add_argument("--test", action="store_true", help="also score the test patients")
     parser.add_argument("--epochs", type=int, help="not each variant's own (for a quick look)")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -180,8 +181,9 @@ def main():
     index, rows = header.create_dataset_index(path=options.data), []
     os.makedirs("runs", exist_ok=True)
     for variant in options.only:
-        epochs = f"_{options.epochs}_epochs" if options.epochs else ""
-        paths = [f"runs/few_{variant}{epochs}_fold{fold}.pth" for fold in range(options.folds)]
+        of = (f"_{options.epochs}_epochs" * bool(options.epochs)
+              + f"_seed{options.seed}" * bool(options.seed))
+        paths = [f"runs/few_{variant}{of}_fold{fold}.pth" for fold in range(options.folds)]
         for fold, path in enumerate(paths):
             if not os.path.exists(path):
                 train_fold(path, variant, index, fold, options)
