@@ -359,8 +359,8 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     domain = domain_of(scored)
     origin, method = domain["origin"], domain["label_method"]
     if len({*run.label_method.split(", "), *method.split(", ")} - {"unknown"}) > 1:
-        about["problems"] = about["problems"] + [
-            f"labels by the method {method}, but the model was trained on {run.label_method}"]
+        about["problems"].append(
+            f"labels by the method {method}, but the model was trained on {run.label_method}")
     results = {
         "checkpoint": os.path.basename(path) if path else "model in memory", **about,
         "date": time.strftime("%Y-%m-%d"), "keys": list(model.keys),

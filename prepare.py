@@ -297,11 +297,13 @@ def read_segments(path, options, rows):
         rows.append(("note", "the PPG's delay is uncertain: not aligned", ""))
     fields = {"abp": abp, "ppg": ppg, "start_s": start_s, "ppg_delay_s": delays_s - shift_s,
               **labels.label_segments(abp, datasets.FS, method=options.label_method)}
-    for key in (key for key in datasets.VITALS if key in recorded.chosen and key not in fields):
-        held = np.concatenate([np.where(        # a monitor's numbers
-            minutes.number_age_s[key] <= recordings.MAX_AGE_S, minutes.numbers[key], np.nan)
-            for minutes in blocks])
-        fields.update({key: held} if np.isfinite(held).any() else {})
+    for key in datasets.VITALS:
+        if key in recorded.chosen and key not in fields:        # a monitor's numbers
+            held = np.concatenate([np.where(
+                minutes.number_age_s[key] <= recordings.MAX_AGE_S, minutes.numbers[key], np.nan)
+                for minutes in blocks])
+            if np.isfinite(held).any():
+                fields[key] = held
     quality = signals.signal_quality(abp, ppg, datasets.FS)
     quality["reason"] |= fields["reason"]
     return {**fields, **quality}, {
