@@ -1,4 +1,4 @@
-"""Each benchmark runs at toy size and prints its table."""
+"""Run each benchmark at toy size and check that it prints its table."""
 import json
 import os
 
@@ -15,7 +15,8 @@ def folder(tmp_path_factory):
     simulate.simulate_file(folder / "s.h5", 12, 7, 0)
     simulate.simulate_file(folder / "other.h5", 8, 2, 1)
     make_file(folder / "line.h5", 12, 1, 4)
-    with little_work():
+    with little_work(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "get_model_v3", lambda vitals: models.MODELS["resnet_v3"](vitals))
         yield folder
 
 
@@ -35,26 +36,18 @@ def folder(tmp_path_factory):
     ("real.py", ["--data", "s.h5", "other.h5", "--each-file", "--seeds", 1, "--", "--epochs", 1,
                  "--threads", 1], "model's skill"),
     ("few_patients.py", ["line.h5", "--folds", 3, "--epochs", 1, "--only", "augmented",
-                         "pretrained", "no_anchor", "--test"], "model's skill")])
+                         "pretrained", "no_anchor", "--test"], "model's skill"),
+    pytest.param("scale.py", ["--part", "wait", "--repeats", 1], "loader wait",
+                 marks=needs_children)])      # it reads /proc
 def test_a_benchmark_prints_its_table(folder, script, arguments, said, scripts_here, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)     # no processes are started to simulate
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)     # simulate without processes
     done = run(f"benchmarks/{script}", *arguments, cwd=folder, check=0)
     assert said in done.stdout and "FAILED" not in done.stdout, done.stdout
     if script == "training.py":
         assert list(json.loads((folder / "training.json").read_text())) == arguments[-1:]
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    monkeypatch.setattr(models, "get_model_v3", lambda vitals: models.MODELS["resnet_v3"](vitals))
-
-
-@needs_children       # it reads /proc
-def test_the_benchmark_of_scale_runs(folder, narrow):
-    run("benchmarks/scale.py", "--part", "wait", "--repeats", 1, cwd=folder, check=0)
-
-
-def test_the_gpu_benchmark_runs_at_toy_size_on_cpu(folder, narrow):
+def test_the_gpu_benchmark_runs_at_toy_size_on_cpu(folder):
     out = run("benchmarks/gpu.py", "--device", "cpu", "--json", folder / "gpu.json",
               "--ablate-kernels", check=0).stdout
     assert "FAILED" not in out and (folder / "gpu.json").exists(), out

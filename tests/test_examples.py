@@ -1,4 +1,4 @@
-"""The examples run from top to bottom, shortened by their own options, as their first lines say."""
+"""Run each example as its docstring says, shortened by its own options."""
 import glob
 import json
 import os
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_network_trains_on_ones_own_arrays(tmp_path):
+def test_own_arrays_trains_a_network(tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "mine.npz", ppg=rng.normal(size=(40, 3600)) * 7 + 100,
              vitals=rng.normal(80, 10, (40, 3)), target=rng.normal(40, 9, 40),
@@ -49,7 +49,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     shorter = [cell.replace("PATIENTS, MINUTES, EPOCHS = 200, 3, 6",
                             "PATIENTS, MINUTES, EPOCHS = 15, 2, 1") for cell in cells]
     record = os.path.join(SHARED, "wfdb", "a171l.hea")
-    if os.path.exists(record):                  # else virtual patients stand in
+    if os.path.exists(record):                  # else virtual patients are used
         shorter = [cell.replace("RECORDING = None ", f"RECORDING = {record!r}") for cell in shorter]
         assert sum(record in cell for cell in shorter) == 1
     assert shorter != cells
@@ -61,7 +61,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "own_arrays.pth").exists()
 
 
-def test_a_network_and_a_loss_of_ones_own_go_all_the_way_in_forty_lines(folder):
+def test_a_custom_network_and_loss_train_score_predict_and_export_in_forty_lines(folder):
     pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed")
     pytest.importorskip("onnx", reason="the package onnx is not installed")
     phase = np.arange(2 * 3600) / 60
@@ -88,7 +88,7 @@ def test_a_checkpoint_is_fine_tuned_on_other_patients(folder, scripts_here):
     assert len({rmse for _, rmse in table}) == 3
 
 
-def test_a_sweep_ends_in_a_table(folder, scripts_here):
+def test_a_sweep_prints_a_table(folder, scripts_here):
     out = run_example("sweep.py", "--data", "s.h5", "--epochs", 1, "--settings", 1, cwd=folder)
     assert re.search(r"^recipe +[\d.]+ ± [\d.]+$", out, re.M)
     assert re.search(r"the best, 'recipe', on the test patients: RMSE [\d.]+ mmHg", out)

@@ -1,8 +1,8 @@
-"""Every command and every Python block of README and docs is run, shortened; what they name exists.
+"""Run every command and Python block of README and docs, shortened; check files, links and options.
 
-They run in the order of the pages, in one folder with the files that a reader would have: a few
-virtual patients in place of the default data, recordings, a trained checkpoint, a network of one's
-own. Python scripts run in this process, with a small network, so that it takes about a minute.
+The steps run in the order of the pages, in one folder with the files that a reader would have: a
+few virtual patients instead of the default data, recordings, a checkpoint, and a custom network.
+Python scripts run in this process with a small network, so that all of this takes about a minute.
 """
 import glob
 import os
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, little_work, run
 from conftest import read_ours as read
 
@@ -26,7 +25,7 @@ from tk_utils import run_script
 PAGES = ["README.md", *sorted(os.path.relpath(path, ROOT)
                               for path in glob.glob(os.path.join(ROOT, "docs", "*.md")))]
 SETTING_UP = r"python -m venv |pip install |\.venv/bin/pip install "      # not again in a test
-# (pattern, replacement): every one that fits makes a command or a Python block end sooner
+# (pattern, replacement): all are applied; each shortens a command or a Python block
 SHORTER = [
     (r"--threads \d+", "--threads 1"),
     (r"--nnodes=\d+ |--rdzv-\S+ ", ""), (r"--nproc_per_node=\d+", "--nproc_per_node=2"),
@@ -36,9 +35,9 @@ SHORTER = [
     (r"(.*train_resnet\.py.*)", r"\1 --fresh --epochs 1 --batch-size 8"),
     (r"(.*simulate\.py .*)", r"\1 --patients 15 --segments 2 --workers 1"),
     (r"(.*prepare\.py.*)--workers \d+", r"\1--workers 1"),
-    (r"(.*evaluate\.py.*--condition.*)", r"\1 --split all"),      # of few test patients
+    (r"(.*evaluate\.py.*--condition.*)", r"\1 --split all"),      # few test patients
     (r"\b(total_epochs|epochs)=\d+", r"\1=1")]
-# by test_benchmarks.py and test_examples.py; here their options are looked up
+# Run by test_benchmarks.py and test_examples.py; here only their options are checked.
 RUN_ELSEWHERE = r"benchmarks/|examples/(fine_tune|sweep)\.py"
 
 
@@ -55,14 +54,12 @@ def steps_of(page):
 
 README = read("README.md")
 STEPS = {}              # text: the first page that has it
-for one in PAGES:
-    for step in steps_of(one):
+for page in PAGES:
+    for step in steps_of(page):
         if not re.match(SETTING_UP, step):
-            STEPS.setdefault(step, one)
-COMMANDS = [step for step in STEPS if "\n" not in step]
-# {name: text} of the blocks that begin with the name of a file, which the reader writes
-FILES = {match.group(1): step for step in STEPS for match in [re.match(r"# (\w+\.py)\n", step)]
-         if match}
+            STEPS.setdefault(step, page)
+# {name: text}: blocks that start with a file name, which the reader saves under that name
+FILES = {step[2:].split("\n")[0]: step for step in STEPS if re.match(r"# \w+\.py\n", step)}
 
 
 def shorten(text):
@@ -73,7 +70,7 @@ def shorten(text):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The files that the pages speak of; in this process, the networks are small."""
+    """A folder with the files that the pages mention; networks in this process are small."""
     folder = tmp_path_factory.mktemp("reader")
     with little_work(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "FIGURES", dict(list(report.FIGURES.items())[:2]))
@@ -96,7 +93,7 @@ def folder(tmp_path_factory):
 
 
 def write_recordings(folder):
-    """Three minutes of each of 12 virtual patients as CSV, and of the last as other files."""
+    """Write three minutes of 12 virtual patients as CSV, and the last patient in other formats."""
     os.makedirs("records")
     for number in range(12):
         fields = simulate.simulate_patient(0, number, 3, keep_abp=True)
@@ -120,9 +117,9 @@ def options_of(script):
 
 
 def run_line(command):
-    """Runs a shortened command, which must end well."""
+    """Run a shortened command, which must succeed."""
     words = shlex.split(shorten(command))
-    words = [one for word in words for one in sorted(glob.glob(word)) or [word]]
+    words = [path for word in words for path in sorted(glob.glob(word)) or [word]]
     if words[0] == "torchrun":
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         words = [__file__ if word == "train_resnet.py" else word for word in words]     # see below
@@ -139,10 +136,7 @@ def test_the_step_runs(step, folder, monkeypatch):
     if step in FILES.values():
         compile(step, STEPS[step], "exec")
     elif "\n" in step:
-        names = STATE.setdefault(STEPS[step], {
-            "ppg": torch.randn(2, 1, 3600), "map_mmhg": torch.tensor([75.0, 80.0]),
-            "dbp_mmhg": torch.tensor([55.0, 60.0]), "hr_bpm": torch.tensor([80.0, 90.0])})
-        exec(compile(shorten(step), STEPS[step], "exec"), names)
+        exec(compile(shorten(step), STEPS[step], "exec"), STATE[STEPS[step]])
     elif re.search(RUN_ELSEWHERE, step):
         words = shlex.split(step)
         known = options_of(words[1]) + options_of("train_resnet.py")    # sweep.py passes them on
@@ -152,23 +146,19 @@ def test_the_step_runs(step, folder, monkeypatch):
         run_line(step)
 
 
-STATE = {}              # {page: the names that its Python blocks have made}
-DONE = set()            # shortened commands
+STATE = {page: {} for page in PAGES}        # names defined by the page's Python blocks
+DONE = set()            # shortened commands that have run
 
 
 def test_ci_runs_exactly_the_commands_of_readme_and_contributing():
-    command = next(line for line in README.splitlines() if line.endswith("-m pytest"))
-    ci = read(".ci/run")
-    assert f"\n{command} || exit 1\n" in ci
     lines = re.findall(r"```\n(.*?)```", read("CONTRIBUTING.md"), re.S)[0].splitlines()
-    assert len(lines) == 3 and lines[0] == command
-    assert all(f"\n{line} || exit 1\n" in ci for line in lines)
+    assert len(lines) == 3 and f"```\n{lines[0]}\n```" in README
+    assert all(f"\n{line} || exit 1\n" in read(".ci/run") for line in lines)
 
 
-def test_the_commands_are_found_and_those_that_set_up_and_run_stand_first():
-    scripts = {word for command in COMMANDS for word in re.findall(r"[\w/]+\.py", command)}
-    assert scripts >= {"train_resnet.py", "evaluate.py", "predict.py", "prepare.py", "simulate.py",
-                       "checkpoint.py"}
+def test_all_scripts_are_shown_and_the_set_up_commands_come_first():
+    for script in ("train_resnet", "evaluate", "predict", "prepare", "simulate", "checkpoint"):
+        assert any(step.startswith(f"python {script}.py ") for step in STEPS)
     first, second = (step for step in steps_of("README.md") if step.startswith("python -m venv"))
     venv = "python -m venv .venv && .venv/bin/pip install -r "
     assert first == venv + "requirements.txt && .venv/bin/python train_resnet.py"
@@ -177,24 +167,21 @@ def test_the_commands_are_found_and_those_that_set_up_and_run_stand_first():
     assert all(word in top for word in ("predict.py", "prepare.py", "--model"))
 
 
-@pytest.mark.parametrize("script", sorted({name for page in PAGES for name in
-                                           re.findall(r"`python ([\w/]+\.py)", read(page))}
-                                          | {"train_resnet.py", "prepare.py", "predict.py"}))
-def test_options_that_the_text_names_exist(script):
-    known = options_of(script)
-    for page in PAGES:
-        for options in re.findall(rf"`python {re.escape(script)}(.*?)`", read(page), re.S):
-            for option in re.findall(r"--[a-z][a-z-]+", options):
-                assert option in known, f"{page}: {script} {option}"
+@pytest.mark.parametrize("page", PAGES)
+def test_options_that_the_text_names_exist(page):
+    for script, options in re.findall(r"`python ([\w/]+\.py)(.*?)`", read(page), re.S):
+        assert set(re.findall(r"--[a-z][a-z-]+", options)) <= set(options_of(script)), script
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_every_file_that_a_page_names_is_there(page):
-    folder = os.path.dirname(os.path.join(ROOT, page))
-    for name in re.findall(r"\]\(((?!http)[^)#]+)\)|src=\"([^\"]+)\"", read(page)):
-        assert os.path.exists(os.path.join(folder, "".join(name))), name
-    for module in re.findall(r"^\| `(\w+\.py)` \|", read(page), re.M):
-        assert os.path.exists(os.path.join(ROOT, module)), module
+def test_every_file_and_heading_that_a_page_names_exists(page):
+    for name, anchor in re.findall(r"(?:\]\(|src=\")(?!http)([^)#\"]*)#?([^)\"]*)", read(page)):
+        path = os.path.normpath(os.path.join(os.path.dirname(page), name) if name else page)
+        assert os.path.exists(os.path.join(ROOT, path)), name
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", read(path), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+                              for heading in headings], anchor
     for name in re.findall(r"`((?:examples|benchmarks|tests)/\w+\.\w+)`", read(page)):
         assert os.path.exists(os.path.join(ROOT, name)), name
 
