@@ -1,8 +1,8 @@
-"""A network and a loss of your own: train, save, load, evaluate, predict and export them.
+"""Train, save, load, evaluate and export a network and a loss of your own.
 
     python simulate.py --out data/small.h5 --patients 120 --segments 4
-    python examples/custom_network.py data/small.h5                 # or with a recording to predict
-    python examples/custom_network.py data/small.h5 my_record.hea
+    python examples/custom_network.py data/small.h5
+    python examples/custom_network.py data/small.h5 my_record.hea   # also predicts a recording
 
 The same from the command line, with resume, folds and seeds:
 

@@ -1,11 +1,11 @@
-"""Fine-tune a network that learned on virtual patients on a small file of others.
+"""Fine-tune a network trained on virtual patients on a small file of other patients.
 
-    python train_resnet.py                                      # once: the parent, runs/M1.5.pth
+    python train_resnet.py                                      # first: the parent, runs/M1.5.pth
     python examples/fine_tune.py runs/M1.5.pth data/icu.h5      # your file, from prepare.py
-    python examples/fine_tune.py runs/M1.5.pth                  # no file: a second set, simulated
+    python examples/fine_tune.py runs/M1.5.pth                  # simulates a second set
 
-Three networks are scored on the same test patients of the file: the parent as it is, the parent
-fine-tuned on the file's train patients at a tenth of the rate, and one trained from scratch.
+Scores three networks on the same test patients of the file: the parent as it is, the parent
+fine-tuned on the file's train patients at a tenth of the rate, and a network trained from scratch.
 """
 import argparse
 import os
@@ -23,10 +23,10 @@ from training_header import create_dataset_index, split_index
 ROOT = sys.path[0]
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("checkpoint", help="of the parent")
+parser.add_argument("checkpoint", help="checkpoint of the parent")
 parser.add_argument("data", nargs="?", default="data/other_patients.h5",
-                    help="an HDF5 file of the layout; default: data/other_patients.h5, simulated")
-parser.add_argument("--patients", type=int, default=60, help="of the simulated file; default 60")
+                    help="a prepared HDF5 file; default: data/other_patients.h5, simulated")
+parser.add_argument("--patients", type=int, default=60, help="simulated patients; default 60")
 parser.add_argument("--epochs", type=int, default=6, help="default 6")
 options = parser.parse_args()
 

@@ -1,10 +1,10 @@
-"""TPP from an exported model with onnxruntime and NumPy alone, and how long one segment takes.
+"""Predict TPP with an exported model, onnxruntime and NumPy only; measure the time per segment.
 
     python predict.py runs/M1.5.pth --export model.onnx
     python examples/onnx_predict.py model.onnx minute.csv --map 75 --dbp 55 --hr 80
 
-minute.csv: a column of 3600 numbers, 60 s of PPG at 60 Hz in any unit; without it, a made-up pulse.
-Vitals that the network does not take are ignored.
+minute.csv: a column of 3600 numbers, 60 s of PPG at 60 Hz in any unit; default: a made-up pulse.
+Vitals that the network does not use are ignored.
 """
 import argparse
 import time
@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("model", help="what predict.py --export wrote")
+parser.add_argument("model", help="a file written by predict.py --export")
 parser.add_argument("ppg", nargs="?", help="a text file of 3600 numbers")
 for name, usual, unit in (("map", 75, "mmHg"), ("dbp", 55, "mmHg"), ("hr", 80, "beats/min")):
     parser.add_argument(f"--{name}", type=float, default=usual, help=f"{unit}; default {usual}")

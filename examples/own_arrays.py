@@ -1,8 +1,8 @@
-"""Train the network on your own arrays: `models.py` in an empty folder is all it takes.
+"""Train the network on your own arrays; needs no other file than `models.py`.
 
     mkdir try && cp models.py examples/own_arrays.py try/ && cd try
     python own_arrays.py                        # on made-up arrays
-    python own_arrays.py --arrays mine.npz      # yours, as numpy.savez makes them
+    python own_arrays.py --arrays mine.npz      # your arrays, saved with numpy.savez
 
 mine.npz: ppg [N, 3600] (60 s at 60 Hz, any scale), vitals [N, V], target [N] (mmHg), patient [N].
 """
@@ -11,12 +11,12 @@ import argparse
 import numpy as np
 import torch
 
-from models import get_spread_resnet  # or get_model_v3, the published one
+from models import get_spread_resnet  # or get_model_v3, the published network
 
 
 def made_up(segments, rng):
-    """Arrays of the right shapes: a pulse wave whose width, and MAP, tell the target."""
-    patient = np.arange(segments) // 4                          # four minutes of each
+    """Made-up arrays; the target depends on MAP and on the width of the pulse wave."""
+    patient = np.arange(segments) // 4                          # four minutes per patient
     rate_hz, width = rng.uniform(1, 1.6, segments), rng.uniform(2, 8, segments)
     phase = 2 * np.pi * rate_hz[:, None] * np.arange(3600) / 60
     ppg = np.exp(width[:, None] * (np.cos(phase) - 1)) + 0.05 * rng.normal(size=phase.shape)
@@ -26,8 +26,8 @@ def made_up(segments, rng):
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--arrays", metavar="FILE.npz", help="default: made-up ones")
-parser.add_argument("--segments", type=int, default=800, help="of the made-up ones; default 800")
+parser.add_argument("--arrays", metavar="FILE.npz", help="default: made-up arrays")
+parser.add_argument("--segments", type=int, default=800, help="made-up segments; default 800")
 parser.add_argument("--epochs", type=int, default=5, help="default 5")
 options = parser.parse_args()
 rng = np.random.default_rng(0)
@@ -35,11 +35,12 @@ torch.manual_seed(0)
 data = np.load(options.arrays) if options.arrays else made_up(options.segments, rng)
 data = {name: np.asarray(data[name]) for name in ("ppg", "vitals", "target", "patient")}
 
-# Whole patients are held out: minutes of one patient on both sides would flatter the score.
+# Hold out whole patients: minutes of a patient on both sides would inflate the score.
 patients = rng.permutation(np.unique(data["patient"]))
 test = np.isin(data["patient"], patients[:len(patients) // 5])
 
-# Each segment by its own mean and SD (monitors differ in scale), the rest by the train patients'.
+# Normalise each PPG segment by its own mean and SD (monitors differ in scale), and vitals and
+# target by those of the train patients.
 ppg = data["ppg"] - data["ppg"].mean(1, keepdims=True)
 ppg = torch.tensor(ppg / ppg.std(1, keepdims=True), dtype=torch.float32).unsqueeze(1)
 vitals, target = (torch.tensor((values - values[~test].mean(0)) / values[~test].std(0),
@@ -67,5 +68,5 @@ for epoch in range(options.epochs):
     print(f"epoch {epoch + 1}: RMSE {np.sqrt(np.mean(error ** 2)):.2f} mmHg on {test.sum()} "
           "held-out segments", flush=True)
 always_mean = np.sqrt(np.mean((data["target"][test] - mean) ** 2))
-print(f"predicting the train patients' mean every time: RMSE {always_mean:.2f} mmHg")
+print(f"always predicting the mean of the train patients: RMSE {always_mean:.2f} mmHg")
 torch.save(model.state_dict(), "own_arrays.pth")

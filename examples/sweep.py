@@ -1,9 +1,9 @@
-"""Several settings, several seeds, one table; only the winner is scored on the test patients.
+"""Compare settings over several seeds; score only the best setting on the test patients.
 
-    python examples/sweep.py --data data/icu.h5                 # its other options go to every run
+    python examples/sweep.py --data data/icu.h5                 # other options go to every run
     python examples/sweep.py --seeds 3 --epochs 5               # on the default data
 
-A finished run is not trained again: interrupt the sweep and give the same command again.
+Finished runs are not trained again: after an interruption, repeat the command.
 """
 import argparse
 import csv
@@ -28,7 +28,7 @@ SETTINGS = {
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--seeds", type=int, default=2, help="runs of each setting; default 2")
-parser.add_argument("--settings", type=int, default=len(SETTINGS), help="the first so many")
+parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many; default all")
 options, of_every_run = parser.parse_known_args()
 
 rows, best = [], None
@@ -56,5 +56,5 @@ for run in best[2]:
     with open(f"{run}/metrics.json", encoding="utf-8") as file:
         test.append(json.load(file)["tpp"]["rmse"])
 print(f"\nthe best, {best[1]!r}, on the test patients: RMSE {statistics.mean(test):.2f} mmHg "
-      f"({', '.join(f'{rmse:.2f}' for rmse in test)}). The scores of the others were not looked "
-      "at: choosing by the test patients would flatter the winner.")
+      f"({', '.join(f'{rmse:.2f}' for rmse in test)}). The other settings were not scored "
+      "on them: choosing by the test patients would bias the result.")
