@@ -6,12 +6,12 @@
 
 Each variant is trained in every fold as train_resnet.py would (recipe small, one --seed). On the
 tune patients of all folds it is compared with what the model stands on, the ridge on vitals and its
-share of the pulse statistics (which comes partly from these tune patients). --test scores the test
-patients, too, as benchmarks/real.py does: for a variant that is chosen. Each fold is kept in runs/
-and not trained again.
+share of the pulse statistics (which comes partly from these tune patients). --test also scores the
+test patients, as benchmarks/real.py does; use it only for the variant that you have chosen. Each
+fold is kept in runs/ and not trained again.
 
-The variant `pretrained` learns from every minute with a label, gate or no gate: the network first
-learns to say from the PPG what the arterial line says: how its beats vary
+The variant `pretrained` also learns from the labelled minutes that the gate refuses: the network
+first learns to predict from the PPG what the arterial line shows: how its beats vary
 (`anchor.pulse_statistics` of the pressure), systolic and pulse pressure.
 `virtual` begins with the network of --virtual, trained on virtual patients.
 """
@@ -196,7 +196,7 @@ def main():
             truth, network, ridges, patients, by_patient=one)) for one in (False, True)),
             " ".join(f"{share:.2f}" for share in shares)])
         tk_utils.print_table(rows, ["variant", "network's skill over the ridges, tune patients",
-                                    "each patient the same", "share kept in each fold"])
+                                    "patients weighted equally", "share kept in each fold"])
         if options.test:
             _, segments = evaluate.compare_runs(paths, data=[options.data], split="test")
             real.print_estimates(real.unseen_rows(segments))

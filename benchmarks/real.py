@@ -5,13 +5,13 @@
     python benchmarks/real.py --data data/real.h5 --seeds 1 --folds 5           # prepared before
     python benchmarks/real.py --data data/p?.h5 --each-file --seeds 1       # tests whole files
 
-For each label method it prepares the recordings (once), trains train_resnet.py's recipe with every
-fold and seed (after a kill the same command goes on), and prints two tables: patients never seen,
-against every baseline, by minute and with each patient weighing the same; and CALIBRATED patients,
-whose first KNOWN labelled minutes are known and whose later ones are to be followed. Results are
-also written to --out as JSON. --each-file instead tests each file with a network of the others:
-hospitals, or parts of a data set whose patients are an estimate (that these runs differ in their
-data is then meant so).
+For each label method it prepares the recordings (once) and trains train_resnet.py's recipe with
+every fold and seed; after a kill, run the same command again. It prints two tables and writes them
+to --out as JSON: unseen patients, against every baseline, by minute and with patients weighted
+equally; and CALIBRATED patients, whose first KNOWN labelled minutes are known and whose later
+minutes are predicted. --each-file instead tests each file with a network trained on the others:
+hospitals, or parts of a data set whose patients are an estimate (ignore the warning that these runs
+differ in their data).
 """
 import argparse
 import os
@@ -38,9 +38,17 @@ VITALS = ("map", "dbp", "hr")
 
 
 def script(name, *arguments, check=True):
-    """Runs a script of the repository; what it wrote stays when it fails."""
+    """Runs a script of the repository."""
     subprocess.run([sys.executable, os.path.join(common.ROOT, name), *map(str, arguments)],
                    check=check)
+
+
+def train(options, name, gate, *arguments):
+    """Runs train_resnet.py with every seed; returns the names of the runs (without the fold)."""
+    repeats = ["--seeds", options.seeds] if options.seeds > 1 else []
+    script("train_resnet.py", *arguments, "--condition", *gate, "--name", name, *repeats,
+           *options.settings)
+    return [f"{name}_seed{seed}" for seed in range(options.seeds)] if repeats else [name]
 
 
 def prepare(options):
@@ -66,7 +74,7 @@ def estimates(truth, prediction, other, patients):
 
 
 def unseen_rows(segments):
-    """Rows of the table of patients never seen: the model, then each baseline."""
+    """Rows of the table of unseen patients: the model, then each baseline."""
     patients, truth, tpp = segments.patients, segments.truth, segments.tpp
     rows = [["model", *estimates(truth, tpp, tpp, patients)[:2], None, None]]
     return rows + [[report.named(name), *estimates(truth, tpp, one, patients)]
@@ -133,11 +141,8 @@ def each_file(options):
     paths, fitted = [], {}
     for number, path in enumerate(options.data):
         name, others = f"without_file{number}", [one for one in options.data if one != path]
-        seeds = ["--seeds", options.seeds] if options.seeds > 1 else []
-        script("train_resnet.py", "--data", *others, "--condition", *gate, "--name", name, *seeds,
-               *options.settings)
-        for ending in [f"_seed{seed}" for seed in range(options.seeds)] if seeds else [""]:
-            paths.append(f"runs/{name}{ending}.pth")
+        for run in train(options, name, gate, "--data", *others):
+            paths.append(f"runs/{run}.pth")
             evaluate.evaluate_with_arrays(paths[-1], data=[path], fitted=fitted)
     scored, segments = evaluate.compare_runs(paths, fitted=fitted)
     rows = unseen_rows(segments)
@@ -171,14 +176,10 @@ def main():
         return each_file(options)
     results = {}
     for method, path in prepare(options).items():
-        name = f"real_{method}"
-        repeats = ["--seeds", options.seeds] if options.seeds > 1 else []
         gate = GATES.get(method, ["default"])
-        script("train_resnet.py", "--data", path, "--condition", *gate, "--name", name, "--folds",
-               options.folds, *repeats, *options.settings)
-        seeds = [f"_seed{seed}" for seed in range(options.seeds)] if repeats else [""]
-        runs = [(fold, f"runs/{name}{seed}_fold{fold}.pth")
-                for seed in seeds for fold in range(options.folds)]
+        names = train(options, f"real_{method}", gate, "--data", path, "--folds", options.folds)
+        runs = [(fold, f"runs/{name}_fold{fold}.pth")
+                for name in names for fold in range(options.folds)]
         fitted = {}
         scored, segments = evaluate.compare_runs([path for _, path in runs], fitted=fitted)
         index = datasets.create_dataset_index(condition=gate, path=path)
@@ -186,11 +187,11 @@ def main():
         n_followed, followed = calibrated_rows(
             [(fold, fitted[path, False][1]) for fold, path in runs], index, options.folds)
         print(f"\nLabel {method}, gate {index.condition}: {len(index):,} minutes of "
-              f"{index.n_patients:,} patients, none of them seen; {options.folds} folds, "
+              f"{index.n_patients:,} unseen patients; {options.folds} folds, "
               f"{tk_utils.counted(options.seeds, 'seed')}")
         print_estimates(unseen)
         print(f"\nCALIBRATED: the first {KNOWN} labelled minutes of each of {n_followed} patients "
-              "are known, the later ones are followed")
+              "are known, the later minutes predicted")
         if followed:
             print_estimates(followed)
         results[method] = {"unseen": unseen, "calibrated": followed, "n_segments": len(index),
