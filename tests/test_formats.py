@@ -13,7 +13,6 @@ import recordings
 from formats import RecordingError
 
 RATES = {"ABP": 250, "PLETH": 125}
-GAP_S = (85, 92)
 ROUNDING = {"wfdb": 0.005, "edf": 400 / 65535, "vital": 1e-4, "packed.vital": 1e-4, "csv": 5e-4,
             "parquet": 1e-9, "hdf5": 1e-9}  # a step or half of one, in each file's own unit
 
@@ -43,7 +42,7 @@ def signals():
     for name, fs in RATES.items():
         t = np.arange(200 * fs) / fs
         made[name] = 90 + 25 * np.sin(8 * t) + t / 9
-        made[name][GAP_S[0] * fs:GAP_S[1] * fs] = np.nan
+        made[name][85 * fs:92 * fs] = np.nan
     return made
 
 
@@ -136,12 +135,11 @@ def test_a_damaged_file_gives_its_samples_or_one_line(tmp_path, files, form):
         os.link(os.path.splitext(path)[0] + ".dat", tmp_path / "r.dat")
     target = tmp_path / os.path.basename(path)
     for trial in range(15):
-        damaged = bytearray(data)
+        damaged = np.frombuffer(data, np.uint8).copy()
         if trial % 3 == 0:
             damaged = damaged[:rng.integers(len(data))]
         else:
-            for _ in range(6):
-                damaged[rng.integers(min(len(data), 3000))] = rng.integers(256)
+            damaged[rng.integers(min(len(data), 3000), size=6)] = rng.integers(256, size=6)
         target.write_bytes(gzip.compress(damaged, 1) if form == "vital" else damaged)
         try:
             list(recordings.read_windows(str(target), fs=60, seconds=60, limits={}))
@@ -151,7 +149,7 @@ def test_a_damaged_file_gives_its_samples_or_one_line(tmp_path, files, form):
     assert complaints
 
 
-@pytest.mark.parametrize("form", ["8", "16", "24", "32", "212", "310", "311"])
+@pytest.mark.parametrize("form", ["8", "16", "24", "32", "212"])
 def test_windows_of_every_storage_format_equal_the_whole(tmp_path, form):
     wfdb = pytest.importorskip("wfdb")
     x = np.rint(400 * np.sin(np.arange(20006) / 9)).astype(int)
@@ -159,23 +157,18 @@ def test_windows_of_every_storage_format_equal_the_whole(tmp_path, form):
         np.diff(x, prepend=x[0]).astype("i1").tofile(tmp_path / "r.dat")
         (tmp_path / "r.hea").write_text(f"r 1 125\nr.dat 8 2/mmHg 16 0 {x[0]} 0 0 ABP\n")
     else:
-        try:
-            wfdb.wrsamp("r", 125, ["mmHg"], ["ABP"], d_signal=x[:, None], fmt=[form],
-                        adc_gain=[2.0], baseline=[0], write_dir=str(tmp_path))
-        except (NotImplementedError, ValueError):
-            pytest.skip("wfdb does not write this format")
+        wfdb.wrsamp("r", 125, ["mmHg"], ["ABP"], d_signal=x[:, None], fmt=[form],
+                    adc_gain=[2.0], baseline=[0], write_dir=str(tmp_path))
     reader = opened(tmp_path / "r.hea")
     got = np.concatenate([reader.read(["ABP"], a, a + 31.7)["ABP"].samples
                           for a in np.arange(0, len(x) / 125, 31.7)])
     np.testing.assert_allclose(got, x / 2)
 
 
-@pytest.mark.parametrize("gain, complaint", [
-    ("100", ""), ("100(0)", ""), ("0", "unit is not known"), ("0(0)/mmHg", "unit is not known")])
-def test_pressure_without_a_unit_is_mmhg_and_without_a_gain_is_refused(tmp_path, gain, complaint):
-    write_wfdb(tmp_path, "r", np.full(9000, 80.0))
-    (tmp_path / "r.hea").write_text(f"r 1 125 9000\nr.dat 16 {gain} 16 0 0 0 0 ABP\n")
-    with pytest.raises(RecordingError, match=complaint) if complaint else nullcontext():
+@pytest.mark.parametrize("gain, unit", [(100, ""), (100, "(0)"), (0, ""), (0, "(0)/mmHg")])
+def test_pressure_without_a_unit_is_mmhg_and_without_a_gain_is_refused(tmp_path, gain, unit):
+    write_wfdb(tmp_path, "r", np.full(9000, 80.0), gain=gain, unit=unit)
+    with nullcontext() if gain else pytest.raises(RecordingError, match="unit is not known"):
         recorded = recordings.read_windows(str(tmp_path / "r.hea"), fs=60, seconds=60, limits={})
         assert recorded.chosen == {"abp": "ABP"}
 
@@ -208,16 +201,13 @@ def test_a_record_with_upper_case_endings_is_read(tmp_path):
     np.testing.assert_allclose(whole(found.path)["ABP"].samples, np.arange(100))
 
 
-ONE = "16 1/mmHg 16 0 0 0 0 ABP\n"
-
-
 @pytest.mark.parametrize("header, complaint", [
     ("", "not a readable WFDB header"), ("r 1 125 100\n", "not a readable WFDB header"),
-    ("r 1 x 100\nr.dat " + ONE, "not a readable WFDB header"),
-    ("r 1 125 100\nabsent.dat " + ONE, "data file is missing"),
-    ("r 1 125 900\nr.dat " + ONE, "data file is too short"),
+    ("r 1 x 100\nr.dat 16\n", "not a readable WFDB header"),
+    ("r 1 125 100\nabsent.dat 16\n", "data file is missing"),
+    ("r 1 125 900\nr.dat 16\n", "data file is too short"),
     ("r/1 1 125 100\nr 100\n", "has segments itself"),
-    ("r 1 125 100\n../s.dat " + ONE, "outside its own folder"),
+    ("r 1 125 100\n../s.dat 16\n", "outside its own folder"),
     ("m/1 1 125 100\n/etc/passwd 100\n", "outside its own folder")])
 def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
     np.zeros(100, "<i2").tofile(tmp_path / "r.dat")
@@ -228,11 +218,9 @@ def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
 
 
 def test_numbers_of_a_vital_file_keep_their_times(files):
-    reader = opened(files["vital"])
-    assert reader.channels["Solar8000/HR"].fs == 1
-    samples = reader.read(["Solar8000/HR"], 0, np.inf)["Solar8000/HR"].samples
-    np.testing.assert_array_equal(samples[::2], 60 + np.arange(100))
-    assert np.isnan(samples[1::2]).all()
+    channel = whole(files["vital"])["Solar8000/HR"]
+    np.testing.assert_array_equal(channel.samples[::2], 60 + np.arange(100))
+    assert channel.fs == 1 and np.isnan(channel.samples[1::2]).all()
 
 
 def test_a_drifting_clock_of_a_vital_file_does_not_shift_what_comes_late(tmp_path, signals):
@@ -260,10 +248,17 @@ def test_integer_tracks_of_a_vital_file_are_scaled_and_their_gaps_are_nan(tmp_pa
 
 @pytest.fixture
 def edf(tmp_path, signals):
-    """(path, its bytes) of a continuous EDF+ file of 80 s."""
+    """A continuous EDF+ file of 80 s."""
     path = tmp_path / "c.edf"
     write_edf(path, {name: samples[:80 * RATES[name]] for name, samples in signals.items()})
-    return path, path.read_bytes()
+    overwrite(path, 168, b"31.12.8523.59.01")
+    return path
+
+
+def overwrite(path, first, text):
+    with open(path, "r+b") as file:
+        file.seek(first)
+        file.write(text)
 
 
 @pytest.mark.parametrize("first, text", [
@@ -271,34 +266,24 @@ def edf(tmp_path, signals):
     (236, b"-1      "), (256 + 3 * 96 + 8, b"\xb5V      "),
     (256 + 3 * 104 + 8, b"0       0       "), (256 + 3 * 120 + 16, b"-       ")])
 def test_an_odd_field_that_the_wanted_channel_does_not_need_is_no_obstacle(edf, first, text):
-    path, data = edf
-    expected = whole(path)["ABP"].samples
-    path.write_bytes(data[:first] + text + data[first + len(text):])
-    np.testing.assert_array_equal(opened(path).read(["ABP"], 0, np.inf)["ABP"].samples, expected)
-
-
-def test_the_start_of_an_edf_file(edf):
-    edf[0].write_bytes(edf[1][:168] + b"31.12.8523.59.01" + edf[1][184:])
-    assert opened(edf[0]).start_time == pd.Timestamp("1985-12-31 23:59:01")
+    expected = whole(edf)["ABP"].samples
+    overwrite(edf, first, text)
+    reader, start = opened(edf), "1985-12-31 10:20:30" if first == 176 else "1985-12-31 23:59:01"
+    np.testing.assert_array_equal(reader.read(["ABP"], 0, np.inf)["ABP"].samples, expected)
+    assert reader.start_time == (None if first == 168 else pd.Timestamp(start))
 
 
 @pytest.mark.parametrize("first, text, complaint", [
     (252, b"x   ", "unreadable header"), (236, b"900     ", "holds 80 data records, its "),
     (236, b"70      ", "its header says 70"),
     (256 + 3 * 104, b"5       5       5       5       ", "unreadable or equal limits"),
-    (244, b"0       ", "no signals"), (256 + 3 * 104, b"x       ", "unreadable or equal limits")])
+    (244, b"0       ", "no signals"), (256 + 3 * 104, b"x       ", "unreadable or equal limits"),
+    (256 + 2 * 16, b"no times", "data records without time")])
 def test_a_bad_edf_file_gets_one_line(edf, first, text, complaint):
-    path, data = edf
-    path.write_bytes(data[:first] + text + data[first + len(text):])
+    overwrite(edf, 192, b"EDF+D")       # each data record says when it began
+    overwrite(edf, first, text)
     with pytest.raises(RecordingError, match=complaint):
-        whole(path)
-
-
-def test_an_edf_file_with_gaps_must_say_when_its_data_records_began(edf):
-    path, data = edf
-    path.write_bytes(data[:192] + b"EDF+D" + data[197:].replace(b"EDF Annotations", b"X" * 15))
-    with pytest.raises(RecordingError, match="data records without time"):
-        opened(path)
+        whole(edf)
 
 
 def test_the_rate_of_hdf5_is_an_attribute_of_the_dataset_or_above_or_given(tmp_path):
