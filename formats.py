@@ -1,10 +1,10 @@
-"""One reader for each format of recorded files. Used by recordings.py; needs no other file of ours.
+"""Readers of recorded files, one class for each format. Needs no other file of this project.
 
 A reader is opened with (path, file_fs) and has
-    channels    {name: Channel without samples}, names unique and printable
-    end_s       the recording's length; start_time (datetime or None); notes [str]
+    channels    {name: Channel without samples}; names are unique and printable
+    end_s       length of the recording; start_time (datetime or None); notes [str]
     read(names, start_s, stop_s) -> {name: Channel} with the samples of that span, where there are
-                any; start_s must not be less than in the call before
+                any; start_s must not decrease from call to call
 Files may be damaged, but are not forged.
 """
 import contextlib
@@ -28,26 +28,28 @@ RATE = {"bpm": 1.0, "/min": 1.0, "1/min": 1.0, "min-1": 1.0, "beats/min": 1.0, "
         "beatpermin": 1.0, "beatsperminute": 1.0, "hz": 60.0, "1/s": 60.0, "/s": 60.0}
 NO_UNIT = ("nu", "au", "arb", "arbunits", "mv", "v", "uv", "µv", "%", "adc", "adu", "counts",
            "raw", "1", "nd", "-")
-# What stands in brackets and is no unit: the kind of number, and the site.
-NUMBER_WORDS = ("mean", "m", "mbp", "map", "avg", "average", "sys", "s", "sbp", "systolic", "syst",
-                "dias", "dia", "d", "dbp", "diastolic", "diast", "hr", "pr", "rate", "max", "min",
+# Words for the kind of a number, and for sites: in brackets they are not units.
+ENDINGS = {"map": ("mean", "m", "mbp", "map", "avg", "average"),
+           "sbp": ("sys", "s", "sbp", "systolic", "syst"),
+           "dbp": ("dias", "dia", "d", "dbp", "diastolic", "diast")}
+NUMBER_WORDS = (*ENDINGS["map"], *ENDINGS["sbp"], *ENDINGS["dbp"], "hr", "pr", "rate", "max", "min",
                 "pp", "wave", "waveform", "ambient")
 IN_NAMES = (*NUMBER_WORDS, "left", "right", "l", "r", "a", "b", "radial", "rad", "femoral", "fem",
             "brachial", "aortic", "umbilical", "finger", "ear", "toe", "ir", "red", "green",
             "invasive", "arterial", "art", "abp", "ibp", "ppg", "pleth")
 MIN_WAVE_HZ = 40        # below it the upstroke of a beat has too few samples to time it
-JITTER_S = 0.01         # by which a block's time stamp may be off: no gap
-NUMERICS_FS = 1.0       # Hz: of a .vital file's numbers, which come when the monitor has a new one
-FREE_SAMPLES = 1 << 25  # that a file may promise per channel (3 days at 125 Hz, gaps included) ...
-SAMPLES_PER_BYTE = 32   # ... and for each of its bytes (8 bits compressed 32-fold)
+JITTER_S = 0.01         # error of a block's time stamp that is not a gap
+NUMERICS_FS = 1.0       # Hz; a .vital file's numbers come at any time
+# A file may promise this many samples per channel (3 days at 125 Hz, gaps included) ...
+FREE_SAMPLES, SAMPLES_PER_BYTE = 1 << 25, 32    # ... and per byte (8 bits compressed 32-fold)
 
 
 class RecordingError(ValueError):
-    """Something is wrong with a recorded file, in one line. `what` names nothing from inside the
-    file and no path; `detail` may."""
+    """What is wrong with a recorded file, in one line. `what` contains no path and no text from
+    inside the file; `detail` may."""
 
     def __init__(self, path, what, detail=""):
-        super().__init__(path, what, detail)    # all three are args, so that it can be pickled
+        super().__init__(path, what, detail)    # all three, so that it can be pickled
         self.path, self.what, self.detail = path, what, printable(detail)
 
     def __str__(self):
@@ -68,7 +70,7 @@ def listed(fs, unit):
 
 
 def printable(text) -> str:
-    """In one line, without what a terminal would take for a command."""
+    """One line of printable characters: text from a file must not control the terminal."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
@@ -86,9 +88,10 @@ def plain_unit(text) -> str:
 
 
 def unit_in_name(name, known=None) -> str:
-    """The unit in a name: 'abp_mmhg', 'ABP [mmHg]', 'pressure (kPa)', 'HR, bpm'; '' if none. known:
-    the units to look for. Without it, those of pressures and rates, and, as a unit that nobody
-    knows, other text in brackets, unless it is in IN_NAMES."""
+    """The unit in a name: 'abp_mmhg', 'ABP [mmHg]', 'pressure (kPa)', 'HR, bpm'; '' if none.
+
+    known: the units to look for. Default: those of pressures and rates, NO_UNIT, and other text in
+    brackets, as an unknown unit, unless it is in IN_NAMES."""
     units, name = known or {**PRESSURE, **RATE, **dict.fromkeys(NO_UNIT)}, name.strip()
     in_brackets = re.findall(r"[\[(](.*?)[\])]?(?=\s*[\[(]|$)", name)[::-1]
     for text in in_brackets:
@@ -105,8 +108,8 @@ def unit_in_name(name, known=None) -> str:
 def check_size(path, n_samples):
     limit = FREE_SAMPLES + SAMPLES_PER_BYTE * os.path.getsize(path)
     if n_samples > limit:
-        raise RecordingError(path, f"promises {n_samples:,.0f} samples; a file of its size may hold"
-                                   f" {limit:,} at most")
+        raise RecordingError(path, f"promises {n_samples:,.0f} samples; a file of this size may "
+                                   f"hold {limit:,} at most")
 
 
 def span(start_s, stop_s, fs, n):
@@ -118,12 +121,12 @@ class Header(NamedTuple):
     fs: float       # Hz, of the frames
     units: list     # of the signals; '' if none is stated, 'uncalibrated' without a gain
     files: list     # with data
-    segments: list  # (name, frames)
+    segments: list  # (record name, or '~' for a gap; frames)
 
 
 def read_header(path) -> Header:
-    """What a WFDB header (https://www.physionet.org/physiotools/wag/header-5.htm) says, checked: it
-    names nothing but files in its own folder."""
+    """Parse a WFDB header (https://www.physionet.org/physiotools/wag/header-5.htm). Its files must
+    be in its own folder."""
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = [line.split("#")[0].split() for line in file]
     try:
@@ -145,22 +148,22 @@ def read_header(path) -> Header:
 
 
 class Wfdb:
-    """WFDB records, their segments joined here: wfdb 4.3 fails on gaps with several rates."""
+    """WFDB records. Segments are joined here: wfdb 4.3 fails on gaps with several rates."""
 
     def __init__(self, path, file_fs=None):
         self.path, self.notes, self.start_time, self.channels = path, [], None, {}
-        self.read_part = functools.lru_cache(maxsize=1)(_read_wfdb)    # read at once, once
+        self.read_part = functools.lru_cache(maxsize=1)(_read_wfdb)    # keeps the last part
         self.folder, file = os.path.split(os.path.abspath(path))
         header = read_header(path)
         self.fs, self.segments, start = header.fs, [], 0
         for name, frames in header.segments or [(None, 0)]:
-            if name != "~":         # a gap
+            if name != "~":
                 frames = self._add(name + ".hea" if name else file, start, frames)
             start += frames
         self.end_s = start / self.fs
 
     def _add(self, file, start, frames):
-        """Adds a segment, and returns its length: `frames`, or, if that is 0, all it holds."""
+        """Add a segment; return its length: `frames`, or, if that is 0, all it holds."""
         import wfdb
 
         header, folder = read_header(os.path.join(self.folder, file)), self.folder
@@ -169,18 +172,18 @@ class Wfdb:
         for name in header.files:
             if not os.path.isfile(os.path.join(folder, name)):
                 raise RecordingError(self.path, "its data file is missing", name)
-        if not file.endswith(".hea"):       # wfdb knows no other ending
+        if not file.endswith(".hea"):       # the only ending that wfdb accepts
             self.links = tempfile.TemporaryDirectory()
             for name in (file, *header.files):
                 os.symlink(os.path.join(folder, name),
                            os.path.join(self.links.name, re.sub(r"(?i)\.hea$", ".hea", name)))
             folder = self.links.name
-        record = os.path.join(folder, file[:-4])    # absolute: wfdb looks for others on the web
+        record = os.path.join(folder, file[:-4])    # absolute: else wfdb may look on the web
         try:
             about = wfdb.rdheader(record)
             if not frames and header.files:
-                n = about.sig_len or len(self.read_part(record, (0,))[0])
-                frames = n if about.sig_len else n // about.samps_per_frame[0]
+                frames = about.sig_len or (
+                    len(self.read_part(record, (0,))[0]) // about.samps_per_frame[0])
         except ValueError as error:
             raise RecordingError(self.path, "a WFDB header with a date that is not DD/MM/YYYY, a "
                                  "length of 0, or another field that is wrong", error) from None
@@ -191,9 +194,10 @@ class Wfdb:
             channel.unit = channel.unit or unit
             if channel.fs != self.fs * per_frame:
                 raise RecordingError(self.path, "a channel's rate changes between segments", name)
-        # wfdb sums up the differences of format 8 from where it begins to read.
-        at_once = not about.sig_len or bool({"8", "310", "311"}.intersection(about.fmt or []))
-        self.segments.append((record, start, start + frames, names, header.units, at_once))
+        # wfdb sums up the differences of format 8 from where it begins to read
+        at_once = not about.sig_len or not {"8", "310", "311"}.isdisjoint(about.fmt or [])
+        signals = dict(zip(names, enumerate(header.units)))
+        self.segments.append((record, start, start + frames, signals, at_once))
         return frames
 
     def read(self, names, start_s, stop_s):
@@ -202,16 +206,17 @@ class Wfdb:
         out = {name: replace(self.channels[name], first=first * n,
                              samples=np.full((end - first) * n, np.nan))
                for name, n in per_frame.items()}
-        for record, start, stop, in_segment, units, at_once in self.segments:
+        for record, start, stop, signals, at_once in self.segments:
             a, b = max(start, first), min(stop, end)
-            wanted = {name: in_segment.index(name) for name in names if name in in_segment}
+            wanted = [name for name in names if name in signals]
             if a >= b or not wanted:
                 continue
-            factors = [self._factor(name, units[i]) for name, i in wanted.items()]
+            numbers, units = zip(*(signals[name] for name in wanted))
+            factors = list(map(self._factor, wanted, units))
             begin, part = (start, ()) if at_once else (a, (a - start, b - start))
             try:
-                read = self.read_part(record, tuple(wanted.values()), *part)
-                for (name, samples), factor in zip(zip(wanted, read), factors):
+                read = self.read_part(record, numbers, *part)
+                for name, factor, samples in zip(wanted, factors, read):
                     n = per_frame[name]
                     out[name].samples[(a - first) * n:(b - first) * n] = (
                         factor * samples[(a - begin) * n:(b - begin) * n])
@@ -228,14 +233,14 @@ class Wfdb:
 
 
 def _read_wfdb(record, numbers, a=0, b=None):
-    """[samples of the frames a to b] of these signals; fast ones are not averaged."""
+    """[samples of the frames a to b] of these signals, at the rate of each."""
     import wfdb
 
     return wfdb.rdrecord(record, a, b, channels=list(numbers), smooth_frames=False).e_p_signal
 
 
 class Vital:
-    """.vital files, which are compressed as a whole and so read at once, kept in float32."""
+    """.vital files. They are compressed as a whole, so channels are read at once, as float32."""
 
     def __init__(self, path, file_fs=None):
         self.path, self.notes, self.kept = path, [], {}
@@ -248,18 +253,18 @@ class Vital:
         file = self._file(header_only=True)
         self.start_s, self.end_s = file.dtstart, float(file.dtend - file.dtstart)
         self.start_time = datetime.datetime(1970, 1, 1) + datetime.timedelta(
-            seconds=file.dtstart - 60 * file.dgmt)      # on the recorder's clock, not on this one's
+            seconds=file.dtstart - 60 * file.dgmt)      # local time of the recorder
         self.tracks = {printable(name): name for name in file.trks}
         self.channels = {
             printable(name): listed(track.srate if track.type == 1 else NUMERICS_FS, track.unit)
-            for name, track in file.trks.items() if track.type in (1, 2)}   # waveforms, numbers
+            for name, track in file.trks.items() if track.type in (1, 2)}   # wave, number
 
     def _file(self, **options):
         import vitaldb
 
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             file = vitaldb.VitalFile(os.path.abspath(self.path), **options)     # never a URL
-        if printed.getvalue():  # it prints what goes wrong, and goes on with what it has
+        if printed.getvalue():  # it prints errors and returns what it has read
             raise RecordingError(self.path, "vitaldb cannot read this file", printed.getvalue())
         return file
 
@@ -279,11 +284,11 @@ class Vital:
         return out
 
     def _join(self, file, name):
-        """The channel with all its samples, NaN between the blocks of the file.
+        """The channel with all its samples; NaN in gaps.
 
-        Time stamps are rounded and jitter, clocks drift: blocks that follow one another are
-        counted, their mean over all gives the true rate, and only the first block after a gap is
-        placed by its stamp. Where the clock is unsteady, each block is placed by its own.
+        Time stamps of blocks are rounded and jitter, and clocks drift. So blocks without a gap
+        between them are joined, their mean length gives the true rate, and only the first block
+        after a gap is placed by its stamp. If the clock is too unsteady, every block is.
         """
         track, channel = file.trks[self.tracks[name]], self.channels[name]
         records = sorted(track.recs, key=lambda record: record["dt"])
@@ -293,10 +298,9 @@ class Vital:
         times, fs = np.array([record["dt"] for record in records]) - self.start_s, channel.fs
         if track.type == 2:
             times = np.rint(times * NUMERICS_FS) / NUMERICS_FS
-        elif track.fmt > 2:     # integers; in "packed" files an extreme one stands for a gap
+        elif track.fmt > 2:     # integers; in "packed" files the lowest (unsigned: highest) is NaN
             limits = np.iinfo(blocks[0].dtype)
-            lowest_or_highest = limits.min or limits.max        # unsigned ones have no minimum
-            gap = lowest_or_highest if getattr(file, "packed", False) else None
+            gap = (limits.min or limits.max) if getattr(file, "packed", False) else None
             blocks = [np.where(block == gap, np.nan, block * track.gain + track.offset)
                       for block in blocks]
         check_size(self.path, times[-1] * fs)
@@ -309,9 +313,9 @@ class Vital:
             late = abs(measured / period - 1) * lengths.sum()       # samples, at the end
             if late > 0.1 and measured > period / 2:
                 period = measured
-        first = np.concatenate(([0], np.flatnonzero(jumps) + 1))    # of each run of blocks
+        first = np.flatnonzero(np.append(True, jumps))      # block of each run without a gap
         shifts = np.rint(times[first] / period).astype(np.int64) - before[first]
-        positions = np.repeat(shifts, np.diff(np.append(first, times.size))) + before
+        positions = before + shifts[np.cumsum(np.append(False, jumps))]
         late_s, true_fs = np.abs(positions * period - times).max(), float(f"{1 / period:.10g}")
         if abs(fs / true_fs - 1) > 1e-3 or late_s > 2 * JITTER_S + 2 / fs:
             true_fs, positions = fs, np.rint(times * fs).astype(np.int64)
@@ -321,13 +325,9 @@ class Vital:
         return replace(channel, samples=samples, fs=true_fs, start_s=start_s)
 
 
-# First byte and width of a signal's label, unit, physical and digital limits, samples per record.
-EDF_FIELDS = ((0, 16), (96, 8), (104, 8), (112, 8), (120, 8), (128, 8), (216, 8))
-
-
 class Edf:
-    """EDF, EDF+C and EDF+D (https://www.edfplus.info/specs/edfplus.html), read here: pyedflib
-    refuses a file for an odd field of a channel that nobody wants, and all EDF+D."""
+    """EDF, EDF+C and EDF+D (https://www.edfplus.info/specs/edfplus.html). Read here, because
+    pyedflib refuses files with an odd field in an unneeded channel, and all EDF+D."""
 
     def __init__(self, path, file_fs=None):
         self.path, self.notes, self.start_time = path, [], None
@@ -338,38 +338,41 @@ class Edf:
             try:
                 n_records, n = int(header[236:244]), int(header[252:256])
                 self.seconds = float(header[244:252])       # of a data record
-                text = file.read(256 * n).decode("latin-1")
-                labels, units, *limits, sizes = [
-                    [text[first * n + width * i:][:width].strip() for i in range(n)]
-                    for first, width in EDF_FIELDS]
+                labels, _, units, *limits, _, sizes = [
+                    [file.read(width).decode("latin-1").strip() for _ in range(n)]
+                    for width in (16, 80, 8, 8, 8, 8, 8, 80, 8)]
                 sizes = np.array(sizes, int)
             except ValueError:
                 raise RecordingError(path, "not an EDF file: unreadable header") from None
         with contextlib.suppress(ValueError):
             stamp = re.sub(r"\D", ".", header[168:184].decode("latin-1"))       # or 10:20:30
             self.start_time = datetime.datetime.strptime(stamp, "%d.%m.%y%H.%M.%S")
-        held = (os.path.getsize(path) - 256 - len(text)) // max(1, 2 * int(sizes.sum()))
-        if 0 < n_records != held:
+        held = (os.path.getsize(path) - 256 - 256 * n) // max(1, 2 * int(sizes.sum()))
+        if 0 < n_records != held:           # -1 while it is being written
             raise RecordingError(path, f"holds {held} data records, its header says {n_records}")
-        n_records = n_records if n_records > 0 else held    # -1 while it is being written
         ends, self.channels, self.about = np.cumsum(sizes), {}, {}
         for name, unit, size, end, *own in zip(unique(labels), units, sizes, ends, *limits):
             if size > 0 and self.seconds > 0 and not name.startswith("EDF Annotations"):
                 self.channels[name] = listed(size / self.seconds, unit)
                 self.about[name] = slice(end - size, end), own
-        if not self.channels or not n_records:
+        if not self.channels or not held:
             raise RecordingError(path, "this EDF file holds no signals")
-        self.records = np.memmap(path, "<i2", "r", 256 + len(text), (n_records, ends[-1]))
-        self.starts_s = self.seconds * np.arange(n_records)
-        if header[192:197] == b"EDF+D":     # with gaps: each record begins with its time, as text
+        self.records = np.memmap(path, "<i2", "r", 256 + 256 * n, (held, ends[-1]))
+        self.starts_s = self.seconds * np.arange(held)
+        if header[192:196] == b"EDF+":      # each data record begins with its time, as text
+            has_gaps = header[192:197] == b"EDF+D"
             try:
                 i = labels.index("EDF Annotations")
                 times = self.records[:, ends[i] - sizes[i]:ends[i]]
-                self.starts_s = np.array([float(re.match(rb"[+-][\d.]+", row.tobytes()).group())
-                                          for row in times])
+                times_s = np.array([float(re.match(rb"[+-][\d.]+", row.tobytes()).group())
+                                    for row in times])
+                late_s = np.diff(times_s) - self.seconds
+                if has_gaps or late_s.max(initial=0) > JITTER_S and late_s.min() > -JITTER_S:
+                    self.starts_s = times_s - times_s.min()
             except (ValueError, AttributeError):
-                raise RecordingError(path, "an EDF+D file with data records without time") from None
-            self.starts_s -= self.starts_s.min()
+                if has_gaps:
+                    raise RecordingError(
+                        path, "an EDF+D file with data records without time") from None
         self.end_s = float(self.starts_s.max()) + self.seconds
         check_size(path, self.end_s * max(channel.fs for channel in self.channels.values()))
 
@@ -398,15 +401,15 @@ class Edf:
 
 
 class Hdf5:
-    """One-dimensional datasets of numbers ([1, n], too, as MATLAB writes them), named by their
+    """One-dimensional datasets of numbers (also [1, n], as MATLAB writes them), named by their
     paths. The rate is an attribute fs or sampling_rate of the dataset, its group or the file, or
-    file_fs; integers may have the attributes of `_scaled`."""
+    file_fs. `_scaled` lists the attributes of integers."""
 
     def __init__(self, path, file_fs=None):
         self.path, self.notes, self.start_time, self.end_s = path, [], None, 0.0
         self.channels, self.paths = {}, {}
 
-        def look(inside, item):  # visititems follows hard links only, each object once
+        def look(inside, item):     # visititems follows hard links only, and visits objects once
             if (isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu"
                     and item.size == max(item.shape, default=0) > 0):
                 check_size(path, item.size)
@@ -437,7 +440,7 @@ class Hdf5:
                                                     "sampling_rate; give the rate: --fs HZ", name)
                 first, end = span(start_s, stop_s, channel.fs, item.size)
                 part = tuple(slice(first, end) if n == item.size else 0 for n in item.shape)
-                raw = np.asarray(item[part if item.size > 1 else ()]).reshape(-1)
+                raw = np.ravel(item[part])
                 out[name] = replace(channel, first=first, samples=_scaled(raw, item))
         return out
 
@@ -459,7 +462,7 @@ def _scaled(raw, item):
 
 
 def _rate(value):
-    """125.0 of 125, '125' or '125 Hz'; None if it is no number in Hz."""
+    """125.0 for 125, '125' or '125 Hz'; None if it is not a number in Hz."""
     with contextlib.suppress(ValueError):
         return value and float(re.sub(r"(?i)\s*hz$", "", str(value)))
 

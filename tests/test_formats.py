@@ -13,8 +13,8 @@ import recordings
 from formats import RecordingError
 
 RATES = {"ABP": 250, "PLETH": 125}
-ROUNDING = {"wfdb": 0.005, "edf": 400 / 65535, "vital": 1e-4, "packed.vital": 1e-4, "csv": 5e-4,
-            "parquet": 1e-9, "hdf5": 1e-9}  # a step or half of one, in each file's own unit
+ROUNDING = {"wfdb": 0.005, "edf": 400 / 65535, "edf+c": 400 / 65535, "vital": 1e-4, "csv": 5e-4,
+            "packed.vital": 1e-4, "parquet": 1e-9, "hdf5": 1e-9}    # a step or half of one
 
 
 def opened(path, file_fs=None):
@@ -91,6 +91,7 @@ def files(tmp_path_factory, signals):
     (folder / "r.hea").write_text(f"r 2 125 {len(frames)}\nr.dat 16x2 100/mmHg 16 0 0 0 0 ABP\n"
                                   "r.dat 16 100/NU 16 0 0 0 0 PLETH\n")
     write_edf(folder / "r.edf", signals)
+    (folder / "c.edf").write_bytes((folder / "r.edf").read_bytes().replace(b"EDF+D", b"EDF+C"))
     write_vital(folder / "r.vital", signals, packed=False)
     write_vital(folder / "p.vital", signals, packed=True)
     with h5py.File(folder / "r.h5", "w") as file:
@@ -104,7 +105,7 @@ def files(tmp_path_factory, signals):
     table.to_csv(folder / "r.csv", index=False, float_format="%.3f")
     table["time"] = pd.Timestamp("2020-01-01") + pd.to_timedelta(table.time_s, "s")
     table.drop(columns="time_s").to_parquet(folder / "r.parquet")
-    names = {"wfdb": "r.hea", "packed.vital": "p.vital", "hdf5": "r.h5"}
+    names = {"wfdb": "r.hea", "packed.vital": "p.vital", "hdf5": "r.h5", "edf+c": "c.edf"}
     return {form: str(folder / names.get(form, f"r.{form}")) for form in ROUNDING}
 
 
