@@ -2,13 +2,12 @@
 
     from recordings import find_recordings, read_windows
     for found in find_recordings(["records/"]):
-        recorded = read_windows(found.path, fs=60, seconds=60, limits={"map": (20, 200)})
-        for minutes in recorded:
+        for minutes in read_windows(found.path, fs=60, seconds=60, limits={"map": (20, 200)}):
             minutes.start_s, minutes.ppg, minutes.abp, minutes.numbers["map"]
 
-In the order in which it happens: find files, open a reader, choose channels by name and content,
-resample them, cut windows, check the vitals. Needs formats.py and tables.py, which hold the readers
-of WFDB, VitalDB (.vital), EDF and EDF+, HDF5, CSV and Parquet.
+The steps: find files, open a reader, choose channels by name and content, check the vitals,
+resample, cut windows. Needs formats.py and tables.py, the readers of WFDB, VitalDB (.vital), EDF
+and EDF+, HDF5, CSV and Parquet.
 """
 import contextlib
 import os
@@ -21,24 +20,21 @@ import numpy as np
 from scipy import ndimage, signal
 
 import formats
-from formats import MIN_WAVE_HZ, PRESSURE, RATE, Channel, RecordingError, plain_unit
+from formats import ENDINGS, MIN_WAVE_HZ, PRESSURE, RATE, Channel, RecordingError, plain_unit
 from tables import Table, read_readings
 
-# file ending -> reader; formats.py says what every reader has
+# file ending -> reader (formats.py describes its interface)
 READERS = {".hea": formats.Wfdb, ".vital": formats.Vital, ".edf": formats.Edf, ".h5": formats.Hdf5,
            ".hdf5": formats.Hdf5, ".csv": Table, ".parquet": Table}
 
-# Names that monitors and archives give to waveforms and numbers, best first, as `plain_name` makes
-# them. From MIMIC-III and -IV (physionet.org), VitalDB (vitaldb.net/dataset), Philips IntelliVue
-# (Data Export manual), GE, IEEE 11073. Not P1 to P4: so a monitor calls any unlabelled pressure.
+# Names that monitors and archives give to waveforms and numbers, best first, in the form that
+# `plain_name` returns. From MIMIC-III and -IV (physionet.org), VitalDB (vitaldb.net/dataset),
+# Philips IntelliVue (Data Export manual), GE, IEEE 11073. Not P1 to P4: any unlabelled pressure.
 ARTERIAL = ("abp", "art", "artabp", "art1", "ar1", "ibp", "ibp1", "aobp", "ao", "aort", "radial",
             "rad", "artrad", "radart", "abprad", "radabp", "artradial", "radialart", "art2", "ar2",
             "fap", "fem", "bap", "uap", "artumb", "arterialpressure", "arterialbloodpressure",
             "arterialbp", "invasivebloodpressure", "systemic")
 CUFF = ("nbp", "nibp", "noninv", "noninvasive", "noninvasivebloodpressure", "cuff")
-ENDINGS = {"map": ("mean", "m", "mbp", "map", "avg", "average"),
-           "sbp": ("sys", "s", "sbp", "systolic", "syst"),
-           "dbp": ("dias", "dia", "d", "dbp", "diastolic", "diast")}
 
 
 def _numbers(kind, sites):
@@ -62,18 +58,18 @@ CHANNELS = {
            "abphr", "arthr", "plethhr", "plethpulserate", "spo2hr", "spo2pr"],
     **{f"cuff_{kind}": _numbers(kind, CUFF) for kind in ENDINGS},
 }
-# Read from recordings; PP is the difference of SBP and DBP.
+# Those read from recordings; PP is SBP - DBP.
 NUMBERS = tuple(kind for kind in CHANNELS if kind not in ("ppg", "abp", "pp"))
 SENTINELS = tuple(float(v) for n in (16, 24, 32) for v in (-2 ** (n - 1), 2 ** (n - 1) - 1))
-MAX_MISSING = 0.1       # of a window's arterial pressure, before the window moves on
-GAP_MARGIN_S = 1 / 60   # next to a gap: what a low-passed, continued signal is least sure of
-COPY_CORRELATION = 0.999    # of PPG and ABP; in 766 real records it is 0.83 at most
-MIN_STRETCH_S = 0.25    # between two gaps; a shorter one holds no beat
-PIECE = 36000           # samples on the windows' grid that are read at a time, to bound memory
+MAX_MISSING = 0.1       # share of a window's arterial pressure; with more the window moves on
+GAP_MARGIN_S = 1 / 60   # dropped next to a gap, where the filter sees an extrapolated signal
+COPY_CORRELATION = 0.999    # of PPG and ABP; at most 0.83 in 766 real records
+MIN_STRETCH_S = 0.25    # between two gaps; anything shorter holds no beat
+PIECE = 36000           # output samples that are read at a time, to bound memory
 MAX_AGE_S = 30 * 60.0   # how long a reading or a monitor's number may be held
 MARGIN_S = 2.0          # read beyond a piece's ends: over twice the filter's half-length, 0.65 s
-PROBE_S = 600.0         # of each candidate, to tell waveforms from numbers
-BLOCK_WINDOWS = 30      # handed over at a time
+PROBE_S = 600.0         # read of each candidate, to tell waveforms from numbers
+BLOCK_WINDOWS = 30      # per `Minutes`
 UNIT_HINT = "if the unit is another: --unit {}=UNIT, such as --unit {}=kPa"
 PRIVATE_LINE = "# private: contains true record names and paths; do not share"
 
@@ -86,8 +82,9 @@ class Found(NamedTuple):
 
 
 def find_recordings(inputs) -> List[Found]:
-    """Recordings named by `inputs`: files, WFDB record names, folders and all in them, links to
-    folders too, once. A folder that cannot be opened is in the list: reading it raises."""
+    """The recordings that `inputs` (files, WFDB record names, folders) name, each once. Folders
+    are searched with their subfolders and links. A folder that cannot be opened is in the list:
+    reading it raises."""
     finds = {}
     for typed in map(os.fspath, inputs):
         root = os.path.expanduser(typed)
@@ -115,8 +112,8 @@ def _recordings_in(folder):
         paths += [os.path.join(parent, file) for file in sorted(files)
                   if os.path.splitext(file)[1].lower() in READERS and not file.startswith(".")
                   and not file.endswith(("_problems.csv", "_recordings.csv"))]      # ours
-    # No recordings of their own: segments of WFDB records, and MIMIC's 3000003n, which holds the
-    # numbers next to the waveforms of 3000003.
+    # Not recordings: segments of WFDB records, and MIMIC's 3000003n, the numbers to the waveforms
+    # of 3000003.
     parts = {part for path in paths for part in files_of(path) if part != path}
     parts.update(path[:-len(".hea")] + "n.hea" for path in paths
                  if re.search(r"(\d{7}|-\d\d-\d\d)\.hea$", path))
@@ -124,11 +121,11 @@ def _recordings_in(folder):
 
 
 def files_of(path) -> List[str]:
-    """The files of a recording: a WFDB header names data files and segments next to it."""
+    """The files of a recording: a WFDB header names data files and segments in its folder."""
     files = [path]
     for file in files:      # grows
         if file.lower().endswith(".hea") and os.path.isfile(file):
-            with contextlib.suppress(RecordingError, OSError):  # reading it will say what is wrong
+            with contextlib.suppress(RecordingError, OSError):  # reported when it is read
                 header = formats.read_header(file)
                 names = header.files + [name + ".hea" for name, _ in header.segments]
                 files += [os.path.join(os.path.dirname(path), name) for name in names]
@@ -136,14 +133,14 @@ def files_of(path) -> List[str]:
 
 
 def public_name(found, number) -> str:
-    """How messages, which end up in logs, name a recording: file names are often patients'."""
-    number_of = f" (recording {number + 1} of {len(found)})"
-    return found[number].typed + number_of * found[number].in_folder
+    """A recording's name in messages and logs: file names in folders often identify patients."""
+    item, number_of = found[number], f" (recording {number + 1} of {len(found)})"
+    return item.typed + number_of if item.in_folder else item.typed
 
 
 @contextlib.contextmanager
 def _reading(path):
-    """Whatever goes wrong in a package becomes a RecordingError."""
+    """Turn any error of a package into a RecordingError."""
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
@@ -158,7 +155,7 @@ def _reading(path):
 
 
 def open_reader(path, file_fs=None):
-    """Opens the reader of a file; formats.py says what every reader has."""
+    """Open a file with the reader for its ending (`READERS`)."""
     if not os.path.isfile(path):
         raise RecordingError(path, "not a regular file, or a folder that cannot be opened")
     reader = READERS.get(os.path.splitext(path)[1].lower())
@@ -176,14 +173,14 @@ def plain_name(name) -> str:
     name = re.sub(r"#\d+$", "", name)          # formats.unique: the second of two 'ABP'
     unit = formats.unit_in_name(name)
     name = name[:name.rindex(unit)] if unit else name
-    kept = "|".join(formats.NUMBER_WORDS)      # in brackets: 'ART(M)' is no 'ART'
+    kept = "|".join(formats.NUMBER_WORDS)      # in brackets: 'ART(M)' is not 'ART'
     name = re.sub(rf"[\[(](?!\W*({kept})\W*([\])]|$))[^\])]*", "", name.lower()).rstrip("/_ )]")
     name = re.sub(r"[^a-z0-9]", "", name.rsplit("/", 1)[-1])
     return re.sub(r"^(nls)?(nom|mdc)(pressbld|pulsoxim)?", "", name)
 
 
 def unit_factor(kind, unit, path, channel) -> float:
-    """From a channel's unit to mmHg or beats/min; a missing unit counts as these."""
+    """Factor from a channel's unit to mmHg or beats/min; a missing unit counts as these."""
     key, unit = kind.replace("cuff_", ""), plain_unit(unit)
     known = RATE if key == "hr" else PRESSURE if key in ("abp", "map", "sbp", "dbp", "pp") else {}
     if known and unit and unit not in known:
@@ -194,7 +191,7 @@ def unit_factor(kind, unit, path, channel) -> float:
 
 
 def nature(channel) -> str:
-    """'wave', 'number' or 'unknown' (flat, empty, or smooth), by rate and content."""
+    """'wave', 'number' or 'unknown' (flat, empty or smooth), by rate and content."""
     if not channel.fs >= MIN_WAVE_HZ:
         return "number" if channel.fs > 0 else "unknown"
     x = channel.samples[np.isfinite(channel.samples)]
@@ -211,8 +208,8 @@ def nature(channel) -> str:
 
 
 def choose(path, reader, wanted):
-    """({kind: channel name}, {kind: why that one, or none}): by name, and by content where a name
-    alone does not tell. wanted: {'abp': channel name, 'none' or None, 'ppg': …}."""
+    """({kind: channel name}, {kind: reason for it, or for none}), chosen by name, then by content.
+    wanted: {'abp': channel name, 'none' or None, 'ppg': …}."""
     channels, chosen, reasons = reader.channels, {}, {}
     plain = {name: plain_name(name) for name in channels}
     named = {kind: [name for alias in CHANNELS[kind] for name in channels if plain[name] == alias]
@@ -227,13 +224,14 @@ def choose(path, reader, wanted):
         if not asked:
             name, reasons[kind] = _wave_channel(path, kind, reader, named, natures)
         else:
-            reasons[kind] = f"--{kind}-channel"
+            reasons[kind] = option = f"--{kind}-channel"
             name = next((name for name, channel in channels.items() if name.lower() == asked
                          and not channel.fs < MIN_WAVE_HZ), None)
             if name is None and asked != "none":
-                what = f"--{kind}-channel: no such channel, or under {MIN_WAVE_HZ} samples/s"
-                raise RecordingError(path, what + "; see --list-channels", ", ".join(channels))
-        chosen.update({kind: name} if name else {})
+                raise RecordingError(path, f"{option}: no such channel, or under {MIN_WAVE_HZ} "
+                                           "samples/s; see --list-channels", ", ".join(channels))
+        if name:
+            chosen[kind] = name
     for kind in NUMBERS:
         names = [name for name in named[kind] if name not in chosen.values()
                  and natures[name] != "wave" and channels[name].fs > 0]
@@ -243,11 +241,11 @@ def choose(path, reader, wanted):
 
 
 def _wave_channel(path, kind, reader, named, natures):
-    """(name or None, why): a pulsating one before a flat one, then by name."""
+    """(name or None, reason): pulsating channels before flat ones, then by name."""
     waves = [name for wanted in ("wave", "unknown") for name in named[kind]
              if natures[name] == wanted]
     same = [name for name in waves if plain_name(name) == plain_name(waves[0])]
-    if len(same) > 1 and isinstance(reader, formats.Hdf5):      # of several patients, maybe
+    if len(same) > 1 and isinstance(reader, formats.Hdf5):      # perhaps several patients
         raise RecordingError(path, f"several datasets are named like the {kind.upper()}; name one: "
                                    f"--{kind}-channel PATH", ", ".join(same))
     if waves:
@@ -260,12 +258,12 @@ def _wave_channel(path, kind, reader, named, natures):
 
 
 def check_vitals(readings, limits):
-    """The one check of vitals: ({kind: (times_s, values)}, {kind: times_s of those refused},
-    {kind: what is wrong} of kinds without any plausible reading).
+    """Check readings; return ({kind: (times_s, values)}, {kind: times_s of refused readings},
+    {kind: what is wrong} for kinds without any plausible reading).
 
     readings: {kind: (times_s [n], values [n] as read, factor to mmHg or beats/min)}; limits:
-    {vital: (low, high)} of patients. Refused are sentinels such as -32768 or 2**23 - 1, values
-    outside their limits, and those that break DBP <= MAP <= SBP with the nearest one, within 2 s.
+    {vital: (low, high)} of patients. Refused: sentinels such as -32768 or 2**23 - 1, values outside
+    their limits, and both values where the nearest within 2 s breaks DBP <= MAP <= SBP.
     """
     values, refused = {}, {}
     for kind, (_, raw, factor) in readings.items():
@@ -278,13 +276,10 @@ def check_vitals(readings, limits):
             low, high = prefix + low, prefix + high
             if low in readings and high in readings and len(readings[high][0]):
                 t_low, t_high = readings[low][0], readings[high][0]
-                later = np.minimum(np.searchsorted(t_high, t_low), len(t_high) - 1)
-                before = np.maximum(later - 1, 0)
-                away_s = np.abs(t_low - [t_high[before], t_high[later]])
-                j = np.where(away_s[0] < away_s[1], before, later)      # the nearest
-                wrong = (away_s.min(0) < 2) & (values[low] > values[high][j])
+                near = np.searchsorted((t_high[:-1] + t_high[1:]) / 2, t_low, side="right")
+                wrong = (np.abs(t_low - t_high[near]) < 2) & (values[low] > values[high][near])
                 refused[low] |= wrong
-                refused[high][j[wrong]] = True
+                refused[high][near[wrong]] = True
     implausible = {}
     for kind, wrong in refused.items():
         if wrong.size and wrong.all():
@@ -300,15 +295,15 @@ def check_vitals(readings, limits):
 
 
 def last_reading(times_s, values, at_s):
-    """(values [n], ages in s [n]) of the last reading before each of at_s [n]; NaN without one."""
+    """(values [n], ages in s [n]) of the last reading before each of at_s [n]; NaN if none."""
     number = np.searchsorted(times_s, at_s - 1e-6)
     return np.append(np.nan, values)[number], at_s - np.append(np.nan, times_s)[number]
 
 
 def read_vitals(path, limits, units=None, start_time=None):
-    """`check_vitals` of a CSV or Parquet file with a column of times: numbers, dates, clock times,
-    which count from start_time; and the names of its columns in lower case. units: {column: unit},
-    instead of the file's."""
+    """(*`check_vitals`, names of the columns in lower case) of a CSV or Parquet file with a column
+    of times: numbers, or dates and clock times, which count from start_time. units: {column: unit},
+    overrides the file's."""
     path = os.path.expanduser(os.fspath(path))
     with _reading(path):
         times, table, own_units = read_readings(path, start_time)
@@ -331,38 +326,38 @@ def read_vitals(path, limits, units=None, start_time=None):
 
 
 class Minutes(NamedTuple):
-    """n >= 1 windows. Missing samples are NaN; without an arterial line, all of the ABP."""
+    """n >= 1 windows. Missing samples are NaN: all of the ABP without an arterial line."""
     start_s: np.ndarray                     # [n] after the recording's start, multiples of 1/fs
     ppg: np.ndarray                         # [n, samples] float32, upright if `polarity` can tell
     abp: np.ndarray                         # [n, samples] float32, mmHg
     numbers: Dict[str, np.ndarray]          # {kind: [n] float32}: mean of the window's readings in
-    # mmHg or beats/min; where it has none, the last before it, and at the window's start its age:
-    number_age_s: Dict[str, np.ndarray]     # {kind: [n] float32}; 0 if the window has readings
-    refused: Dict[str, np.ndarray]          # {kind: [n] int32}: readings that are refused
+    # mmHg or beats/min; if it has none, the last one before it
+    number_age_s: Dict[str, np.ndarray]     # {kind: [n] float32} at the window's start; 0 for means
+    refused: Dict[str, np.ndarray]          # {kind: [n] int32}: number of refused readings
 
 
 class Recorded:
-    """An opened recording; iterating it reads it and yields blocks of windows: `Minutes`.
+    """An open recording. Iterating reads it and yields blocks of windows: `Minutes`.
 
     fs, seconds: rate and length of the windows. limits: {vital: (low, high)} in mmHg or beats/min.
     channels: {'abp': channel name or 'none', 'ppg': channel name}, instead of the usual names.
-    units: {channel name: unit}, instead of the file's. file_fs: the rows of a table, or the samples
-    of HDF5 datasets, are evenly spaced at this rate. polarity(ppg [n, samples], fs) -> -1 where the
-    PPG is inverted, 1 where it is not, 0 where unsure; the first block that is sure decides.
+    units: {channel name: unit}, overrides the file's. file_fs: rate in Hz of a table's rows or of
+    HDF5 datasets. polarity(ppg [n, samples], fs) -> -1 if the PPG is inverted, 1 if not, 0 if
+    unsure; the first block with an answer decides.
     """
 
     def __init__(self, path, *, fs: float, seconds: float, limits, channels=None, units=None,
                  file_fs: Optional[float] = None, polarity: Optional[Callable] = None):
         self.path, self.fs, self.samples = os.fspath(path), fs, round(fs * seconds)
         self.limits, self.polarity, self.factors = limits, polarity, {}
-        self.left_over_s = np.nan     # after iterating: s of the recording that no window holds
+        self.left_over_s = np.nan       # after iterating: s of the recording outside all windows
         self.reader = open_reader(self.path, file_fs)
         self.channels = self.reader.channels        # {name: Channel without samples}
         self.start_time = self.reader.start_time    # datetime or None
-        self.notes = list(self.reader.notes)        # for the user; name nothing inside the file
-        self.implausible = {}   # after iterating: {kind: what is wrong} without a plausible value
-        # {kind: channel name} and {kind: why that one, or none}. Kinds: ppg, abp (waveforms), map,
-        # sbp, dbp, hr, … (numbers of the line or the monitor), cuff_map, cuff_sbp, cuff_dbp.
+        self.notes = list(self.reader.notes)        # for the user, without text from the file
+        self.implausible = {}   # after iterating: {kind: what is wrong} if no value is plausible
+        # {kind: channel name} and {kind: reason}. Kinds: ppg, abp (waveforms), map, sbp, dbp, hr, …
+        # (numbers of the arterial line or the monitor), cuff_map, cuff_sbp, cuff_dbp.
         self.chosen, self.reasons = choose(self.path, self.reader, channels or {})
         units = {name.lower(): unit for name, unit in (units or {}).items()}
         self.unknown_units = set(units) - {name.lower() for name in self.channels}
@@ -373,7 +368,7 @@ class Recorded:
             except RecordingError:
                 if kind == "abp" or "abp" not in self.chosen:
                     raise
-                del self.chosen[kind]       # an arterial line can do without
+                del self.chosen[kind]       # not needed with an arterial line
                 self.notes.append(f"{kind}: not used, its unit is unknown (--unit CHANNEL=UNIT)")
 
     def __iter__(self) -> Iterator[Minutes]:
@@ -388,10 +383,10 @@ class Recorded:
         blocks = [slice(i, i + BLOCK_WINDOWS) for i in range(0, len(starts), BLOCK_WINDOWS)]
         samples = np.arange(self.samples)
 
-        def sign(wave):     # in the first block that is sure
-            found = (self.polarity(wave[starts[block, None] + samples], self.fs)
+        def sign(wave):     # of the first block with an answer
+            signs = (self.polarity(wave[starts[block, None] + samples], self.fs)
                      for block in blocks if self.polarity)
-            return next((one for one in found if one), 0)
+            return next(filter(None, signs), 0)
 
         polarity = sign(ppg)
         if polarity < 0:
@@ -407,11 +402,10 @@ class Recorded:
         if np.isfinite(abp).any() and not low <= np.nanmedian(abp) <= high:
             self.implausible["abp"] = (f"implausible ABP (median {np.nanmedian(abp):.3g}, expected "
                                        f"{low:g} to {high:g} mmHg; see --abp-channel)")
-        # with an arterial line, its numbers are not needed
-        kinds = [kind for kind in self.implausible if "abp" not in self.chosen
-                 or kind.replace("cuff_", "") not in (*ENDINGS, "hr")]
+        unneeded = (*ENDINGS, "hr") if "abp" in self.chosen else ()     # the waveform gives them
         hint = UNIT_HINT.format("CHANNEL", "ABP")
-        self.notes += [f"{self.implausible[kind]}; {hint}" for kind in kinds]
+        self.notes += [f"{what}; {hint}" for kind, what in self.implausible.items()
+                       if kind.replace("cuff_", "") not in unneeded]
         for block in blocks:
             rows = starts[block, None] + samples
             if block.start == 0:
@@ -427,7 +421,7 @@ class Recorded:
     def _read(self):
         """(PPG [n], ABP [n] on the windows' grid, {kind: (times_s, values, factor)})."""
         names, reader = list(dict.fromkeys(self.chosen.values())), self.reader
-        reader.read(names, 0.0, 0.0)    # .vital files know their end then
+        reader.read(names, 0.0, 0.0)    # .vital files know their end only then
         n = int((reader.end_s + 1e-6) * self.fs)
         waves = {kind: np.full(n, np.nan, np.float32) for kind in ("ppg", "abp")}
         numbers = {kind: [] for kind in self.chosen if kind not in waves}
@@ -449,7 +443,7 @@ class Recorded:
             for kind, pieces in numbers.items() if pieces}
 
     def _by_window(self, readings, begin_s):
-        """(numbers, number_age_s, refused) of `Minutes`, for all windows that begin at begin_s."""
+        """(numbers, number_age_s, refused) of `Minutes` for the windows that begin at begin_s."""
         numbers, ages, counts = {}, {}, {}
         edges_s = np.stack([begin_s, begin_s + self.samples / self.fs]) - 1e-6
         checked, refused, self.implausible = check_vitals(readings, self.limits)
@@ -468,16 +462,16 @@ read_windows = Recorded     # for minutes in read_windows(path, …)
 
 
 def cut(ppg, abp, samples):
-    """[N] int64: where windows of `samples` begin. They follow one another, and never span a gap of
-    the PPG. Where more than MAX_MISSING of a window lack arterial pressure, it moves on to where
-    the pressure is back, if a full window of both follows."""
+    """[N] int64: first samples of windows of `samples`. They follow one another and never span a
+    gap of the PPG. If a window lacks more than MAX_MISSING of its arterial pressure, it moves to
+    where the pressure returns, provided that a full window of both follows."""
     starts, missing = [], ~np.isfinite(abp)
     for (stretch,) in ndimage.find_objects(ndimage.label(np.isfinite(ppg))[0]):
         at, end = stretch.start, stretch.stop
         while at + samples <= end:
             lacking = missing[at:at + samples]
             if not lacking[-1] and lacking.mean() > MAX_MISSING:
-                back = at + np.flatnonzero(lacking)[-1] + 1     # where the pressure is whole
+                back = at + np.flatnonzero(lacking)[-1] + 1     # where the pressure returns
                 if back + samples <= end and missing[back:back + samples].mean() <= MAX_MISSING:
                     at = back
             starts.append(at)
@@ -486,12 +480,12 @@ def cut(ppg, abp, samples):
 
 
 def resample(channel: Channel, fs_out: float, n_out: int, k_first: int = 0) -> np.ndarray:
-    """[n_out] float32: the channel at (k_first + i) / fs_out seconds; gaps are NaN.
+    """[n_out] float32: the channel at (k_first + i) / fs_out seconds; NaN in gaps.
 
-    Any ratio of rates, without drift: an integer oversampling (to at least 4 x fs_out) with a
-    linear-phase low-pass, flat up to 0.8 of the lower Nyquist frequency and closed (80 dB) at it,
-    then a cubic spline at the very times. Every stretch between gaps is treated alone, continued by
-    odd reflection, and gives up GAP_MARGIN_S at each gap; one below MIN_STRETCH_S is dropped.
+    Works for any ratio of rates, without drift: integer oversampling (to at least 4 x fs_out) with
+    a linear-phase low-pass (flat up to 0.8 of the lower Nyquist frequency, -80 dB at it), then a
+    cubic spline at the exact times. Each stretch between gaps is resampled alone, extended by odd
+    reflection, and loses GAP_MARGIN_S at each gap; stretches below MIN_STRETCH_S are dropped.
     """
     out = np.full(n_out, np.nan, dtype=np.float32)
     fs, samples, offset = channel.fs, channel.samples, channel.first
@@ -500,10 +494,10 @@ def resample(channel: Channel, fs_out: float, n_out: int, k_first: int = 0) -> n
     n_taps, beta = signal.kaiserord(80, 0.2 * nyquist / (fs * up / 2))
     half = n_taps // 2 + 1
     taps = signal.firwin(2 * half + 1, 0.9 * nyquist, window=("kaiser", beta), fs=fs * up)
-    pad = half // up + 4    # samples: the filter's half-length and a little for the spline
+    pad = half // up + 4    # samples: half the filter, plus a few for the spline
     for (stretch,) in ndimage.find_objects(ndimage.label(np.isfinite(samples))[0]):
         first, end = stretch.start + offset, stretch.stop + offset
-        # A sample stands for half a period on either side.
+        # A sample extends half a period to either side.
         start_s = channel.start_s + (first - 0.5) / fs + (GAP_MARGIN_S if first else 0)
         end_s = channel.start_s + (end - 0.5) / fs - (
             GAP_MARGIN_S if end < offset + samples.size else 0)
@@ -526,7 +520,7 @@ def resample(channel: Channel, fs_out: float, n_out: int, k_first: int = 0) -> n
 
 
 def add_channel_options(parser):
-    """--abp-channel, --ppg-channel, --fs and --unit; returns what adds more to their group."""
+    """Add --abp-channel, --ppg-channel, --fs and --unit; return their group's add_argument."""
     add = parser.add_argument_group("channels").add_argument
     add("--abp-channel", metavar="NAME",
         help="the arterial pressure (default: by its usual names; none: ignore it)")
@@ -540,7 +534,7 @@ def add_channel_options(parser):
 
 
 def channel_options(options):
-    """The options of `add_channel_options` as arguments of `read_windows`."""
+    """Arguments of `read_windows` from the options of `add_channel_options`."""
     units = dict(text.rpartition("=")[::2] for text in options.unit)
     if "" in units:
         raise RecordingError("--unit", "expected CHANNEL=UNIT, such as ABP=kPa")
