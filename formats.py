@@ -425,7 +425,7 @@ class Hdf5:
 
         with h5py.File(path, "r") as file:
             if "layout_version" in file.attrs:
-                raise RecordingError(path, "holds prepared segments of this project, no recording")
+                raise RecordingError(path, "holds prepared segments of this project, not a recording")
             file.visititems(look)
         if not self.channels:
             raise RecordingError(path, "no one-dimensional dataset of numbers")
@@ -448,14 +448,13 @@ class Hdf5:
 def _scaled(raw, item):
     """[n] float64: integers * scale_factor + add_offset, or (integers - baseline) / gain."""
     samples = raw.astype(np.float64)
-    factor, offset = _attribute(item, "scale_factor"), _attribute(item, "add_offset")
-    gain = _attribute(item, "gain", "adc_gain", "adu_per_unit")
-    zero = _attribute(item, "offset", "baseline", "adc_zero")
-    if factor is None and offset is None:
-        factor, offset = gain, zero
-        if gain is not None and (abs(float(gain)) >= 1 or "gain" not in item.attrs):
-            factor, offset = 1 / float(gain), -float(zero or 0) / float(gain)
     if item.dtype.kind != "f":
+        factor, offset = _attribute(item, "scale_factor"), _attribute(item, "add_offset")
+        if factor is None and offset is None:
+            factor = _attribute(item, "gain", "adc_gain", "adu_per_unit")
+            offset = _attribute(item, "offset", "baseline", "adc_zero")
+            if factor is not None and (abs(float(factor)) >= 1 or "gain" not in item.attrs):
+                factor, offset = 1 / float(factor), -float(offset or 0) / float(factor)
         samples = samples * float(1 if factor is None else factor) + float(offset or 0)
     fill = _attribute(item, "_FillValue", "missing_value")
     return samples if fill is None else np.where(raw == fill, np.nan, samples)

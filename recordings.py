@@ -28,8 +28,8 @@ READERS = {".hea": formats.Wfdb, ".vital": formats.Vital, ".edf": formats.Edf, "
            ".hdf5": formats.Hdf5, ".csv": Table, ".parquet": Table}
 
 # Names that monitors and archives give to waveforms and numbers, best first, in the form that
-# `plain_name` returns. From MIMIC-III and -IV (physionet.org), VitalDB (vitaldb.net/dataset),
-# Philips IntelliVue (Data Export manual), GE, IEEE 11073. Not P1 to P4: any unlabelled pressure.
+# `plain_name` returns: MIMIC-III and -IV (physionet.org), VitalDB (vitaldb.net/dataset), Philips
+# IntelliVue (Data Export manual), GE, IEEE 11073. P1 to P4 may be any pressure, so are left out.
 ARTERIAL = ("abp", "art", "artabp", "art1", "ar1", "ibp", "ibp1", "aobp", "ao", "aort", "radial",
             "rad", "artrad", "radart", "abprad", "radabp", "artradial", "radialart", "art2", "ar2",
             "fap", "fem", "bap", "uap", "artumb", "arterialpressure", "arterialbloodpressure",
@@ -112,8 +112,7 @@ def _recordings_in(folder):
         paths += [os.path.join(parent, file) for file in sorted(files)
                   if os.path.splitext(file)[1].lower() in READERS and not file.startswith(".")
                   and not file.endswith(("_problems.csv", "_recordings.csv"))]      # ours
-    # Not recordings: segments of WFDB records, and MIMIC's 3000003n, the numbers to the waveforms
-    # of 3000003.
+    # Not recordings: segments of WFDB records, and MIMIC's 3000003n, the numbers of 3000003.
     parts = {part for path in paths for part in files_of(path) if part != path}
     parts.update(path[:-len(".hea")] + "n.hea" for path in paths
                  if re.search(r"(\d{7}|-\d\d-\d\d)\.hea$", path))
@@ -198,7 +197,7 @@ def nature(channel) -> str:
     seconds = channel.samples.size / channel.fs
     if seconds < 5 or not x.size:
         return "unknown"
-    changes = np.count_nonzero(np.diff(x)) / max(x.size / channel.fs, 1.0)      # a second
+    changes = np.count_nonzero(np.diff(x)) / max(x.size / channel.fs, 1.0)      # per second
     if x.size / seconds < 5 or 0 < changes < 5:
         return "number"
     n = int(2 * channel.fs)
@@ -523,13 +522,13 @@ def add_channel_options(parser):
     """Add --abp-channel, --ppg-channel, --fs and --unit; return their group's add_argument."""
     add = parser.add_argument_group("channels").add_argument
     add("--abp-channel", metavar="NAME",
-        help="the arterial pressure (default: by its usual names; none: ignore it)")
-    add("--ppg-channel", metavar="NAME", help="the PPG (default: by its usual names)")
-    add("--fs", type=float, metavar="HZ", help="samples per second: the rows of tables are "
-        "evenly spaced (times are not used); for HDF5 files that do not state it")
+        help="arterial pressure (default: found by its usual names; none: ignore it)")
+    add("--ppg-channel", metavar="NAME", help="PPG (default: found by its usual names)")
+    add("--fs", type=float, metavar="HZ", help="rate of evenly spaced table rows (their times are "
+        "then ignored), or of HDF5 files that do not state it")
     add("--unit", action="append", default=[], metavar="CHANNEL=UNIT",
-        help="the unit of a channel or a column of --vitals, where the file does not state it or "
-        "is wrong; repeat it for each")
+        help="unit of a channel or of a column of --vitals, if the file states none or a wrong "
+        "one; may be repeated")
     return add
 
 

@@ -28,7 +28,7 @@ def whole(path, file_fs=None):
 
 
 def write_wfdb(folder, name, samples, fs=125, unit="/mmHg", signal="ABP", gain=100):
-    """A one-signal WFDB record in format 16, NaN included, without the wfdb package."""
+    """Write a one-signal WFDB record in format 16, with NaN, without the wfdb package."""
     digital = np.where(np.isfinite(samples), np.rint(np.nan_to_num(samples) * gain), -32768)
     digital.astype("<i2").tofile(folder / f"{name}.dat")
     (folder / f"{name}.hea").write_text(
@@ -47,7 +47,7 @@ def signals():
 
 
 def write_edf(path, signals):
-    """By pyedflib; then EDF+D, without the data records (of 1 s) in which there is nothing."""
+    """Write EDF+ by pyedflib; turn it into EDF+D by dropping the empty data records (of 1 s)."""
     pyedflib = pytest.importorskip("pyedflib")
     with pyedflib.EdfWriter(str(path), len(signals), file_type=pyedflib.FILETYPE_EDFPLUS) as file:
         for i, name in enumerate(signals):
@@ -66,7 +66,7 @@ def write_edf(path, signals):
 
 
 def write_vital(path, signals, packed, start=1.6e9 + 0.123, drift=0.0):
-    """Blocks of 1 s, as monitors send them; heart rates every 2 s."""
+    """Write blocks of 1 s, as monitors send them, and a heart rate every 2 s."""
     vitaldb = pytest.importorskip("vitaldb")
     file = vitaldb.VitalFile()
     file.dtstart = file.dtend = start
@@ -128,9 +128,9 @@ def test_every_format_gives_the_same_samples_and_times_whole_and_in_spans(files,
 
 @pytest.mark.parametrize("form", ["wfdb", "edf", "vital", "parquet", "hdf5", "csv"])
 def test_a_damaged_file_gives_its_samples_or_one_line(tmp_path, files, form):
-    """Cut short, or with bytes changed: never another exception, never a print."""
+    """Files that are cut or have changed bytes raise nothing but RecordingError."""
     path, rng, complaints = files[form], np.random.default_rng(3), 0
-    with (gzip.open if form == "vital" else open)(path, "rb") as file:  # as gzip itself would tell
+    with (gzip.open if form == "vital" else open)(path, "rb") as file:  # gzip notices by itself
         data = file.read()
     if form == "wfdb":
         os.link(os.path.splitext(path)[0] + ".dat", tmp_path / "r.dat")

@@ -30,7 +30,7 @@ def light(t):
 
 
 def write_csv(path, seconds=130.0, fs=60, columns=None, keep=None):
-    """columns: {name: function of time}; keep: a function of time, which rows there are."""
+    """columns: {name: function of time}; keep: function of time that selects rows."""
     t = np.arange(int(round(seconds * fs))) / fs
     columns = columns or {"ABP": pressure, "PPG": light}
     table = pd.DataFrame({"time_s": t, **{name: column(t) for name, column in columns.items()}})
@@ -40,13 +40,13 @@ def write_csv(path, seconds=130.0, fs=60, columns=None, keep=None):
 
 
 def number(every_s, value):
-    """A column with a number in every `every_s` seconds, and empty cells between."""
+    """A column with a number every `every_s` seconds and empty cells between."""
     return lambda t: np.where(np.abs(t / every_s - np.rint(t / every_s)) < 1e-6,
                               value(np.rint(t / every_s)) if callable(value) else value, np.nan)
 
 
 def wave(t):
-    """Band-limited, pulse-like, known at any time."""
+    """A band-limited, pulse-like signal."""
     return (85 + 20 * np.sin(2 * np.pi * 1.3 * t) + 6 * np.sin(2 * np.pi * 5.2 * t + 1)
             + 2 * np.sin(2 * np.pi * 11 * t))
 
