@@ -425,7 +425,7 @@ class Hdf5:
 
         with h5py.File(path, "r") as file:
             if "layout_version" in file.attrs:
-                raise RecordingError(path, "holds prepared segments of this project, not a recording")
+                raise RecordingError(path, "holds prepared segments, not a recording")
             file.visititems(look)
         if not self.channels:
             raise RecordingError(path, "no one-dimensional dataset of numbers")

@@ -191,6 +191,9 @@ def test_segments_are_joined_their_gaps_are_nan_and_channels_and_units_may_diffe
     np.testing.assert_allclose(channels["ABP"].samples, np.concatenate([first, gap, last, end]),
                                atol=0.01)
     np.testing.assert_array_equal(channels["PLETH"].samples[-101:], [np.nan, *np.full(100, 3.0)])
+    write_wfdb(tmp_path, "m_2", last, unit="/mV")
+    with pytest.raises(RecordingError, match="unit changes between segments"):
+        whole(tmp_path / "m.hea")
 
 
 def test_a_record_with_upper_case_endings_is_read(tmp_path):
@@ -218,18 +221,14 @@ def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
     assert "\n" not in str(caught.value) and str(tmp_path) not in caught.value.what
 
 
-def test_numbers_of_a_vital_file_keep_their_times(files):
-    channel = whole(files["vital"])["Solar8000/HR"]
-    np.testing.assert_array_equal(channel.samples[::2], 60 + np.arange(100))
-    assert channel.fs == 1 and np.isnan(channel.samples[1::2]).all()
-
-
-def test_a_drifting_clock_of_a_vital_file_does_not_shift_what_comes_late(tmp_path, signals):
+def test_a_drifting_clock_of_a_vital_file_shifts_no_late_samples_and_no_numbers(tmp_path, signals):
     hour = {"ABP": np.tile(signals["ABP"][:80 * 250], 45)}
     write_vital(tmp_path / "d.vital", hour, packed=False, drift=50e-6)
-    channel = whole(tmp_path / "d.vital")["SNUADC/ABP"]
-    assert np.isfinite(channel.samples).all() and channel.samples.size == hour["ABP"].size
-    assert channel.fs == pytest.approx(250 / (1 + 50e-6), rel=1e-7)
+    pulse, rate = map(whole(tmp_path / "d.vital").get, ("SNUADC/ABP", "Solar8000/HR"))
+    assert np.isfinite(pulse.samples).all() and pulse.samples.size == hour["ABP"].size
+    assert pulse.fs == pytest.approx(250 / (1 + 50e-6), rel=1e-7)
+    np.testing.assert_array_equal(rate.samples[::2], 60 + np.arange(100))
+    assert rate.fs == 1 and np.isnan(rate.samples[1::2]).all()
 
 
 def test_integer_tracks_of_a_vital_file_are_scaled_and_their_gaps_are_nan(tmp_path):
