@@ -82,9 +82,8 @@ class Found(NamedTuple):
 
 
 def find_recordings(inputs) -> List[Found]:
-    """The recordings that `inputs` (files, WFDB record names, folders) name, each once. Folders
-    are searched with their subfolders and links. A folder that cannot be opened is in the list:
-    reading it raises."""
+    """The recordings that `inputs` (files, WFDB records, folders) name, each once. Folders are
+    searched recursively, through links. A closed folder is in the list; reading it raises."""
     finds = {}
     for typed in map(os.fspath, inputs):
         root = os.path.expanduser(typed)
@@ -215,7 +214,7 @@ def choose(path, reader, wanted):
              for kind in ("ppg", "abp", *NUMBERS)}
     candidates = [name for name in set().union(*named.values()) if channels[name].fs > 0]
     with _reading(path):
-        probed = reader.read(candidates, 0.0, PROBE_S) if candidates else {}
+        probed = reader.read(candidates, 0.0, PROBE_S)
     natures = {name: nature(probed.get(name, channel)) for name, channel in channels.items()}
     named["abp"] += [name for kind in ENDINGS for name in named[kind] if natures[name] == "wave"]
     for kind in ("ppg", "abp"):

@@ -127,7 +127,7 @@ def test_every_format_gives_the_same_samples_and_times_whole_and_in_spans(files,
 
 
 @pytest.mark.parametrize("form", ["wfdb", "edf", "vital", "parquet", "hdf5", "csv"])
-def test_a_damaged_file_gives_its_samples_or_one_line(tmp_path, files, form):
+def test_a_damaged_file_gives_samples_or_a_one_line_error(tmp_path, files, form):
     """Files that are cut or have changed bytes raise nothing but RecordingError."""
     path, rng, complaints = files[form], np.random.default_rng(3), 0
     with (gzip.open if form == "vital" else open)(path, "rb") as file:  # gzip notices by itself
@@ -213,7 +213,7 @@ def test_a_record_with_upper_case_endings_is_read(tmp_path):
     ("r/1 1 125 100\nr 100\n", "has segments itself"),
     ("r 1 125 100\n../s.dat 16\n", "outside its own folder"),
     ("m/1 1 125 100\n/etc/passwd 100\n", "outside its own folder")])
-def test_a_bad_wfdb_record_gets_one_line(tmp_path, header, complaint):
+def test_a_bad_wfdb_record_gets_a_one_line_error(tmp_path, header, complaint):
     np.zeros(100, "<i2").tofile(tmp_path / "r.dat")
     (tmp_path / "r.hea").write_text(header)
     with pytest.raises(RecordingError, match=complaint) as caught:
@@ -265,7 +265,7 @@ def overwrite(path, first, text):
     (168, b"00.00.00"), (176, b"10:20:30"), (8, b"M\xfcller, J\xf6rg"), (8, b"\x00\x00\x00"),
     (236, b"-1      "), (256 + 3 * 96 + 8, b"\xb5V      "),
     (256 + 3 * 104 + 8, b"0       0       "), (256 + 3 * 120 + 16, b"-       ")])
-def test_an_odd_field_that_the_wanted_channel_does_not_need_is_no_obstacle(edf, first, text):
+def test_odd_header_fields_that_are_not_needed_are_ignored(edf, first, text):
     expected = whole(edf)["ABP"].samples
     overwrite(edf, first, text)
     reader, start = opened(edf), "1985-12-31 10:20:30" if first == 176 else "1985-12-31 23:59:01"
@@ -279,14 +279,14 @@ def test_an_odd_field_that_the_wanted_channel_does_not_need_is_no_obstacle(edf, 
     (256 + 3 * 104, b"5       5       5       5       ", "unreadable or equal limits"),
     (244, b"0       ", "no signals"), (256 + 3 * 104, b"x       ", "unreadable or equal limits"),
     (256 + 2 * 16, b"no times", "data records without time")])
-def test_a_bad_edf_file_gets_one_line(edf, first, text, complaint):
+def test_a_bad_edf_file_gets_a_one_line_error(edf, first, text, complaint):
     overwrite(edf, 192, b"EDF+D")       # each data record says when it began
     overwrite(edf, first, text)
     with pytest.raises(RecordingError, match=complaint):
         whole(edf)
 
 
-def test_the_rate_of_hdf5_is_an_attribute_of_the_dataset_or_above_or_given(tmp_path):
+def test_the_rate_of_hdf5_is_an_attribute_of_the_dataset_or_its_parents_or_given(tmp_path):
     with h5py.File(tmp_path / "w.h5", "w") as file:
         file["a/light"] = np.arange(50, dtype="i2")[None]
         file["b/light"] = np.arange(50.0)
@@ -316,7 +316,7 @@ def test_integers_of_hdf5_are_scaled_by_their_attributes(tmp_path, attributes, s
     np.testing.assert_allclose(got, np.array([80, 81, np.nan, 82.5]) + shift)
 
 
-def test_only_numbers_of_the_file_are_channels_and_names_cannot_command_the_terminal(tmp_path):
+def test_only_numbers_of_the_file_are_channels_and_names_cannot_control_the_terminal(tmp_path):
     with h5py.File(tmp_path / "w.h5", "w") as file:
         file["external"] = h5py.ExternalLink("other.h5", "abp")
         file["loop/again"] = file

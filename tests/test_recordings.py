@@ -53,7 +53,7 @@ def wave(t):
 
 @pytest.mark.parametrize("fs, start_s", [(62.4725, 0), (124.945, 0), (125.0013742, 0), (250, 0),
                                          (500, 0), (125, 7.3137)])
-def test_the_resampled_signal_is_right_to_the_sample_after_an_hour_at_any_rate(fs, start_s):
+def test_resampling_is_exact_to_the_sample_after_an_hour_at_any_rate(fs, start_s):
     x = wave(start_s + np.arange(int(3600 * fs)) / fs)
     out, k = recordings.resample(Channel(x, fs, "", start_s), 60, 3600 * 60), np.arange(216000) / 60
     # A tenth of a sample late would be an error of up to 0.4 here.
@@ -63,7 +63,7 @@ def test_the_resampled_signal_is_right_to_the_sample_after_an_hour_at_any_rate(f
 
 
 @pytest.mark.parametrize("frequency, left", [(20, 1), (31, 0), (50, 0), (70, 0), (110, 0)])
-def test_what_lies_above_30_hz_is_filtered_out_before_it_can_fold_back(frequency, left):
+def test_frequencies_above_30_hz_are_removed_before_they_alias(frequency, left):
     x = np.sin(2 * np.pi * frequency * np.arange(60 * 250) / 250)
     out = recordings.resample(Channel(x, 250, ""), 60, 3600)
     expected = left * np.sin(2 * np.pi * frequency * np.arange(3600) / 60)
@@ -71,7 +71,7 @@ def test_what_lies_above_30_hz_is_filtered_out_before_it_can_fold_back(frequency
 
 
 @pytest.mark.parametrize("fs", [60, 124.945, 250])
-def test_a_span_is_resampled_to_the_bit_as_the_whole_is(fs):
+def test_a_span_is_resampled_bit_for_bit_like_the_whole(fs):
     x = wave(np.arange(int(480 * fs)) / fs)
     whole = recordings.resample(Channel(x, fs, ""), 60, 480 * 60)
     first, end = int(118 * fs), int(362 * fs)
@@ -158,7 +158,7 @@ def test_the_pressure_is_converted_to_mmhg_or_its_unit_is_asked_for(tmp_path, na
 @pytest.mark.parametrize("key, factor, raw, fine", [
     ("map", 7.50062, 11.5, 86.26), ("cuff_dbp", 1, 60, 60), ("hr", 60, 1.25, 75),
     ("spo2", 1, 98, 98)])
-def test_what_no_patient_has_is_refused(key, factor, raw, fine):
+def test_implausible_values_are_refused(key, factor, raw, fine):
     wrong = [0, -1, -5, 300, 999, -32768, 32767, 65535, 2**23 - 1, -2**23, 2**31 - 1, np.inf]
     reading = np.arange(14.0), np.array([raw, *wrong, raw]), factor
     readings, refused, implausible = check_vitals({key: reading}, {**LIMITS, "spo2": (70, 100)})
@@ -184,7 +184,7 @@ def test_readings_that_contradict_each_other_are_both_refused(prefix):
     assert "(median 90, expected" in implausible[prefix + "dbp"]
 
 
-def test_numbers_are_averaged_over_the_minute_and_a_cuff_s_reading_is_held_with_its_age(tmp_path):
+def test_numbers_are_averaged_over_the_minute_and_cuff_readings_are_held_with_their_age(tmp_path):
     wrong = np.array([0, -1, 300, 8388607, -32768, 250])
     recorded = windows(write_csv(tmp_path / "a.csv", 480, columns={
         "ABP": pressure, "PPG": light, "ABP Dias": number(1, 68), "HR": number(2, 75),
@@ -205,7 +205,7 @@ def test_numbers_are_averaged_over_the_minute_and_a_cuff_s_reading_is_held_with_
      "6;13,3322;\n", {"map": [240], "dbp": []}),
     ("Time (ms),NIBP Mean [mmHg],NIBP Dias [mmHg]\n0,80,60\n120000,90,66\n240000,8388607,70\n"
      "360000,100,-1\n400000,50,60\n", {"map": [240, 400], "dbp": [360, 400]})])
-def test_a_vitals_table_is_checked_as_the_recording_s_numbers_are(tmp_path, text, refused_s):
+def test_a_vitals_table_is_checked_like_the_numbers_of_a_recording(tmp_path, text, refused_s):
     (tmp_path / "v.csv").write_text(text)
     readings, refused, _, _ = recordings.read_vitals(tmp_path / "v.csv", LIMITS)
     np.testing.assert_allclose(readings["map"], [[0, 120, 360], [80, 90, 100]], rtol=1e-4)
@@ -218,7 +218,7 @@ def test_a_vitals_table_is_checked_as_the_recording_s_numbers_are(tmp_path, text
     ("time_s,MAP [furlong]\n0,80\n60,90\n", "--unit CHANNEL=UNIT"),
     ("time_s,weight\n0,80\n60,90\n", "any of map"), ("map,dbp\n80,60\n", "no time column"),
     ("time_s,map\n60,80\n0,90\n", "times of MAP do not increase")])
-def test_a_vitals_table_that_cannot_be_used_gets_one_line(tmp_path, text, complaint):
+def test_a_vitals_table_that_cannot_be_used_gets_a_one_line_error(tmp_path, text, complaint):
     (tmp_path / "v.csv").write_text(text)
     with pytest.raises(RecordingError, match=complaint):
         recordings.read_vitals(tmp_path / "v.csv", LIMITS)
@@ -257,7 +257,7 @@ def test_a_window_begins_after_each_gap_in_any_piece(tmp_path, monkeypatch, fs, 
     ([(70, 85)], [0, 85, 145, 205, 265, 325]),
     ([(100, 1000)], [0, 60, 120, 180, 240, 300]),           # it does not come back
     ([(70, 85), (100, 130)], [0, 60, 130, 190, 250, 310])])  # not whole before 130
-def test_a_gap_of_the_arterial_line_moves_a_window_only_where_that_gains_one(gaps, starts):
+def test_a_gap_of_the_arterial_line_moves_a_window_only_if_that_helps(gaps, starts):
     t = np.arange(400 * 60) / 60
     abp = np.where(np.any([(t > a) & (t < b) for a, b in gaps], axis=0), np.nan, pressure(t))
     assert np.round(recordings.cut(light(t), abp, 3600) / 60, 1).tolist() == starts
@@ -280,7 +280,7 @@ def test_a_ppg_is_turned_as_a_whole_by_its_first_sure_part(tmp_path, monkeypatch
     assert [note.partition(" (")[0] for note in recorded.notes] == notes
 
 
-def test_an_inverted_abp_is_said_and_a_ppg_that_is_a_copy_of_it_refused(tmp_path):
+def test_an_inverted_abp_is_reported_and_a_ppg_that_is_a_copy_of_it_refused(tmp_path):
     path = write_csv(tmp_path / "a.csv", columns={"ABP": lambda t: -pressure(t), "PPG": light})
     recorded = windows(path, polarity=lambda wave, fs: int(np.sign(np.nan_to_num(wave).mean())))
     assert next(iter(recorded)).abp.mean() < 0 and "ABP seems inverted" in recorded.notes[0]
@@ -352,7 +352,7 @@ def test_only_regular_files_are_opened_and_prepared_ones_refused(tmp_path):
             windows(path)
 
 
-def test_segments_and_numerics_of_an_archive_are_no_recordings_of_their_own(tmp_path):
+def test_segments_and_numerics_of_an_archive_are_not_recordings(tmp_path):
     for part in ("_0001", "_0002"):
         write_wfdb(tmp_path, "3000001" + part, np.full(100, 80.0))
     write_wfdb(tmp_path, "3000001n", np.full(10, 80.0), fs=1, signal="HR")
