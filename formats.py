@@ -94,15 +94,14 @@ def unit_in_name(name, known=None) -> str:
     brackets, as an unknown unit, unless it is in IN_NAMES."""
     units, name = known or {**PRESSURE, **RATE, **dict.fromkeys(NO_UNIT)}, name.strip()
     in_brackets = re.findall(r"[\[(](.*?)[\])]?(?=\s*[\[(]|$)", name)[::-1]
-    for text in in_brackets:
-        if plain_unit(text) in units:
-            return text.strip()
+    found = [text.strip() for text in in_brackets if plain_unit(text) in units]
     tail = re.split(r"(?i)[\s_,.:]+|(?<=\w)\s*/\s*(?=mm|kpa)|(?=mmhg$)", name)[-1]
     if tail != name and plain_unit(tail) in units and plain_unit(tail) not in NO_UNIT:
-        return tail
-    unknown = [text for text in in_brackets if re.fullmatch(r"[^\s\d][^\s]{0,11}", text)
-               and text.lower().strip(".") not in IN_NAMES]
-    return unknown[0] if unknown and not known else ""
+        found.append(tail)
+    if not known:
+        found += [text for text in in_brackets if re.fullmatch(r"[^\s\d][^\s]{0,11}", text)
+                  and text.lower().strip(".") not in IN_NAMES]
+    return found[0] if found else ""
 
 
 def check_size(path, n_samples):
