@@ -1,12 +1,12 @@
-"""A trained network on disk, and whose data it has seen.
+"""A trained network on disk, and which patients it has seen.
 
     save_checkpoint("runs/mine.pth", model)             # a NormalisedModel; the rest is optional
     network = build_network(load_checkpoint("runs/mine.pth"))
 
     python checkpoint.py FILE --who 17/2 3f2a…  # look up the patient behind a message (private)
 
-A checkpoint holds tensors and plain values, never code, and patients as salted hashes: the salt
-stays with the data. Needs models.py, datasets.py and tk_utils.py.
+A checkpoint holds tensors and plain values, no code. Patients are stored as salted hashes; the
+salt stays with the data. Needs models.py, datasets.py and tk_utils.py.
 """
 import copy
 import hashlib
@@ -17,7 +17,6 @@ import os
 import re
 import sys
 import zipfile
-from contextlib import suppress
 from typing import Callable, List, NamedTuple, Optional, Set, Tuple
 
 import filelock
@@ -28,7 +27,7 @@ from torch import nn
 import datasets
 from datasets import LABELS, DataError, DatasetIndex
 from models import MODELS, MyFirstResNet, SpreadResNet
-from tk_utils import ScriptParser, atomic_file, atomic_path, one_line, printable, run_script
+from tk_utils import ScriptParser, atomic_file, one_line, printable, run_script
 
 SEEN = ["train", "tune", "ancestors"]       # parts of a split that shaped the weights
 
@@ -46,7 +45,7 @@ def save_tensors(path, obj) -> None:
 
 
 def load_tensors(path):
-    """What `torch.save` wrote, if it is tensors and plain values. Raises CheckpointError."""
+    """Load a file of `torch.save` with tensors and plain values only. Raises CheckpointError."""
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such checkpoint (python train_resnet.py makes one)")
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
@@ -54,7 +53,7 @@ def load_tensors(path):
               "can run code when it is loaded (CVE-2025-32434)", file=sys.stderr)
     with one_line(f"{path}: not a checkpoint", CheckpointError):
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:       # PyTorch does not look at the check sums
+            if archive.testzip() is not None:       # PyTorch does not verify the check sums
                 raise ValueError("damaged: wrong check sum")
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -62,12 +61,12 @@ def load_tensors(path):
 def save_checkpoint(path, model, *, spec: Optional[str] = None, model_args: Optional[dict] = None,
                     config=None, split=None, provenance=None, metrics=None,
                     calibration=None) -> dict:
-    """Write a `NormalisedModel` atomically; returns the dictionary, now also `model.checkpoint`.
+    """Write a `NormalisedModel` atomically; return the dictionary and set `model.checkpoint` to it.
 
     spec, model_args: the network's name ('resnet_v3' or 'my_net.py:MyNet') and arguments; by
-    default as the model was loaded, or read off the network. config: options of the run; split:
-    what `split_index` gave (so `evaluate.py` knows whom the model has seen) or {part: [hashed
-    patients]}; provenance, metrics, calibration: dictionaries, too.
+    default those it was loaded with, or `describe_network`. config: options of the run. split: the
+    result of `split_index` (tells `evaluate.py` which patients the model has seen), or {part:
+    [hashed patients]}. provenance, metrics, calibration: dictionaries.
     """
     if not hasattr(model, "normaliser"):
         raise CheckpointError(f"{path}: expected NormalisedModel(network, keys, normaliser), got "
@@ -97,17 +96,17 @@ def save_checkpoint(path, model, *, spec: Optional[str] = None, model_args: Opti
 
 
 def load_checkpoint(path) -> dict:
-    """The dictionary of a checkpoint, checked. Raises CheckpointError."""
+    """Load and check the dictionary of a checkpoint. Raises CheckpointError."""
     checkpoint = load_tensors(path)
     for key in ("model", "spec", "model_args", "keys", "normaliser", "ppg_normalisation", "anchor",
                 "config", "split", "provenance", "metrics", "calibration"):
         if not isinstance(checkpoint, dict) or key not in checkpoint:
-            raise CheckpointError(f"{path}: not a checkpoint of this project (no {key!r}; those "
-                                  "written before October 2026 do not load)")
+            raise CheckpointError(f"{path}: not a checkpoint of this project (no {key!r}; "
+                                  "checkpoints from before October 2026 do not load)")
     keys, normaliser = checkpoint["keys"], checkpoint["normaliser"]
     if len(keys) < 2 or "ppg" in keys[1:] or keys[-1] not in LABELS:
         raise CheckpointError(f"{path}: keys {keys}: expected ppg, vitals, {' or '.join(LABELS)}")
-    for key in keys[keys[0] == "ppg":]:
+    for key in [key for key in keys if key != "ppg"]:
         if not 0 < normaliser.get(key, {"sd": 0})["sd"] < np.inf:
             raise CheckpointError(f"{path}: normaliser of {key}: expected a positive SD")
     for name, weights in checkpoint["model"].items():
@@ -117,10 +116,10 @@ def load_checkpoint(path) -> dict:
 
 
 class Run(NamedTuple):
-    """What a checkpoint says of its run; by default, what holds for a model in memory."""
+    """What a checkpoint says about its run; the defaults apply to a model in memory."""
     condition: str = "default"          # the quality gate
     loss: str = "mse"
-    origin: str = "unknown"             # of the data, as `datasets.origin_of`
+    origin: str = "unknown"             # of the data, see `datasets.origin_of`
     label_method: str = "unknown"
     split: dict = {}                    # {part: hashed patients}
     calibration: dict = {}              # of the prediction intervals
@@ -135,12 +134,12 @@ def run_of(checkpoint: Optional[dict]) -> Run:
 
 
 def _module(path):
-    """The module of a file, executed once: not again while it runs, as the script or as this."""
+    """The module of a file, executed once, even if that file is the running script."""
     running = sys.modules["__main__"]
     if os.path.realpath(getattr(running, "__file__", None) or "") == path:
         return running
     if path not in sys.modules:
-        sys.path.append(os.path.dirname(path))  # for what the file imports from its own folder
+        sys.path.append(os.path.dirname(path))  # so that it can import files of its own folder
         name = os.path.splitext(os.path.basename(path))[0]
         source = importlib.util.spec_from_file_location(name, path)
         sys.modules[path] = module = importlib.util.module_from_spec(source)
@@ -155,15 +154,15 @@ def _module(path):
 
 def load_by_name(name, table: dict, option: str) -> Callable:
     """An entry of a table, or of your own file: 'my_net.py:MyNet'. A callable is returned as it is.
-    option: e.g. '--model', for the message. Raises CheckpointError."""
+    option: named in messages, such as '--model'. Raises CheckpointError."""
     if callable(name):
         return name
     if name in table:
         return table[name]
     path, _, attribute = str(name).rpartition(":")
     if not path.endswith(".py") or not os.path.exists(path):
-        raise CheckpointError(f"{option} {name}: expected {', '.join(table)} or file.py:Name of a "
-                              "file that is there")
+        raise CheckpointError(f"{option} {name}: expected {', '.join(table)} or file.py:Name of an "
+                              "existing file")
     with one_line(f"{option} {name}: {path} fails", CheckpointError):
         found = getattr(_module(os.path.realpath(path)), attribute, None)
     if not callable(found):
@@ -172,8 +171,8 @@ def load_by_name(name, table: dict, option: str) -> Callable:
 
 
 def new_network(name, **wanted) -> Tuple[nn.Module, str, dict]:
-    """(network, spec, arguments) of --model NAME or file.py:Name, with fresh weights.
-    wanted: arguments such as num_discrete, passed where the builder accepts them."""
+    """(network with fresh weights, spec, arguments) of --model NAME or file.py:Name. wanted:
+    arguments such as num_discrete; those that the builder accepts are passed."""
     builder = load_by_name(name, MODELS, "--model")
     expected = f"--model {name}: expected a class of nn.Module, or a function that returns one"
     if isinstance(builder, nn.Module):
@@ -189,7 +188,7 @@ def new_network(name, **wanted) -> Tuple[nn.Module, str, dict]:
 
 
 def describe_network(network: nn.Module) -> Tuple[str, dict]:
-    """(spec, arguments) of a network; the arguments are known where it is one of models.py."""
+    """(spec, arguments) of a network; arguments are known only for networks of models.py."""
     kind = type(network)
     if kind in (MyFirstResNet, SpreadResNet):
         return "resnet_v3" if kind is MyFirstResNet else "resnet_spread", network.arguments
@@ -198,8 +197,8 @@ def describe_network(network: nn.Module) -> Tuple[str, dict]:
 
 
 def build_network(checkpoint: dict, network=None) -> nn.Module:
-    """The checkpoint's network with its weights. Raises CheckpointError.
-    network: for one of your own, the module itself, its class, or 'my_net.py:MyNet'."""
+    """The checkpoint's network with its weights. network: your own module, its class or
+    'my_net.py:MyNet', if it is not in models.MODELS. Raises CheckpointError."""
     spec = checkpoint["spec"]
     if network is None and spec not in MODELS:
         raise CheckpointError(f"trained with a network of your own: --model {spec} (with the path "
@@ -214,7 +213,7 @@ def build_network(checkpoint: dict, network=None) -> nn.Module:
 
 
 def default_salt_path(data_path) -> str:
-    """The project's salt: in the folder of its data."""
+    """Where the project's salt is: in the folder of its data."""
     return os.path.join(os.path.dirname(data_path), "tpp_ppg.salt")
 
 
@@ -224,32 +223,29 @@ def read_salt(path) -> str:
         folder, name = os.path.split(os.path.abspath(path))
         with filelock.FileLock(os.path.join(folder, f".{name}.lock")):
             if saved_salt(path) is None:        # no other process has made it meanwhile
-                with suppress(FileNotFoundError):
-                    os.remove(path)
-                with atomic_path(path) as temporary, open(
-                        temporary, "w", opener=lambda *name: os.open(*name, 0o600)) as file:
+                with atomic_file(path, opener=lambda *name: os.open(*name, 0o600)) as file:
                     file.write(os.urandom(16).hex() + "\n")
     return saved_salt(path)
 
 
 def saved_salt(path) -> Optional[str]:
-    """The salt in a file; None where there is none, or one cut off in its writing. DataError."""
+    """The salt in a file, None if there is no file. Raises DataError for any other file."""
     if not os.path.exists(path):
         return None
     with open(path, encoding="ascii", errors="replace") as file:
         text = file.read(100)
-    if not re.fullmatch("[0-9a-f]{0,31}|[0-9a-f]{32}\n?", text):
+    if not re.fullmatch("[0-9a-f]{32}\n?", text):
         raise DataError(f"{path}: expected a salt, 32 hexadecimal characters")
-    return text.strip() if len(text) >= 32 else None
+    return text.strip()
 
 
 def hash_patients(patients, salt) -> List[str]:
-    """Patients' names as salted hashes, which may leave the hospital."""
+    """Salted hashes of patients' names; these may leave the hospital."""
     return [hashlib.sha256(f"{salt}/{patient}".encode()).hexdigest()[:16] for patient in patients]
 
 
 def salt_mark(salt: str) -> str:
-    """Shows whether two salts are the same without giving them away; kept in the checkpoint."""
+    """A hash of the salt, kept in the checkpoint: compares two salts without revealing them."""
     return hashlib.sha256(f"salt {salt}".encode()).hexdigest()[:16]
 
 
@@ -264,29 +260,30 @@ def seen_by(checkpoint: dict) -> Set[str]:
 
 
 def patient_parts(index, checkpoint: dict, salt_path) -> Optional[np.ndarray]:
-    """The part in which each patient of an index was in a run, [P] of 'train', …, None, by salted
-    hashes; or None, with a warning, without the run's salt."""
+    """The part of a run ('train', …, or None) to which each patient of an index belonged, [P], by
+    salted hashes. Without the run's salt: None, and a warning."""
     salt = saved_salt(salt_path)
     if salt is None or salt_mark(salt) != checkpoint["provenance"].get("salt"):
         why = (f"{salt_path}: {'not the salt of this run' if salt else 'no such file'}"
                if checkpoint["split"] else "the checkpoint was saved without its split")
-        print(f"WARNING: {why}, so whether these patients were trained on COULD NOT BE CHECKED",
+        print(f"WARNING: {why}, so it COULD NOT BE CHECKED whether these were trained on",
               file=sys.stderr)
         return None
-    known = {one: part for part, hashes in checkpoint["split"].items() for one in hashes}
+    known = {patient: part for part, hashes in checkpoint["split"].items() for patient in hashes}
     hashes = hash_patients(index.patients.tolist(), salt)
-    return np.array([known.get(one) for one in hashes], dtype=object)
+    return np.array(list(map(known.get, hashes)), dtype=object)
 
 
 def weights_fingerprint(checkpoint: dict) -> str:
-    """Identifies a parent's weights in the checkpoint of a fine-tuned network."""
-    weights = [one.numpy().tobytes() for one in checkpoint["model"].values()]
+    """A hash that identifies a parent's weights in the checkpoint of a fine-tuned network."""
+    weights = [tensor.numpy().tobytes() for tensor in checkpoint["model"].values()]
     return hashlib.sha256(b"".join(weights)).hexdigest()
 
 
 def fingerprint(index: DatasetIndex, keys: List[str]) -> str:
-    """A checksum of what a run reads, also of copies of the files: their sizes, the index, every
-    column among the keys, and 4,096 rows (59 MB) of each waveform, spread over the data."""
+    """A checksum of the data that a run reads, the same for a copy of the files. It covers their
+    sizes, the index, every column among the keys, and 4,096 evenly spaced rows (59 MB) of each
+    waveform."""
     found = hashlib.sha256(repr((index.stamps[:, 0].tolist(), list(keys))).encode())
     for name in ("patients", "encounters", "encounter_patient", "encounter_file", "starts", "rows"):
         found.update(np.ascontiguousarray(getattr(index, name)))
@@ -299,8 +296,8 @@ def fingerprint(index: DatasetIndex, keys: List[str]) -> str:
 
 
 def look_up():
-    """`python checkpoint.py FILE --who …`: prints names."""
-    parser = ScriptParser(description="Private: for those who may see the data.")
+    """`python checkpoint.py FILE --who …`: print the names behind numbers and hashes."""
+    parser = ScriptParser(description="Private: only for people who may see the data.")
     parser.add_argument("file", help="an HDF5 file of the layout")
     parser.add_argument("--who", nargs="+", required=True, help="17 (patient), 17/2 (patient and "
                         "encounter), or a patient's hash, by tpp_ppg.salt next to the file")
