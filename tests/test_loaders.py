@@ -1,4 +1,4 @@
-"""loaders.py: every segment once, whatever reads them; what a full disk or memory does."""
+"""loaders.py: every segment once, for any reader; limits of open files and shared memory."""
 import functools
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_a_shuffled_epoch_holds_every_segment_once_and_the_next_differs(tmp_path
     assert epochs[0] == epochs[2] != epochs[1]
 
 
-def test_only_an_incomplete_train_batch_behind_a_full_one_is_dropped(dataset):
+def test_only_an_incomplete_train_batch_after_a_full_batch_is_dropped(dataset):
     assert [len(b[0]) for b in make_loader(dataset, 90, shuffle=True)] == [90]
     assert [len(b[0]) for b in make_loader(dataset, 100, shuffle=True)] == [96]
     tune = make_loader(dataset, 20)
@@ -38,7 +38,7 @@ def test_only_an_incomplete_train_batch_behind_a_full_one_is_dropped(dataset):
 
 
 @pytest.mark.parametrize("level", ["segment", "patient"])
-def test_batches_made_on_a_device_are_those_of_the_plain_loader(dataset, level):
+def test_batches_on_a_device_equal_the_plain_loaders(dataset, level):
     dataset = TPP_PPG_dataset(dataset.index, level, KEYS)
     how = {"shuffle": True, "seed": 3, "rank": 1, "world": 2}
     plain, cached = (make_loader(dataset, 10, **how, device_cache=device)
@@ -66,8 +66,8 @@ def test_more_files_than_may_be_open_are_read(tmp_path):
     resource = pytest.importorskip("resource", reason="limits of a process are of POSIX")
     paths = []
     for number in range(40):
-        paths.append(str(tmp_path / f"{number}.h5"))
-        make_file(paths[-1], 1, 1, 4, layout=("contiguous", "lzf")[number % 2])
+        storage = ("contiguous", "lzf")[number % 2]
+        paths.append(make_file(tmp_path / f"{number}.h5", 1, 1, 4, layout=storage))
         with h5py.File(paths[-1], "r+") as file:
             file.move("MRN000", f"p{number}")
 
@@ -82,7 +82,7 @@ def test_more_files_than_may_be_open_are_read(tmp_path):
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists("/dev/shm"), reason="needs mount")
-def test_a_full_dev_shm_is_one_line_and_no_matter_without_workers(published):
+def test_a_full_dev_shm_is_one_line_and_harmless_without_workers(published):
     if subprocess.run(["unshare", "-m", "true"]).returncode:
         pytest.skip("needs unshare")
     fill = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/x"
@@ -105,8 +105,8 @@ def test_workers_change_neither_order_nor_draw_nor_the_networks_random_numbers(d
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_ranks_share_each_batch_without_loss_or_doubling(dataset):
-    one, *ranks = (list(loaders.BatchOrder(dataset, 20, shuffle=True, rank=rank, world=world))
-                   for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3)))
-    for whole, *shares in zip(one, *ranks):
+def test_ranks_share_each_batch_without_loss_or_duplication(dataset):
+    batches = [loaders.BatchOrder(dataset, 20, shuffle=True, rank=rank, world=world)
+               for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3))]
+    for whole, *shares in zip(*batches):
         assert np.array_equal(np.concatenate(shares), whole)
