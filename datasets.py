@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 
 FS, SEGMENT_SECONDS = 60, 60            # Hz, s
 SEGMENT_SAMPLES = FS * SEGMENT_SECONDS
-LARGE_BYTES = 10 ** 9                   # the index of data above this size is kept next to them
-ENCODED = -1                            # instead of a byte offset: h5py has to read it
+LARGE_BYTES = 10 ** 9                   # the index of larger data is kept next to them
+ENCODED = -1                            # in place of a byte offset: only h5py can read the field
 PARTS = ("train", "tune", "test")
 
 
@@ -36,9 +36,9 @@ class Field(NamedTuple):
     high: Optional[float] = None
 
 
-# A vital becomes a possible input of the network by its line here. The ranges are wider than those
-# beyond which Sun et al. 2006 (signal abnormality index) call an arterial line abnormal (MAP 30 to
-# 200, DBP 20, SBP 300, PP 20, HR 20 to 200): they admit shock and tachycardia, not sensor faults.
+# Any vital listed here can be an input of the network. Its range is wider than the limits at which
+# Sun et al. 2006 (signal abnormality index) call an arterial line abnormal (MAP 30 to 200, DBP 20,
+# SBP 300, PP 20, HR 20 to 200): it admits shock and tachycardia, not sensor faults.
 FIELDS: Dict[str, Field] = {
     "ppg": Field("f4", "monitor scale", "waveform"),
     "abp": Field("f4", "mmHg", "waveform"),
@@ -84,7 +84,7 @@ def vitals_of(keys: List[str]) -> List[str]:
 
 
 class LayoutWriter:
-    """Writes one file of the layout, an encounter at a time. Raises OSError when the disk is full.
+    """Write a file of the layout, one encounter at a time. Raises OSError when the disk is full.
 
         with LayoutWriter(path, "recordings", "published", "foot", signals.REASONS) as out:
             out.write("patient 1", "encounter 1", {"ppg": ppg, "reason": reason, "map": map_, ...})
@@ -107,10 +107,10 @@ class LayoutWriter:
         self.file.close()
 
     def write(self, patient: str, encounter: str, fields: Dict[str, np.ndarray]) -> None:
-        """Writes the N rows of one encounter, {field: [N] or [N, 3600]}, 'ppg' and 'reason' among
-        them. Raises DataError before anything of the encounter is written."""
+        """Write the N rows of one encounter, {field: [N] or [N, 3600]}; 'ppg' and 'reason' are
+        required. Raises DataError before anything of the encounter is written."""
         if any(name in ("", ".") or "/" in name for name in (patient, encounter)):
-            raise DataError("expected names of patient and encounter without '/', and not empty")
+            raise DataError("expected non-empty names of patient and encounter, without '/'")
         if f"{patient}/{encounter}" in self.file or not {"ppg", "reason"} <= set(fields):
             raise DataError("expected each encounter once, with the fields 'ppg' and 'reason'")
         arrays, rows = {}, len(fields["ppg"])
@@ -153,9 +153,9 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Gate:
-    """Which segments are used: comparisons (field, sign, number or field), and the minimum length
-    of an encounter. Every gate also refuses segments with a quality flag (`reason`), with
-    non-finite PPG, vitals or label, and with vitals that are not plausible for a person."""
+    """Which segments are used: comparisons (field, sign, number or field) and the minimum length of
+    an encounter. Every gate also refuses segments with a quality flag (`reason`), a non-finite
+    PPG, vital or label, or implausible vitals."""
     comparisons: tuple = ()
     min_minutes: int = 0
 
@@ -165,16 +165,15 @@ class Gate:
                  for key, sign, bound in self.comparisons]
         texts += [f"minutes >= {self.min_minutes}"] * (self.min_minutes > 0)
         text = ", ".join(texts) or "any"
-        is_more = f"{text},".startswith(f"{DEFAULT},")      # begins with all of the default gate
-        return "default" + text[len(DEFAULT):] if is_more else text
+        return re.sub(f"^{re.escape(DEFAULT)}(?=,|$)", "default", text)
 
 
 def get_gate(condition) -> Gate:
-    """The `Gate` of a condition: 'any', a name of `ALIASES`, or comparisons such as "r2 > 0.5" or
-    "p_crit < map" of a field with a number or a field; several as a list or with commas. 'minutes
-    >= 100' is the length of the encounter. Raises DataError."""
-    parts = ", ".join([condition] if isinstance(condition, str) else condition).split(",")
-    parts = [one for part in parts for one in ALIASES.get(part.strip(), part.strip()).split(", ")]
+    """The `Gate` of a condition: 'any', a name of `ALIASES`, or comparisons such as "r2 > 0.5" and
+    "p_crit < map", as a list or separated by commas. 'minutes' is the length of the encounter, as
+    in 'minutes >= 100'. Raises DataError."""
+    names = ",".join([condition] if isinstance(condition, str) else condition).split(",")
+    parts = ", ".join(ALIASES.get(name.strip(), name.strip()) for name in names).split(", ")
     scalars, comparisons, min_minutes = [key for key in FIELDS if key not in WAVEFORMS], [], 0
     for part in parts:
         match = COMPARISON.fullmatch(part)
@@ -193,19 +192,19 @@ def get_gate(condition) -> Gate:
 
 
 def gate_rules(gate, values, ppg_finite):
-    """Yields (rule as text, mask [N] of the rows that keep it), in the order of application.
-    values: function of a field's name, its [N] values or None where it is absent; ppg_finite: [N].
-    Raises DataError where the gate compares an absent field."""
+    """Yield (rule as text, mask [N] of the rows that pass it) in the order of application.
+    values: function from a field's name to its [N] values, or None if absent; ppg_finite: [N].
+    Raises DataError if the gate compares an absent field."""
     every, reason = np.ones(len(ppg_finite), bool), values("reason")
     if reason is not None:
-        yield "no quality flag set", np.nan_to_num(reason, nan=1) == 0
+        yield "no quality flag set", reason == 0
     yield "finite PPG", ppg_finite
-    there = {key: values(key) for key in VITALS + LABELS if values(key) is not None}
-    yield "finite vitals and label", np.all([every, *map(np.isfinite, there.values())], axis=0)
-    wrong = [(there[key] < low) | (there[key] > high)
-             for key, (low, high) in WINDOW["limits"].items() if key in there]
-    wrong += [there[low] > there[high] for low, high in (("dbp", "map"), ("map", "sbp"))
-              if low in there and high in there]
+    found = {key: values(key) for key in VITALS + LABELS if values(key) is not None}
+    yield "finite vitals and label", np.all([every, *map(np.isfinite, found.values())], axis=0)
+    wrong = [(found[key] < low) | (found[key] > high)
+             for key, (low, high) in WINDOW["limits"].items() if key in found]
+    wrong += [found[low] > found[high] for low, high in (("dbp", "map"), ("map", "sbp"))
+              if low in found and high in found]
     yield "plausible vitals", ~np.any([~every, *wrong], axis=0)
     for key, sign, bound in gate.comparisons:
         left, right = values(key), values(bound) if isinstance(bound, str) else bound
@@ -219,15 +218,15 @@ def gate_rules(gate, values, ppg_finite):
 
 
 def passes_gate(gate, values, ppg_finite) -> np.ndarray:
-    """[N] mask of the rows that keep all `gate_rules`."""
+    """[N] mask of the rows that pass all `gate_rules`."""
     return np.logical_and.reduce([kept for _, kept in gate_rules(gate, values, ppg_finite)])
 
 
 def gate_report(path, condition=DEFAULT_CONDITION):
-    """[(rule, segments that break it, segments left after it)] of one file or several."""
+    """[(rule, segments that break it, segments left after it)] of one or several files."""
     counts, gate = {}, get_gate(condition)
-    for one in as_paths(path):
-        for *_, fields, where in scan(one):
+    for file in as_paths(path):
+        for *_, fields, where in scan(file):
             left = np.ones(len(fields["ppg"]), bool)
             for text, kept in [("all segments", left), *apply_gate(gate, fields, where)]:
                 left = left & kept
@@ -239,12 +238,12 @@ def gate_report(path, condition=DEFAULT_CONDITION):
 # -------------------------------------------------------------------------------------------- files
 
 def as_paths(path) -> List[str]:
-    return [os.fspath(one) for one in (path if isinstance(path, (list, tuple)) else [path])]
+    return list(map(os.fspath, path if isinstance(path, (list, tuple)) else [path]))
 
 
 @contextmanager
 def reading(where):
-    """Makes errors one line that says where; without h5py's own words, which may name patients."""
+    """Turn any error into a one-line DataError without h5py's text, which may name patients."""
     try:
         yield
     except DataError as error:
@@ -255,7 +254,7 @@ def reading(where):
 
 def open_file(path):
     """An h5py.File for reading. Raises DataError."""
-    if not os.path.isfile(path):        # a pipe would wait for ever
+    if not os.path.isfile(path):        # opening a pipe would block
         raise DataError(f"{path}: no such file (prepare.py makes one from recordings, simulate.py "
                         "from virtual patients)")
     with reading(f"{path}: not a readable HDF5 file"):
@@ -263,31 +262,31 @@ def open_file(path):
 
 
 def origin_of(paths, name: str = "origin") -> str:
-    """The files' origins, joined: 'simulated', 'recordings', … ('unknown' in published files); or
-    another of their attributes."""
+    """The origins of files, joined: 'simulated', 'recordings', … or 'unknown' (published files).
+    name: another attribute to read."""
     found = set()
     for path in paths:
         with open_file(path) as file, reading(path):
-            found.add(str(np.asarray(file.attrs.get(name, "unknown")).astype(str)))    # bytes, too
+            found.add(str(np.asarray(file.attrs.get(name, "unknown")).astype(str)))  # str or bytes
     return ", ".join(sorted(found))
 
 
 def place_text(path, patient, encounter):
-    """For messages: where in a file, by numbers, and how to get the names."""
+    """For messages: a place in a file, by numbers, and how to look up the names."""
     return (f"{path}: patient {patient}, encounter {encounter} "
             f"(names: python checkpoint.py {path} --who {patient}/{encounter})")
 
 
 def groups_of(parent):
-    """[(number, name, group)] of an h5py group, without links: they would double a patient."""
+    """[(number, name, group)] of the groups in an h5py group; links would duplicate a patient."""
     return [(number, name, item) for number, (name, item) in enumerate(parent.items())
             if isinstance(item, h5py.Group)
             and parent.get(name, getclass=True, getlink=True) is h5py.HardLink]
 
 
 def scan(path, wanted=None):
-    """Yields (patient, encounter, their numbers, {field: h5py dataset}, `place_text`) of each
-    encounter of a file, or of {patient: encounters}; ignores what is no encounter with fields."""
+    """Yield (patient, encounter, their numbers, {field: h5py dataset}, `place_text`) for each
+    encounter of a file, or of wanted {patient: encounters}. Groups without fields are skipped."""
     with open_file(path) as file:
         with reading(path):
             if any(file.attrs.get(name, 60) != 60 for name in ("fs", "segment_seconds")):
@@ -304,7 +303,7 @@ def scan(path, wanted=None):
 
 
 def find_fields(group):
-    """{field: h5py dataset} of an encounter, checked; {} where a group holds no fields."""
+    """The checked {field: h5py dataset} of an encounter; {} if the group holds no fields."""
     found = {key: item for key, item in group.items() if key in FIELDS}
     if found and "ppg" not in found:
         raise DataError("no field 'ppg'")
@@ -316,16 +315,16 @@ def find_fields(group):
             raise DataError(f"field {key!r}: {item.dtype} of shape {item.shape}, expected numbers "
                             f"of shape {shapes[0]}")
         if rows and not item.id.get_storage_size():
-            raise DataError(f"field {key!r}: never written, it would read as zeros")
+            raise DataError(f"field {key!r}: never written; it would be read as zeros")
         for name in set(SCALING).intersection(item.attrs):
             if np.any(item.attrs[name] != SCALING[name]):
                 raise DataError(f"field {key!r}: scaled by its attribute {name!r}; store the "
-                                "numbers that are meant, as float32 without that attribute")
+                                "scaled values as float32, without that attribute")
     return found
 
 
 def apply_gate(gate, fields, where):
-    """The list of `gate_rules` of {field: h5py dataset}."""
+    """The `gate_rules` of {field: h5py dataset}, as a list."""
     @lru_cache(maxsize=None)
     def values(key):
         if key in fields:
@@ -335,7 +334,7 @@ def apply_gate(gate, fields, where):
 
     with reading(where):
         finite = np.ones(len(fields["ppg"]), bool)
-        if "reason" not in fields:          # ours were checked when they were written
+        if "reason" not in fields:          # LayoutWriter has checked files with reasons
             for a in range(0, len(finite), 256):
                 block = fields["ppg"][a:a + 256].astype(np.float32)
                 finite[a:a + 256] = np.isfinite(block).reshape(len(block), -1).all(1)
@@ -356,8 +355,8 @@ class DatasetIndex:
     places: np.ndarray              # [E, 2] int32: numbers in the file, for `place_text`
     encounter_patient: np.ndarray   # [E] int32, ascending
     encounter_file: np.ndarray      # [E] int32
-    fields: np.ndarray              # [K] str: those that all encounters have
-    stored: np.ndarray              # [K, E] int64: byte of row 0 in the file, or ENCODED
+    fields: np.ndarray              # [K] str: fields that all encounters have
+    stored: np.ndarray              # [K, E] int64: byte offset of row 0 in the file, or ENCODED
     starts: np.ndarray              # [E + 1] int64
     rows: np.ndarray                # [S] int32
 
@@ -369,7 +368,7 @@ class DatasetIndex:
         return len(self.patients)
 
     def per_segment(self, of_encounters):
-        """[E] -> [S]: what belongs to an encounter, for each of its segments."""
+        """[E] -> [S]: repeat a value of each encounter for all of its segments."""
         return np.repeat(of_encounters, np.diff(self.starts))
 
     def segment_patients(self):
@@ -377,31 +376,31 @@ class DatasetIndex:
         return self.per_segment(self.encounter_patient)
 
     def select(self, keep):
-        """The index of some encounters alone, keep [E] bool."""
+        """The index of some encounters only; keep: [E] bool."""
         return self.select_segments(self.per_segment(keep))
 
     def select_segments(self, keep):
-        """The index of some segments alone, keep [S] bool: of the encounters and patients that
-        still have one, renumbered in the same order."""
+        """The index of some segments only; keep: [S] bool. Encounters and patients without a
+        segment are dropped, the others renumbered in the same order."""
         counts = np.add.reduceat(keep, self.starts[:-1], dtype=np.int64)
-        some = counts > 0
-        patients, numbers = np.unique(self.encounter_patient[some], return_inverse=True)
+        left = counts > 0
+        patients, numbers = np.unique(self.encounter_patient[left], return_inverse=True)
         return replace(
-            self, patients=self.patients[patients], encounters=self.encounters[some],
-            places=self.places[some], encounter_patient=numbers.astype(np.int32),
-            encounter_file=self.encounter_file[some], stored=self.stored[:, some],
-            starts=np.append(0, np.cumsum(counts[some])), rows=self.rows[keep])
+            self, patients=self.patients[patients], encounters=self.encounters[left],
+            places=self.places[left], encounter_patient=numbers.astype(np.int32),
+            encounter_file=self.encounter_file[left], stored=self.stored[:, left],
+            starts=np.append(0, np.cumsum(counts[left])), rows=self.rows[keep])
 
     def sources(self, key):
-        """The fields that `key` is read from: itself or, where it is absent, two to subtract."""
+        """The fields that `key` is read from: itself or, if absent, two fields to subtract."""
         for fields in ((key,), DIFFERENCES.get(key, (key,))):
             if set(fields) <= set(self.fields):
                 return fields
         raise DataError(f"{self.paths[0]}: no field {key!r} in some or all encounters")
 
     def save(self, savename):
-        """Writes the index as one `.npz` of plain arrays, atomically and readable by its owner
-        alone, as it holds names. Raises DataError where a file of another kind is in its place."""
+        """Write the index as one `.npz` of plain arrays, atomically. It holds names, so only its
+        owner can read it. Raises DataError if another kind of file is in its place."""
         savename = os.fspath(savename)
         if os.path.exists(savename):
             with open(savename, "rb") as file:
@@ -417,11 +416,11 @@ class DatasetIndex:
 
 
 def load_dataset_index(savename) -> DatasetIndex:
-    """Reads a saved index. Raises DataError if it is none, or its files are gone or changed."""
+    """Load a saved index. Raises DataError for other files, or if its data are gone or changed."""
     with reading(f"{savename}: not a saved index of this version"):
         with np.load(savename, allow_pickle=False) as saved:
             values = {key: saved[key] for key in saved.files}
-        if str(values.pop("tpp_ppg_index")) != repr(FIELDS):    # these decide what passes
+        if str(values.pop("tpp_ppg_index")) != repr(FIELDS):    # the gate depends on them
             raise DataError("made with other fields")
         values.update(paths=values["paths"].tolist(), condition=str(values["condition"]))
         index = DatasetIndex(**values)
@@ -431,18 +430,18 @@ def load_dataset_index(savename) -> DatasetIndex:
 
 def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename=None,
                          path=None) -> DatasetIndex:
-    """Indexes the segments of HDF5 files (`path`, one or several) that pass a gate (`get_gate`).
+    """Index the segments of HDF5 files (`path`, one or several) that pass a gate (`get_gate`).
 
     mrn_to_csns: {MRN: [CSN, …]} to take only these. savename: also write the index to this `.npz`.
     Without both, the index of data above 1 GB is kept in `<first file>.index.npz`, if that can be
     written, until the files or the condition change.
     """
     gate, paths = get_gate(condition), as_paths(path)
-    size = sum(os.path.getsize(one) for one in paths if os.path.isfile(one))
+    size = sum(map(os.path.getsize, filter(os.path.isfile, paths)))
     keep = mrn_to_csns is None and savename is None and size > LARGE_BYTES
     if keep:
         savename = paths[0] + ".index.npz"
-        with suppress(DataError):       # none yet, or stale: it is made again
+        with suppress(DataError):       # absent or stale: make it again
             index = load_dataset_index(savename)
             if (index.condition, index.paths) == (str(gate), list(map(os.path.abspath, paths))):
                 return replace(index, paths=paths)
@@ -454,49 +453,47 @@ def create_dataset_index(mrn_to_csns=None, condition=DEFAULT_CONDITION, savename
 
 
 def index_files(paths, gate, mrn_to_csns):
-    """The `DatasetIndex` of files."""
+    """Scan files for a `DatasetIndex`."""
     wanted = mrn_to_csns and {str(mrn): set(map(str, csns)) for mrn, csns in mrn_to_csns.items()}
     stamps, found = [], []
     for number, path in enumerate(paths):
-        open_file(path).close()             # raises DataError where there is no such file
-        stamps.append(stamp(path))          # before the scan: a change during it shows as well
-        for patient, name, numbers, fields, where in scan(path, wanted):
+        open_file(path).close()             # raises DataError if there is no such file
+        stamps.append(stamp(path))          # before the scan, to notice a change during it
+        before = len(found)
+        for patient, encounter, place, fields, where in scan(path, wanted):
             passed = np.logical_and.reduce([kept for _, kept in apply_gate(gate, fields, where)])
-            stored = {key: item.id.get_offset() if item.dtype == "<f4" else None
-                      for key, item in fields.items()}      # no offset: chunks, or in the header
-            found.append({"patient": patient, "encounter": name, "place": numbers, "file": number,
-                          "stored": stored, "rows": np.flatnonzero(passed)})
-        if wanted is None and (not found or found[-1]["file"] != number):
+            offsets = {key: item.id.get_offset() if item.dtype == "<f4" else None
+                       for key, item in fields.items()}     # no offset: chunked or compact
+            found.append((patient, encounter, place, number, offsets, np.flatnonzero(passed)))
+        if wanted is None and len(found) == before:
             raise DataError(f"{path}: expected /<patient>/<encounter>/<field>, found no encounter")
-    found.sort(key=lambda one: one["patient"])      # stable: files, encounters keep their order
     where = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    if len({(one["patient"], one["encounter"]) for one in found}) < len(found):
+    if len({(patient, encounter) for patient, encounter, *_ in found}) < len(found):
         raise DataError(f"{where}: the same patient and encounter are in two of the files")
     if wanted and len(found) < sum(map(len, wanted.values())):
-        raise DataError(f"{where}: only {len(found)} of the encounters asked for are there")
-    found = [one for one in found if len(one["rows"])]
+        raise DataError(f"{where}: only {len(found)} of the encounters asked for were found")
+    found = [each for each in found if len(each[-1])]       # with rows that passed
     if not found:
         raise DataError(f"{where}: no segment passes the quality gate {str(gate)!r}")
-    column = {name: [one[name] for one in found] for name in found[0]}
-    patients, numbers = np.unique(column["patient"], return_inverse=True)
-    fields = sorted(set.intersection(*map(set, column["stored"])))
-    stored = [[one[key] or ENCODED for one in column["stored"]] for key in fields]
+    found.sort(key=lambda each: each[0])    # by patient; files and encounters stay in order
+    patients, encounters, places, files, offsets, rows = zip(*found)
+    names, numbers = np.unique(patients, return_inverse=True)
+    fields = sorted(set.intersection(*map(set, offsets)))
     return DatasetIndex(
-        paths, np.array(stamps), str(gate), patients, np.array(column["encounter"]),
-        np.array(column["place"], np.int32), numbers.astype(np.int32),
-        np.array(column["file"], np.int32), np.array(fields), np.array(stored),
-        np.cumsum([0, *map(len, column["rows"])], dtype=np.int64),
-        np.concatenate(column["rows"]).astype(np.int32))
+        paths, np.array(stamps), str(gate), names, np.array(encounters),
+        np.array(places, np.int32), numbers.astype(np.int32), np.array(files, np.int32),
+        np.array(fields), np.array([[each[key] or ENCODED for each in offsets] for key in fields]),
+        np.cumsum([0, *map(len, rows)], dtype=np.int64), np.concatenate(rows).astype(np.int32))
 
 
 def stamp(path):
-    """(bytes, time of the last change in ns) of a file."""
+    """(size in bytes, time of the last change in ns) of a file."""
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns
 
 
 def check_unchanged(index: DatasetIndex, files=None) -> None:
-    """Raises DataError if a file (of these numbers) is gone or not what it was when indexed."""
+    """Raise DataError if a file is gone or has changed since it was indexed. files: numbers."""
     for number in range(len(index.paths)) if files is None else files:
         path = index.paths[number]
         if not os.path.exists(path) or stamp(path) != tuple(index.stamps[number]):
@@ -506,16 +503,16 @@ def check_unchanged(index: DatasetIndex, files=None) -> None:
 # -------------------------------------------------------------------------------------------- split
 
 def split_hash(patients, split_seed):
-    """[P] in [0, 1): each patient's position in a random order, a function of it and the seed."""
+    """[P] in [0, 1): a pseudo-random position of each patient, a function of name and seed only."""
     digests = [hashlib.blake2b(f"{split_seed}/{patient}".encode(), digest_size=8).digest()
                for patient in patients]
     return np.array([int.from_bytes(digest, "big") / 2.0 ** 64 for digest in digests])
 
 
 def split_patients(patients, split_seed=0):
-    """The part (0 train, 1 tune, 2 test) of each patient, [P] int8. From 100 patients on by
-    threshold of a hash, 80/10/10 in expectation, so that a patient's part never changes when the
-    file grows. Below, by the hash's rank, so that no part is empty."""
+    """The part (0 train, 1 tune, 2 test) of each patient, [P] int8. From 100 patients, thresholds
+    on a hash give 80/10/10 in expectation; a patient's part does not change when the file grows.
+    Below, the rank of the hash decides, so that no part is empty."""
     position, count, tune, test = split_hash(patients, split_seed), len(patients), 0.8, 0.9
     if count < len(PARTS):
         raise DataError(f"{count} patients with usable segments: expected at least {len(PARTS)}, "
@@ -527,9 +524,9 @@ def split_patients(patients, split_seed=0):
 
 
 def fold_patients(index, split_seed, folds):
-    """The fold, 0 to folds - 1, in which each patient of an index is tested, [P]. The patients are
-    dealt out like cards, file by file (a patient's file is that of the first encounter by name), in
-    the order of `split_hash`: folds differ by one patient at most, in each file, too."""
+    """The fold, 0 to folds - 1, in which each patient of an index is tested, [P]. Patients are
+    dealt out in the order of `split_hash`, file by file (by the first encounter's name, where they
+    are in several), so that folds differ by at most one patient, also within each file."""
     by_name = np.lexsort((index.encounters, index.encounter_patient))
     _, first = np.unique(index.encounter_patient[by_name], return_index=True)
     file_of_patient = index.encounter_file[by_name[first]]
@@ -540,21 +537,21 @@ def fold_patients(index, split_seed, folds):
 
 
 def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, DatasetIndex]:
-    """{'train': index, 'tune': index, 'test': index}, no patient in two of them: `split_patients`,
-    or number `fold` (from 0 on) of `folds` splits, in which each patient is tested once: the tune
-    part is the next fold's test part. Raises DataError for too few patients or a wrong fold."""
+    """{'train': index, 'tune': index, 'test': index}, no patient in two of them. Without folds, by
+    `split_patients`; else number `fold` (from 0) of `folds` splits that test each patient once, and
+    tune on the next fold's test part. Raises DataError for too few patients or a wrong fold."""
     if fold is None and folds is None:
         of_patients = split_patients(index.patients.tolist(), split_seed)
     else:
         if not len(PARTS) <= (folds or 0) <= index.n_patients or fold not in range(folds):
             raise DataError(f"fold {fold} of {folds}, {index.n_patients} patients with usable "
                             f"segments: expected {len(PARTS)} folds or more, a patient for each")
-        # How many folds ahead of this one it is tested: 0 is test, 1 tune, all further ones train.
+        # each patient's fold, counted from this one: 0 is test, 1 tune, all others train
         ahead = (fold_patients(index, split_seed, folds) - fold) % folds
         of_patients = np.maximum(len(PARTS) - 1 - ahead, 0)
     part = of_patients[index.encounter_patient]
     parts = {name: index.select(part == number) for number, name in enumerate(PARTS)}
-    names = np.concatenate([one.patients for one in parts.values()])
+    names = np.concatenate([part.patients for part in parts.values()])
     assert len(np.unique(names)) == len(names), "a patient in two parts"
     return parts
 
@@ -563,9 +560,9 @@ def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, Dataset
 
 class TPP_PPG_dataset(Dataset):
     """Segments as tuples of float32 tensors: `dataset[i]` is ppg [1, 3600] and scalars in the order
-    of keys_to_load, the label last; `dataset[array]` a batch, in one read. level: 'segment', or
-    'patient' for one random segment of each, drawn anew each epoch as a function of (seed, epoch,
-    patient). percentage: a random share. csns_to_skip: encounters to leave out. DataError."""
+    of keys_to_load, the label last; `dataset[array]` is a batch, in one read. level: 'segment', or
+    'patient' for one random segment of each, a function of (seed, epoch, patient). percentage: a
+    random share. csns_to_skip: encounters to leave out. Raises DataError."""
 
     def __init__(self, dataset_index, level, keys_to_load=None, percentage=100, csns_to_skip=None,
                  *, seed=0):
@@ -585,16 +582,16 @@ class TPP_PPG_dataset(Dataset):
                 n, max(1, round(percentage / 100 * n)), replace=False, shuffle=False)
             index = index.select_segments(np.isin(item, chosen))
         self.index, self._columns = index, {}
-        self.epoch = torch.full((1,), -1, dtype=torch.int64)    # a loader shares it
+        self.epoch = torch.full((1,), -1, dtype=torch.int64)    # shared with loader workers
 
     def __len__(self):
         return len(self.index) if self.level == "segment" else self.index.n_patients
 
-    def set_epoch(self, epoch):     # never called, level 'patient' draws anew at each read
+    def set_epoch(self, epoch):     # if never called, level 'patient' draws anew at each read
         self.epoch.fill_(epoch)
 
     def segments(self, items):
-        """Item numbers [B] -> segment numbers [B] of the index: the same, or a draw of each."""
+        """Item numbers [B] -> segment numbers [B] of the index: the same, or one per patient."""
         items = np.asarray(items, np.int64)
         if np.any((items < 0) | (items >= len(self))):
             raise IndexError(f"expected items from 0 to {len(self) - 1}")
@@ -604,12 +601,12 @@ class TPP_PPG_dataset(Dataset):
         first, end = self.index.starts[edges]       # of each patient's segments
         if self.epoch.item() < 0:
             draw = torch.rand(len(items), dtype=torch.float64).numpy()
-        else:       # one number for each patient, whatever the batches are
+        else:       # a number for every patient, so that the batches do not matter
             draw = np.random.default_rng([self.seed, self.epoch.item()]).random(len(self))[items]
         return first + (draw * (end - first)).astype(np.int64)
 
     def place(self, item):
-        """For messages: where in its file an item is, without names."""
+        """For messages: an item's place in its file, without names."""
         segment, index = self.segments([item])[0], self.index
         encounter = np.searchsorted(index.starts, segment, "right") - 1
         path = index.paths[index.encounter_file[encounter]]
@@ -631,7 +628,7 @@ class TPP_PPG_dataset(Dataset):
                      for key in self.keys_to_load)
 
     def column(self, key):
-        """[S] float32 tensor: a field of every segment of the index, read once and kept."""
+        """[S] float32 tensor: a field of all segments of the index, read once and kept."""
         if key not in self._columns:
             first, *second = self.index.sources(key)
             if second:
@@ -647,17 +644,17 @@ class TPP_PPG_dataset(Dataset):
         return self._rows(key, segments, SEGMENT_SAMPLES)
 
     def _rows(self, key, segments, samples):
-        """[B, samples] float32: a field's rows of segments [B]. Where they lie in a file as plain
-        float32, they are one gather from a memory map; all else is read by h5py."""
+        """[B, samples] float32: a field's rows of segments [B]. Plain float32 in a file is read by
+        one gather from a memory map, everything else by h5py."""
         index, out = self.index, np.empty((len(segments), samples), np.float32)
         encounters = np.searchsorted(index.starts, segments, "right") - 1
         files, rows = index.encounter_file[encounters], index.rows[segments]
         first = index.stored[index.fields == key][0][encounters]
         offsets = first + 4 * samples * rows.astype(np.int64)
         for number in np.flatnonzero(np.bincount(files)):
-            check_unchanged(index, [number])    # a file cut short under its map ends the process
-            path, mine = index.paths[number], files == number
-            plain, encoded = mine & (first >= 0), np.flatnonzero(mine & (first < 0))
+            check_unchanged(index, [number])    # reading a map of a truncated file is a bus error
+            path, here = index.paths[number], files == number
+            plain, encoded = here & (first >= 0), np.flatnonzero(here & (first < 0))
             if plain.any():
                 with reading(path):
                     data = map_rows(path, *index.stamps[number], 4 * samples)
@@ -679,8 +676,8 @@ class TPP_PPG_dataset(Dataset):
 
 @lru_cache(200)
 def map_rows(path, size, time_ns, row_bytes):
-    """A file as rows: item i is the one that begins at byte i, aligned or not. size, time_ns: so
-    that a file that was changed is mapped anew."""
+    """A file as overlapping rows: item i begins at byte i, aligned or not. size, time_ns: a changed
+    file is mapped again."""
     data = np.memmap(path, np.uint8, "r")
     return np.ndarray(max(0, len(data) - row_bytes + 1), f"V{row_bytes}", data, strides=1)
 
@@ -692,8 +689,7 @@ def fit_normaliser(dataset, keys) -> Dict[str, dict]:
         values = dataset.column(key).numpy()
         if not values.min() < values.max():
             raise DataError(f"field {key!r} is constant or not finite in the train segments")
-        mean = float(values.mean(dtype=np.float64))
-        blocks = (values[a:a + 2 ** 20].astype(np.float64) for a in range(0, len(values), 2 ** 20))
-        variance = sum(float(((block - mean) ** 2).sum()) for block in blocks) / len(values)
-        normaliser[key] = {"mean": mean, "sd": variance ** 0.5, "unit": FIELDS[key].unit}
+        mean, variance = values.mean(dtype=np.float64), values.var(dtype=np.float64)
+        normaliser[key] = {"mean": float(mean), "sd": float(variance) ** 0.5,
+                           "unit": FIELDS[key].unit}
     return normaliser

@@ -20,7 +20,7 @@ from datasets import DataError, TPP_PPG_dataset, create_dataset_index, split_ind
     (datasets.PUBLISHED_CONDITION, "default, minutes >= 100"),
     ("rmse_lt_3_and_pcrit_gt_0_pcrit_lt_map_pp_gt_10",
      "fit_rmse < 3, p_crit > 0, p_crit < map, pp > 10, minutes >= 100"),
-    ("p_crit_se < 5, p_crit > 5, ppg_quality >= -1e-1",         # names that begin like another's
+    ("p_crit_se < 5, p_crit > 5, ppg_quality >= -1e-1",         # names that are prefixes
      "p_crit_se < 5, p_crit > 5, ppg_quality >= -0.1")])
 def test_a_gate_is_written_as_comparisons_and_reads_its_own_text(condition, text):
     gate = datasets.get_gate(condition)
@@ -47,7 +47,7 @@ def test_each_rule_refuses_its_segments_and_the_report_counts_them(tmp_path):
     report = {rule: (broken, left) for rule, broken, left in datasets.gate_report(path)}
     assert report["all segments"] == (0, 60) and report["finite PPG"] == (1, 59)
     assert report["finite vitals and label"] == (2, 57)
-    assert report["plausible vitals"] == (6, 52)                # infinite pressure, again
+    assert report["plausible vitals"] == (6, 52)                # the infinite SBP counts twice
     assert report["r2 > 0.5"] == (1, 51) and report["p_crit > 0"] == (1, 50)
     assert report["p_crit < map"][0] >= 1 and report["p_crit < 100"][1] == 47
     assert len(create_dataset_index(path=path)) == 47
@@ -55,10 +55,8 @@ def test_each_rule_refuses_its_segments_and_the_report_counts_them(tmp_path):
     with pytest.raises(DataError, match="no segment passes"):
         create_dataset_index(path=path, condition=datasets.PUBLISHED_CONDITION)
     for sign, kept in ((">", 2), (">=", 3), ("<", 17), ("<=", 18)):     # open or closed
-        with h5py.File(path, "r+") as file:
-            file["MRN000/CSN0000/hr"][:] = 60 + np.arange(20)
-        index = create_dataset_index({"MRN000": ["CSN0000"]}, f"hr {sign} 77", path=path)
-        assert len(index) == kept
+        gate, hr = datasets.get_gate(f"hr {sign} 77"), np.arange(60.0, 80.0)
+        assert datasets.passes_gate(gate, {"hr": hr}.get, np.isfinite(hr)).sum() == kept
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -82,12 +80,11 @@ def test_a_malformed_file_is_refused_in_one_line_without_identifiers(published, 
     assert not any(text in str(error.value) for text in ("\n", "MRN0", "CSN"))
     with open(published, "w") as file:
         file.write("no HDF5")
-    for path, message in ((published, "not a readable HDF5 file"), ("absent.h5", "no such file")):
-        with pytest.raises(DataError, match=message):
-            create_dataset_index(path=path)
+    with pytest.raises(DataError, match="not a readable HDF5 file"):
+        create_dataset_index(path=published)
 
 
-def test_what_is_no_patient_beside_the_patients_is_ignored(tmp_path, published):
+def test_items_other_than_patients_are_ignored(tmp_path, published):
     other = make_file(tmp_path / "other.h5", seed=1)
     with h5py.File(published, "r+") as file:
         file["AAA notes"] = "written by hand"
@@ -95,7 +92,7 @@ def test_what_is_no_patient_beside_the_patients_is_ignored(tmp_path, published):
         file["MRN000/age"] = 71
         file["MRN000/AA/lactate"] = np.zeros(8)
         file["MRN000/CSN0000/map"].attrs.update(units="mmHg", gain=1.0)
-        file["MRN1"] = h5py.SoftLink("/MRN001")             # or one patient would be two
+        file["MRN1"] = h5py.SoftLink("/MRN001")             # would duplicate a patient
         file["MRN2"] = h5py.ExternalLink(other, "/MRN001")
     index = create_dataset_index(path=published)
     assert len(index) == 96 and index.patients.tolist() == [f"MRN{n:03d}" for n in range(6)]
@@ -104,7 +101,7 @@ def test_what_is_no_patient_beside_the_patients_is_ignored(tmp_path, published):
     assert done.stdout == f"{position}: MRN000/CSN0000\n99: not in this file\n"
 
 
-def test_the_writer_makes_a_file_that_reads_back_and_refuses_what_does_not_fit(tmp_path):
+def test_the_writer_makes_a_readable_file_and_refuses_wrong_input(tmp_path):
     fields = {"ppg": np.random.default_rng(0).random((3, 3600)), "map": np.full(3, 80),
               "dbp": np.full(3, 60), "hr": np.full(3, 70), "p_crit": np.array([30, 31, np.nan]),
               "r2": np.full(3, 0.9), "pp": np.full(3, 50), "reason": np.array([0, 0, 4])}
@@ -113,7 +110,7 @@ def test_the_writer_makes_a_file_that_reads_back_and_refuses_what_does_not_fit(t
     with datasets.LayoutWriter(path, "recordings", "published", "foot", ("a", "b", "c")) as out:
         out.write("p", "e", fields)
         for patient, encounter, wrong, message in (
-                ("p", "e/4", fields, "without '/'"), ("", "e", fields, "not empty"),
+                ("p", "e/4", fields, "without '/'"), ("", "e", fields, "non-empty"),
                 ("p", "e", fields, "once"), ("p", "e2", {"ppg": fields["ppg"]}, "'ppg' and 'reas"),
                 ("p", "e2", dict(fields, sodium=np.zeros(3)), "'sodium'"),
                 ("p", "e4", dict(fields, ppg=np.full((3, 3600), 1e300)), "non-finite")):  # float32
@@ -121,10 +118,9 @@ def test_the_writer_makes_a_file_that_reads_back_and_refuses_what_does_not_fit(t
                 out.write(patient, encounter, wrong)
     index = create_dataset_index(path=path)
     assert index.rows.tolist() == [0, 1]
-    with h5py.File(path, "r") as file:
+    with h5py.File(path, "r+") as file:
         assert file.attrs["origin"] == "recordings" and file.attrs["fs"] == 60
         assert file["p/e/ppg"].chunks is None and file["p/e/reason"].dtype == np.uint32
-    with h5py.File(path, "r+") as file:
         file.attrs["origin"] = np.bytes_("recordings")      # as other programs write it
     assert datasets.origin_of([path]) == "recordings"
 
@@ -155,7 +151,7 @@ def test_items_are_tuples_of_float32_tensors_also_in_a_spawned_worker_of_a_datal
 
 
 def test_every_storage_and_both_ppg_shapes_give_the_rows_that_h5py_gives(tmp_path):
-    """Each patient has an encounter in each of six files, which one batch reads."""
+    """Each patient has an encounter in each of six files; one batch reads all."""
     paths, layouts = [], (("rows", 3, {}), ("lzf", 2, {}), ("gzip", 3, {}), ("contiguous", 3, {}),
                           ("rows", 2, {"userblock_size": 512}),
                           ("contiguous", 2, {"libver": "latest"}))     # not aligned to 4 bytes
@@ -196,7 +192,7 @@ def test_a_damaged_chunk_is_an_error_that_names_its_file(tmp_path):
     with open(path, "r+b") as file:
         file.seek(chunk.byte_offset + 50)
         file.write(bytes(200))
-    os.utime(path, ns=(0, int(dataset.index.stamps[0, 1])))        # as when the disk, not a program
+    os.utime(path, ns=(0, int(dataset.index.stamps[0, 1])))        # the disk failed, nobody wrote
     with pytest.raises(DataError, match=r"f.h5: patient 0, encounter 0 .*'ppg': cannot be read"):
         dataset[0]
 
@@ -230,7 +226,7 @@ def test_patient_level_draws_one_segment_of_each_patient_by_seed_and_epoch(datas
 def test_only_the_encounters_asked_for_are_indexed_once_and_may_be_skipped(tmp_path, published):
     with h5py.File(published, "r+") as file:
         file.move("MRN001/CSN0010", "MRN001/17")
-    index = create_dataset_index({"MRN001": [17, 17], "MRN000": ["CSN0001"]}, path=published)
+    index = create_dataset_index({"MRN001": [17, 17], "MRN000": ["CSN0001"]}, "any", path=published)
     assert index.encounters.tolist() == ["CSN0001", "17"]
     some = TPP_PPG_dataset(index, "segment", KEYS, csns_to_skip={"CSN0001"})
     assert serials([some[np.arange(len(some))]]) == list(range(16, 24))
@@ -258,7 +254,7 @@ def test_empty_encounters_and_unusual_names_do_no_harm(tmp_path, published):
         create_dataset_index(path=published)
 
 
-def test_a_saved_index_is_plain_and_another_file_is_refused(tmp_path, published, monkeypatch):
+def test_a_saved_index_is_plain_data_and_other_files_are_refused(tmp_path, published, monkeypatch):
     path, items = tmp_path / "index.npz", np.arange(0, 96, 5)
     made = create_dataset_index(path=published, savename=path)
     with np.load(path, allow_pickle=False) as saved:
@@ -320,10 +316,9 @@ def test_the_fingerprint_covers_every_key_that_is_read(tmp_path, published, what
 
 
 def test_below_100_patients_no_part_is_empty():
-    for count in range(3, 100):
+    for count, sizes in ((3, [1, 1, 1]), (14, [12, 1, 1]), (99, [79, 10, 10])):
         parts = datasets.split_patients([f"p{i}" for i in range(count)], 1)
-        tenth = max(1, round(count / 10))
-        assert np.bincount(parts).tolist() == [count - 2 * tenth, tenth, tenth]
+        assert np.bincount(parts).tolist() == sizes
     with pytest.raises(DataError, match="2 patients with usable segments: expected at least 3"):
         datasets.split_patients(["a", "b"])
 
@@ -337,49 +332,42 @@ def test_from_100_patients_on_a_patients_part_survives_growth_and_reordering():
     assert list(split(patients, 6)) != list(parts.values())
 
 
-@pytest.fixture(scope="module")
-def three_sources(tmp_path_factory):
-    """Three files of 7, 4 and 9 patients, one of whom has an encounter in the first as well."""
-    folder, paths, first = tmp_path_factory.mktemp("sources"), [], 0
-    for patients in (7, 4, 9):
-        paths.append(make_file(folder / f"{first}.h5", patients, 1, 3))
-        with h5py.File(paths[-1], "r+") as file:
-            for i, name in enumerate(list(file)):
-                file.move(name, f"p{first + i}")
-        first += patients
-    with h5py.File(paths[0], "r+") as file:
-        file.copy("p0/CSN0000", "p19/later")
-    return paths
-
-
 def folds_of(index, split_seed, folds):
-    """One {part: [patients]} for each fold."""
+    """The {part: [patients]} of each fold."""
     splits = [split_index(index, split_seed, fold=fold, folds=folds) for fold in range(folds)]
     return [{name: part.patients.tolist() for name, part in parts.items()} for parts in splits]
 
 
-@pytest.mark.parametrize("folds", [3, 5, 20])
-def test_folds_test_each_patient_once_and_share_out_every_source_evenly(three_sources, folds):
-    index = create_dataset_index(path=three_sources)
-    splits = folds_of(index, 1, folds)
-    assert folds_of(create_dataset_index(path=three_sources[::-1]), 1, folds) == splits
-    assert folds_of(index, 2, folds) != splits
-    assert sorted(sum((one["test"] for one in splits), [])) == sorted(index.patients)
-    for one, following in zip(splits, splits[1:] + splits[:1]):
-        assert sorted(sum(one.values(), [])) == sorted(index.patients)      # so they are disjoint
-        assert one["train"] and one["tune"] == following["test"]
-    for source in (range(7), range(7, 11), range(11, 20), range(20)):
-        tested = [sum(int(p[1:]) in source for p in one["test"]) for one in splits]
-        assert max(tested) - min(tested) <= 1
+def test_folds_test_each_patient_once_and_share_out_every_file_evenly(tmp_path):
+    paths, numbers = [], (range(7), range(7, 11), range(11, 20))
+    for file_numbers in numbers:
+        paths.append(make_file(tmp_path / f"{file_numbers[0]}.h5", len(file_numbers), 1, 3))
+        with h5py.File(paths[-1], "r+") as file:
+            for number, name in zip(file_numbers, list(file)):
+                file.move(name, f"p{number}")
+    with h5py.File(paths[0], "r+") as file:
+        file.copy("p0/CSN0000", "p19/later")        # a patient in two files
+    index = create_dataset_index(path=paths)
+    for folds in (3, 5, 20):
+        splits = folds_of(index, 1, folds)
+        assert folds_of(create_dataset_index(path=paths[::-1]), 1, folds) == splits
+        assert folds_of(index, 2, folds) != splits
+        assert sorted(sum((parts["test"] for parts in splits), [])) == sorted(index.patients)
+        for parts, following in zip(splits, splits[1:] + splits[:1]):
+            assert sorted(sum(parts.values(), [])) == sorted(index.patients)    # so disjoint
+            assert parts["train"] and parts["tune"] == following["test"]
+        for some in (*numbers, range(20)):
+            tested = [sum(int(p[1:]) in some for p in parts["test"]) for parts in splits]
+            assert max(tested) - min(tested) <= 1
 
 
 @pytest.mark.parametrize("fold, folds", [(0, 2), (0, 7), (6, 6), (-1, 6), (None, 6), (1, None)])
-def test_folds_that_there_cannot_be_are_refused(published, fold, folds):
+def test_impossible_folds_are_refused(published, fold, folds):
     with pytest.raises(DataError, match=f"fold {fold} of {folds}, 6 patients .*3 folds or more"):
         split_index(create_dataset_index(path=published), fold=fold, folds=folds)
 
 
-def test_without_folds_a_split_is_the_one_it_has_always_been(published):
+def test_a_split_without_folds_never_changes(published):
     parts = split_index(create_dataset_index(path=published))
     assert [part.patients.tolist() for part in parts.values()] == [
         ["MRN000", "MRN002", "MRN003", "MRN005"], ["MRN004"], ["MRN001"]]
@@ -387,7 +375,7 @@ def test_without_folds_a_split_is_the_one_it_has_always_been(published):
     assert first.tolist() == [1, 2, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 2, 1, 0, 0, 1]
 
 
-def test_the_normaliser_is_that_of_the_segments_and_refuses_a_constant(dataset):
+def test_the_normaliser_holds_mean_and_sd_and_refuses_a_constant(dataset):
     fitted = datasets.fit_normaliser(dataset, KEYS[1:])
     values = dataset[np.arange(len(dataset))][3].numpy().astype("f8")
     assert fitted["hr"]["mean"] == pytest.approx(values.mean(), rel=1e-9)
