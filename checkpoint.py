@@ -75,21 +75,21 @@ def save_checkpoint(path, model, *, spec: Optional[str] = None, model_args: Opti
         spec, model_args = model.checkpoint["spec"], model.checkpoint["model_args"]
     elif spec is None:
         spec, model_args = describe_network(model.network)
+    config, provenance = config or {}, provenance or {}
     if split and all(isinstance(part, DatasetIndex) for part in split.values()):
         index = next(iter(split.values()))
         salt = read_salt(default_salt_path(index.paths[0]))
-        split, config = hash_split(split, salt), {"condition": index.condition, **(config or {})}
+        split, config = hash_split(split, salt), {"condition": index.condition, **config}
         provenance = {"origin": datasets.origin_of(index.paths), "salt": salt_mark(salt),
-                      "label_method": datasets.origin_of(index.paths, "label_method"),
-                      **(provenance or {})}
+                      "label_method": datasets.origin_of(index.paths, "label_method"), **provenance}
     weights = model.network.state_dict()
     model.checkpoint = {
         "model": {k: v.detach().cpu().clone().contiguous() for k, v in weights.items()},
         "spec": spec, "model_args": model_args or {}, "keys": list(model.keys),
         "inputs": model.inputs, "normaliser": model.normaliser, "anchor": model.anchor,
         "ppg_normalisation": model.ppg_normalisation, "split": split or {},
-        "config": {"condition": "default", **(config or {})},
-        "provenance": {"origin": "unknown", **(provenance or {})},
+        "config": {"condition": "default", **config},
+        "provenance": {"origin": "unknown", **provenance},
         "metrics": metrics or {}, "calibration": calibration or {}}
     save_tensors(path, model.checkpoint)
     return model.checkpoint

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import os
 import re
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Dict, List, NamedTuple, Optional
@@ -83,7 +83,7 @@ def vitals_of(keys: List[str]) -> List[str]:
     return vitals
 
 
-class LayoutWriter:
+class LayoutWriter(AbstractContextManager):
     """Write a file of the layout, one encounter at a time. Raises OSError when the disk is full.
 
         with LayoutWriter(path, "recordings", "published", "foot", signals.REASONS) as out:
@@ -97,9 +97,6 @@ class LayoutWriter:
             layout_version=1, fs=FS, segment_seconds=SEGMENT_SECONDS, origin=origin,
             label_method=label_method, beats=beats, reasons=",".join(reasons),
             created_with=f"tpp-ppg, h5py {h5py.__version__}, numpy {np.__version__}", **attributes)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self.file.flush()
@@ -542,15 +539,15 @@ def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, Dataset
     tune on the next fold's test part. Raises DataError for too few patients or a wrong fold."""
     if fold is None and folds is None:
         of_patients = split_patients(index.patients.tolist(), split_seed)
-    else:
-        if not len(PARTS) <= (folds or 0) <= index.n_patients or fold not in range(folds):
-            raise DataError(f"fold {fold} of {folds}, {index.n_patients} patients with usable "
-                            f"segments: expected {len(PARTS)} folds or more, a patient for each")
-        # each patient's fold, counted from this one: 0 is test, 1 tune, all others train
+    elif fold in range(folds or 0) and len(PARTS) <= folds <= index.n_patients:
+        # each patient's fold, counted from this fold: 0 is test, 1 tune, all others train
         ahead = (fold_patients(index, split_seed, folds) - fold) % folds
         of_patients = np.maximum(len(PARTS) - 1 - ahead, 0)
-    part = of_patients[index.encounter_patient]
-    parts = {name: index.select(part == number) for number, name in enumerate(PARTS)}
+    else:
+        raise DataError(f"fold {fold} of {folds}, {index.n_patients} patients with usable "
+                        f"segments: expected {len(PARTS)} folds or more, a patient for each")
+    of_encounters = of_patients[index.encounter_patient]
+    parts = {name: index.select(of_encounters == number) for number, name in enumerate(PARTS)}
     names = np.concatenate([part.patients for part in parts.values()])
     assert len(np.unique(names)) == len(names), "a patient in two parts"
     return parts
@@ -651,7 +648,7 @@ class TPP_PPG_dataset(Dataset):
         files, rows = index.encounter_file[encounters], index.rows[segments]
         first = index.stored[index.fields == key][0][encounters]
         offsets = first + 4 * samples * rows.astype(np.int64)
-        for number in np.flatnonzero(np.bincount(files)):
+        for number in np.unique(files):
             check_unchanged(index, [number])    # reading a map of a truncated file is a bus error
             path, here = index.paths[number], files == number
             plain, encoded = here & (first >= 0), np.flatnonzero(here & (first < 0))
