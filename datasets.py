@@ -91,7 +91,6 @@ class LayoutWriter(AbstractContextManager):
     """
 
     def __init__(self, path, origin, label_method, beats, reasons, **attributes):
-        self.path = os.fspath(path)
         self.file = h5py.File(path, "w")
         self.file.attrs.update(
             layout_version=1, fs=FS, segment_seconds=SEGMENT_SECONDS, origin=origin,
@@ -124,7 +123,7 @@ class LayoutWriter(AbstractContextManager):
             try:
                 os.posix_fallocate(self.file.id.get_vfd_handle(), self.file.id.get_filesize(), size)
             except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno), self.path) from None
+                raise OSError(error.errno, os.strerror(error.errno), self.file.filename) from None
         for key, values in arrays.items():      # contiguous: a row is read at memory speed
             self.file[f"{patient}/{encounter}/{key}"] = values
 
