@@ -1,5 +1,6 @@
 """checkpoint.py: saving and loading, other files, your own networks, salts."""
 # ruff: noqa: I001
+import inspect
 import os
 import pickle
 import subprocess
@@ -14,7 +15,7 @@ from checkpoint import (
     CheckpointError, default_salt_path, hash_patients, new_network, patient_parts, read_salt,
     salt_mark, save_checkpoint, save_tensors, seen_by)
 from datasets import DataError, create_dataset_index, split_index
-from training_header import NormalisedModel, get_model_v3, load_model
+from training_header import MyFirstResNet, NormalisedModel, get_model_v3, load_model
 
 
 @pytest.mark.parametrize("arguments, options", [(SMALL, ()), (
@@ -28,6 +29,7 @@ def test_a_checkpoint_gives_back_the_same_model(tmp_path, arguments, options):
     ppg, vitals = some_inputs()
     assert torch.equal(again(ppg, *vitals), model(ppg, *vitals))
     assert repr(again.network) == repr(model.network)       # dropout as well
+    assert set(again.network.arguments) == set(inspect.signature(MyFirstResNet).parameters)
     assert not again.training and again.keys == KEYS and again.normaliser == NORMALISER
     assert (again.ppg_normalisation, again.anchor) == (model.ppg_normalisation, model.anchor)
     saved = torch.load(tmp_path / "m.pth", weights_only=True)       # plain data
