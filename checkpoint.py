@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import zipfile
+from contextlib import suppress
 from typing import Callable, List, NamedTuple, Optional, Set, Tuple
 
 import filelock
@@ -223,20 +224,23 @@ def read_salt(path) -> str:
         folder, name = os.path.split(os.path.abspath(path))
         with filelock.FileLock(os.path.join(folder, f".{name}.lock")):
             if saved_salt(path) is None:        # no other process has made it meanwhile
+                with suppress(FileNotFoundError):
+                    os.remove(path)             # cut off, and perhaps readable by others
                 with atomic_file(path, opener=lambda *name: os.open(*name, 0o600)) as file:
                     file.write(os.urandom(16).hex() + "\n")
     return saved_salt(path)
 
 
 def saved_salt(path) -> Optional[str]:
-    """The salt in a file, None if there is no file. Raises DataError for any other file."""
+    """The salt in a file; None if there is none, or only the beginning of one. Raises DataError for
+    any other file."""
     if not os.path.exists(path):
         return None
     with open(path, encoding="ascii", errors="replace") as file:
         text = file.read(100)
-    if not re.fullmatch("[0-9a-f]{32}\n?", text):
+    if not re.fullmatch("[0-9a-f]{0,31}|[0-9a-f]{32}\n?", text):
         raise DataError(f"{path}: expected a salt, 32 hexadecimal characters")
-    return text.strip()
+    return text.strip() if len(text) >= 32 else None
 
 
 def hash_patients(patients, salt) -> List[str]:
@@ -266,8 +270,8 @@ def patient_parts(index, checkpoint: dict, salt_path) -> Optional[np.ndarray]:
     if salt is None or salt_mark(salt) != checkpoint["provenance"].get("salt"):
         why = (f"{salt_path}: {'not the salt of this run' if salt else 'no such file'}"
                if checkpoint["split"] else "the checkpoint was saved without its split")
-        print(f"WARNING: {why}, so it COULD NOT BE CHECKED whether these were trained on",
-              file=sys.stderr)
+        print(f"WARNING: {why}, so it COULD NOT BE CHECKED whether the model was trained on these "
+              "patients", file=sys.stderr)
         return None
     known = {patient: part for part, hashes in checkpoint["split"].items() for patient in hashes}
     hashes = hash_patients(index.patients.tolist(), salt)

@@ -162,7 +162,10 @@ def test_a_script_whose_network_it_loads_itself_runs_once(tmp_path):
         assert done.stdout.split() == ["runs"], done.stderr
 
 
-def test_a_salt_is_made_once_also_by_two_processes_and_kept_private(tmp_path):
+@pytest.mark.parametrize("left", [None, "", "0123456789abcdef"])       # by killed processes
+def test_a_salt_is_made_once_also_by_two_processes_and_kept_private(tmp_path, left):
+    if left is not None:
+        (tmp_path / "a.salt").write_text(left)
     both = [fork(lambda: print(read_salt("a.salt")), tmp_path) for _ in range(2)]
     salt, second = printed_by(both, tmp_path).split()
     assert len(salt) == 32 and salt == second == read_salt(tmp_path / "a.salt")
@@ -171,7 +174,7 @@ def test_a_salt_is_made_once_also_by_two_processes_and_kept_private(tmp_path):
     assert salt_mark(salt) != salt_mark("other") and salt not in salt_mark(salt)
 
 
-@pytest.mark.parametrize("text", ["", "0" * 31, "0" * 40 + "\n", "x" * 32])
+@pytest.mark.parametrize("text", ["short\n", "0" * 31 + "\n", "0" * 40 + "\n", "x" * 32])
 def test_another_file_is_not_replaced_by_a_salt(tmp_path, text):
     (tmp_path / "a.salt").write_text(text)
     with pytest.raises(DataError, match="expected a salt"):
