@@ -1,11 +1,10 @@
-"""What a network stands on: the ridge of the label on the vitals, and on how the pulse varies.
+"""The ridge regression under a network: the label on the vitals and on how the pulse varies.
 
-    anchor = fit_anchor(train, keys)                    # of a TPP_PPG_dataset
+    anchor = fit_anchor(train, keys)                    # train: a TPP_PPG_dataset
     statistics = pulse_statistics(ppg)                  # [B, 1, 3600] -> [B, 12]
 
-`NormalisedModel` adds the network to an anchor; `fit_blend` (both in training_header.py) chooses
-after training how much of each is kept (docs/real-recordings.md). Needs datasets.py;
-`pulse_statistics` needs PyTorch alone.
+`NormalisedModel` adds the network to an anchor. After training, `fit_blend` (both are in
+training_header.py) chooses how much of each to keep (docs/real-recordings.md). Needs datasets.py.
 """
 from typing import List, Optional
 
@@ -18,24 +17,24 @@ from torch.nn import functional as F
 
 from datasets import FS, TPP_PPG_dataset, vitals_of
 
-MOST_ANCHORED = 50_000          # segments that anchor and blend are fitted to
+MAX_ANCHOR_SEGMENTS = 50_000    # to which anchor and blend are fitted
 
 PULSE_STATISTICS = (    # of the beats of a minute; variations and loudness as logarithms
     "variation of height x rate", "variation of height", "variation of rate", "variation of mean",
     "variation of foot", "variation of peak", "correlation of rate and mean",
     "correlation of rate and height", "mean between foot and peak", "slow waves",
     "variation of loudness", "kurtosis")
-MOST_BEATS, POINTS = 200, 24    # in a minute; samples taken of a beat
+MAX_BEATS, POINTS = 200, 24     # beats in a minute, samples taken of each
 FOLDS = 10                      # of the train patients, for `cross_validate`
 
 
 def pulse_statistics(ppg: torch.Tensor) -> torch.Tensor:
-    """[B, 1, L] at 60 Hz, in any scale -> [B, 12]: `PULSE_STATISTICS`, without parameters.
+    """PPG [B, 1, L] at 60 Hz, in any scale -> [B, 12]: the `PULSE_STATISTICS`, nothing learned.
 
-    The label is the line through a minute's beats, MAP against PP x HR, so how much the beats vary
-    says how far the line reaches. Instance norms and the mean over time remove just that. A
-    variation is half the distance of the 16th and the 84th percentile; those of level are relative
-    to the mean height.
+    The label is a line fitted to a minute's beats, MAP against PP x HR. How much the beats vary
+    says how far that line reaches, and instance norms and the mean over time remove just this.
+    A variation is the distance from the 16th to the 84th percentile, relative to the median, or
+    for levels (mean, foot, peak) to the mean height.
     """
     with torch.no_grad():
         x = ppg[:, 0].float()
@@ -85,20 +84,20 @@ def pulse_statistics(ppg: torch.Tensor) -> torch.Tensor:
 
 
 def find_pulse_feet(x):
-    """[B, L] -> [B, 200] feet of the beats in samples, ascending; -1 in front of the first.
+    """[B, L] -> [B, 200]: feet of the beats in samples, ascending, with -1 before the first foot.
 
-    As `signals.find_feet`: a beat is a peak of the slope sum, its foot is where the tangent at the
-    steepest point meets the level before it.
+    As `signals.find_feet`: a beat is a peak of the slope sum, and its foot is where the tangent at
+    the steepest point meets the level before it.
     """
     x = moving_mean(moving_mean(x, 3), 3)
     rise = F.pad(x[:, 1:] - x[:, :-1], (1, 0))
     slope_sum = F.avg_pool1d(F.pad(rise.clamp_min(0).unsqueeze(1), (7, 0)), 8, 1)
-    usual = F.max_pool1d(slope_sum, 2 * FS)[:, 0].sort(1)[0]   # each piece holds a beat
+    usual = F.max_pool1d(slope_sum, 2 * FS)[:, 0].sort(1)[0]   # each window holds a beat
     usual = usual[:, usual.shape[1] // 2].unsqueeze(1)
     highest, slope_sum = F.max_pool1d(slope_sum, 33, 1, 16)[:, 0], slope_sum[:, 0]
     peak = (slope_sum == highest) & (slope_sum > 0.4 * usual)
     times = torch.arange(x.shape[1], device=x.device)
-    peak = (peak * times).topk(min(MOST_BEATS, x.shape[1]))[0].flip(1)
+    peak = (peak * times).topk(min(MAX_BEATS, x.shape[1]))[0].flip(1)
 
     def before(signal, at, length):         # [B, beats, length] samples that end at `at`
         places = at.unsqueeze(2) + torch.arange(1 - length, 1, device=x.device)
@@ -120,17 +119,17 @@ def fit_anchor(dataset, keys: List[str], pulse: Optional[np.ndarray] = None) -> 
     """The ridge of the label on the vitals over a (train) dataset: `NormalisedModel(anchor=…)`.
 
     {'coefficients': {vital: mmHg per unit}, 'intercept': mmHg, 'sd': SD of its residuals, mmHg}.
-    pulse: `read_pulse` of its segments, to fit on these as well; then also 'statistics': {'low',
-    'high': limits to which they are clipped, 'coefficients'}. Without it, more than MOST_ANCHORED
-    segments give way to a random choice of them.
+    pulse: `read_pulse` of the dataset, to fit on these as well; this adds 'statistics': {'low',
+    'high': limits to which they are clipped, 'coefficients'}. Without it, at most
+    MAX_ANCHOR_SEGMENTS segments are used, drawn at random.
     """
-    label, vitals = read_columns(some_segments(dataset) if pulse is None else dataset, keys)
+    label, vitals = read_columns(subsample(dataset) if pulse is None else dataset, keys)
     return fit_rows(vitals_of(keys), vitals, label, pulse)
 
 
 def fit_rows(names, vitals, label, pulse=None) -> dict:
-    """The anchor of rows: vitals [N, names], label [N], pulse statistics [N, 12] or None. A ridge
-    (penalty 1) on standardised inputs; coefficients per unit of each."""
+    """The anchor of vitals [N, names], label [N] and pulse statistics [N, 12] or None: a ridge
+    (penalty 1) on standardised inputs, with coefficients per unit of each input."""
     inputs = vitals
     if pulse is not None:
         low, high = np.quantile(pulse, (0.005, 0.995), axis=0)
@@ -148,8 +147,8 @@ def fit_rows(names, vitals, label, pulse=None) -> dict:
 
 
 def cross_validate(train, keys: List[str], pulse: np.ndarray):
-    """(missing [N], added [N], patients [N]) of train patients left out of both fits in turn: what
-    the ridge on the vitals leaves of the label, and what pulse statistics add to it."""
+    """(missing [N], added [N], patients [N]): what the ridge on the vitals misses of the label, and
+    what pulse statistics add to it, in train patients who are left out of both fits in turn."""
     label, vitals = read_columns(train, keys)
     patients = train.index.segment_patients()
     plain, full, names = label.copy(), label.copy(), vitals_of(keys)
@@ -162,11 +161,11 @@ def cross_validate(train, keys: List[str], pulse: np.ndarray):
     return label - plain, full - plain, patients
 
 
-def some_segments(dataset) -> TPP_PPG_dataset:
-    """A dataset, or MOST_ANCHORED of its segments, drawn at random."""
+def subsample(dataset) -> TPP_PPG_dataset:
+    """The dataset, or MAX_ANCHOR_SEGMENTS of its segments, drawn at random."""
     count = len(dataset.index)
-    return dataset if count <= MOST_ANCHORED else TPP_PPG_dataset(
-        dataset.index, "segment", dataset.keys_to_load, 100 * MOST_ANCHORED / count)
+    return dataset if count <= MAX_ANCHOR_SEGMENTS else TPP_PPG_dataset(
+        dataset.index, "segment", dataset.keys_to_load, 100 * MAX_ANCHOR_SEGMENTS / count)
 
 
 def read_pulse(dataset) -> np.ndarray:
@@ -185,7 +184,7 @@ def read_columns(dataset, keys: List[str]):
 
 
 def estimate(anchor: dict, vitals, pulse=None) -> np.ndarray:
-    """What an anchor says of rows, [N] mmHg: vitals [N, V], pulse statistics [N, 12]."""
+    """An anchor's estimates [N], mmHg, from vitals [N, V] and pulse statistics [N, 12]."""
     found = anchor["intercept"] + vitals @ np.array(list(anchor["coefficients"].values()))
     if "statistics" in anchor:
         known = anchor["statistics"]
@@ -194,16 +193,16 @@ def estimate(anchor: dict, vitals, pulse=None) -> np.ndarray:
 
 
 def predict_with_anchor(anchor: dict, dataset) -> np.ndarray:
-    """What an anchor alone says of the segments of a dataset, [N] mmHg."""
+    """An anchor's estimates [N], mmHg, for the segments of a dataset."""
     vitals = [dataset.column(key).numpy().astype(np.float64) for key in anchor["coefficients"]]
     pulse = read_pulse(dataset) if "statistics" in anchor else None
     return estimate(anchor, np.stack(vitals, 1), pulse)
 
 
 def shown_share(missing, added, patients) -> float:
-    """The share of `added` [N] that is kept to explain `missing` [N], 0 to 1: least squares, each
-    patient with the same weight, shrunk by its own uncertainty over patients (James & Stein,
-    positive part). So where nothing is shown, nothing is added."""
+    """The share of `added` [N] that best explains `missing` [N], 0 to 1: least squares with equal
+    weight for each patient, shrunk by its own uncertainty over patients (James & Stein, positive
+    part). Where nothing is shown, nothing is added."""
     weight = 1 / np.bincount(patients)[patients]
     squares = np.sum(weight * added ** 2)
     if not squares > 0:
@@ -215,29 +214,27 @@ def shown_share(missing, added, patients) -> float:
 
 
 def kept_shares(anchor: Optional[dict]) -> Optional[dict]:
-    """What `fit_blend` kept of the 'network' and the 'pulse_statistics', 0 to 1 each, or None."""
+    """The shares of 'network' and 'pulse_statistics' that `fit_blend` kept, 0 to 1, or None."""
     return {"network": anchor["blend"], "pulse_statistics": anchor["pulse_share"]} if (
         anchor and "blend" in anchor) else None
 
 
-def blend(anchor: dict, plain: dict, with_pulse: Optional[dict], pulse_share: float,
-          share: float) -> dict:
-    """The anchor of a model that keeps these shares of the pulse statistics and of the network.
+def blend(anchor: dict, plain: dict, with_pulse: dict, pulse_share: float, share: float) -> dict:
+    """The anchor with which a model's estimate becomes
+    share * (anchor + network) + (1 - share) * (plain + pulse_share * (with_pulse - plain)).
 
     anchor: the one that the network was trained on, kept as 'trained_on' for further training;
-    plain, with_pulse: ridges without and with statistics (or None). The model's estimate is then
-    share * (anchor + network)
-    + (1 - share) * (plain + pulse_share * (with_pulse - plain)).
+    plain, with_pulse: ridges without and with pulse statistics.
     """
     weight = (1 - share) * pulse_share
-    parts = [(share, anchor), (1 - share - weight, plain), (weight, with_pulse or plain)]
-    mixed = {"intercept": sum(part * one["intercept"] for part, one in parts),
-             "coefficients": {key: sum(part * one["coefficients"][key] for part, one in parts)
+    parts = [(share, anchor), (1 - share - weight, plain), (weight, with_pulse)]
+    mixed = {"intercept": sum(part * ridge["intercept"] for part, ridge in parts),
+             "coefficients": {key: sum(part * ridge["coefficients"][key] for part, ridge in parts)
                               for key in anchor["coefficients"]},
              "sd": share * anchor["sd"], "pulse_share": pulse_share, "blend": share,
              "trained_on": anchor}
     if weight:
         statistics = with_pulse["statistics"]
-        mixed["statistics"] = dict(statistics, coefficients=[weight * one for one
-                                                             in statistics["coefficients"]])
+        mixed["statistics"] = dict(statistics, coefficients=[
+            weight * one for one in statistics["coefficients"]])
     return mixed

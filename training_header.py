@@ -36,7 +36,7 @@ from torch.optim.lr_scheduler import (
 import kernels
 from anchor import (
     blend, cross_validate, fit_anchor, fit_rows, kept_shares, predict_with_anchor,
-    pulse_statistics, read_columns, read_pulse, shown_share, some_segments)
+    pulse_statistics, read_columns, read_pulse, shown_share, subsample)
 from checkpoint import (
     CheckpointError, build_network, hash_patients, load_by_name, load_checkpoint, load_tensors,
     read_salt, save_checkpoint, save_tensors)
@@ -294,23 +294,23 @@ def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0):
 
 
 def fit_blend(model, train, tune, device=None) -> float:
-    """How much the PPG adds to the model's anchor, the ridge on the vitals, as far as it is shown.
+    """Keeps of the pulse statistics and of the network the shares that are shown to help.
 
-    First of the ridge on vitals and `pulse_statistics`, then of the network: the share, 0 to 1,
-    that `shown_share` finds is kept. The network's is found on the tune dataset, the statistics'
-    also on the train patients, left out in turn. Sets the anchor; returns the network's share.
+    First the share of the ridge on vitals and `pulse_statistics`, then that of the network, 0 to 1
+    each (`shown_share`). The network's is found on the tune dataset, the statistics' also on the
+    train patients, left out of the fit in turn. Sets the anchor; returns the network's share.
     """
-    train, tune = some_segments(train), some_segments(tune)
+    train, tune = subsample(train), subsample(tune)
     label, patients = tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
-    plain, with_pulse, pulse_share = fit_anchor(train, model.keys), None, 0.0
-    base = predict_with_anchor(plain, tune)
+    plain = with_pulse = fit_anchor(train, model.keys)
+    base, pulse_share = predict_with_anchor(plain, tune), 0.0
     if model.with_ppg:
         pulse = read_pulse(train)
         with_pulse = fit_anchor(train, model.keys, pulse)
         added = predict_with_anchor(with_pulse, tune) - base
         of_train = cross_validate(train, model.keys, pulse)
-        pulse_share = shown_share(*map(np.concatenate, zip(
-            of_train, (label - base, added, train.index.n_patients + patients))))
+        of_tune = label - base, added, train.index.n_patients + patients
+        pulse_share = shown_share(*map(np.concatenate, zip(of_train, of_tune)))
         base = base + pulse_share * added
     network = predict_dataset(model, tune, device=device).astype(np.float64)
     share = shown_share(label - base, network - base, patients)
@@ -319,16 +319,16 @@ def fit_blend(model, train, tune, device=None) -> float:
 
 
 def refit_anchor(model, train, tune) -> None:
-    """Fits the ridges of `fit_blend` again, to the tune patients as well; the shares stay.
+    """Fits the ridges of `fit_blend` again, with the tune patients as well; the shares stay.
 
-    Not before `evaluate.make_calibration`: intervals need patients who were left out of the fit.
+    Call it after `evaluate.make_calibration`: intervals need patients left out of the fit.
     """
-    sets, blended = [some_segments(train), some_segments(tune)], model.anchor
+    sets, blended = [subsample(train), subsample(tune)], model.anchor
     label, vitals = map(np.concatenate, zip(*(read_columns(one, model.keys) for one in sets)))
     pulses = [None, np.concatenate([read_pulse(one) for one in sets]) if model.with_ppg else None]
-    plain, with_pulse = (fit_rows(vitals_of(model.keys), vitals, label, one) for one in pulses)
+    ridges = (fit_rows(vitals_of(model.keys), vitals, label, pulse) for pulse in pulses)
     model.set_anchor({"refitted": True, **blend(
-        blended["trained_on"], plain, with_pulse, blended["pulse_share"], blended["blend"])})
+        blended["trained_on"], *ridges, blended["pulse_share"], blended["blend"])})
 
 
 # ------------------------------------------------------------------------------ training: its parts

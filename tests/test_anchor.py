@@ -16,14 +16,13 @@ def pulses(rates, heights):
 def test_pulse_statistics_say_how_much_beats_vary_in_rate_and_height():
     rng = np.random.default_rng(0)
     rates, heights = 75 + rng.normal(size=120), 1 + 0.01 * rng.normal(size=120)
-    of = dict(zip(PULSE_STATISTICS, pulse_statistics(pulses(rates, heights))[0]))
-    more_rate = dict(zip(PULSE_STATISTICS, pulse_statistics(
-        pulses(75 + 8 * rng.normal(size=120), heights))[0]))
-    more_height = dict(zip(PULSE_STATISTICS, pulse_statistics(
-        pulses(rates, 1 + 0.15 * rng.normal(size=120)))[0]))
-    assert more_rate["variation of rate"] > of["variation of rate"] + 1
-    assert more_height["variation of height"] > of["variation of height"] + 1
-    assert abs(more_height["variation of rate"] - of["variation of rate"]) < 0.7
+    steady, more_rate, more_height = (
+        dict(zip(PULSE_STATISTICS, pulse_statistics(pulses(*both))[0])) for both in (
+            (rates, heights), (75 + 8 * rng.normal(size=120), heights),
+            (rates, 1 + 0.15 * rng.normal(size=120))))
+    assert more_rate["variation of rate"] > steady["variation of rate"] + 1
+    assert more_height["variation of height"] > steady["variation of height"] + 1
+    assert abs(more_height["variation of rate"] - steady["variation of rate"]) < 0.7
     # 16th to 84th percentile of 15 % normal variation: 0.3
     assert abs(more_height["variation of height"].exp() - 0.3) < 0.1
 
@@ -64,4 +63,4 @@ def test_a_blend_mixes_both_ridges_and_scales_the_network():
     mixed = blend(anchor, anchor, pulse, 0.5, 0.25)
     assert mixed["sd"] == 1.0 and mixed["statistics"]["coefficients"] == [3.0]
     assert mixed["intercept"] == 13.75 and mixed["coefficients"]["map"] == 1.375
-    assert blend(anchor, pulse, None, 0.0, 1.0)["coefficients"] == anchor["coefficients"]
+    assert blend(anchor, pulse, pulse, 0.0, 1.0)["coefficients"] == anchor["coefficients"]

@@ -16,7 +16,7 @@ from anchor import FOLDS, cross_validate, read_pulse
 from training_header import (
     LOSSES, PPG_NORMALISATIONS, CheckpointError, CosineAnnealingLR, DataError, Interrupted,
     NonFiniteLoss, NormalisedModel, ReduceLROnPlateau, StepLR, TPP_PPG_dataset, TrainingError,
-    blend, choose_loss, create_dataset_index, distributed, fit_anchor, fit_blend, fit_normaliser,
+    choose_loss, create_dataset_index, distributed, fit_anchor, fit_blend, fit_normaliser,
     get_model_v3, kept_shares, load_model, make_loader, predict_dataset, predict_with_anchor,
     predict_with_spread, refit_anchor, reset_all_seeds, save_checkpoint, training_loop)
 
@@ -50,11 +50,8 @@ class MyNet(nn.Module):
         super().__init__()
         self.ppg, self.out = nn.Conv1d(1, 3, 9, 4), nn.Linear(6, 1)
 
-    def features(self, ppg, *vitals):
-        return torch.cat([self.ppg(ppg).amax(2), torch.stack(vitals, 1)], 1)
-
     def forward(self, ppg, *vitals):
-        return self.out(self.features(ppg, *vitals))
+        return self.out(torch.cat([self.ppg(ppg).amax(2), torch.stack(vitals, 1)], 1))
 
 
 def cubic(prediction, label):
@@ -99,14 +96,14 @@ def train_line(epochs, label=0.0, tune_label=0.0, model=None, loader=None, **opt
                          **{"lr": 0.1, "optimizer_type": SGD, "device": "cpu", **options})
 
 
-def test_the_model_returned_has_the_weights_of_the_best_epoch_not_of_the_last():
+def test_the_best_epochs_weights_are_returned_and_training_stops_so_many_epochs_later():
     # The bias walks from 0 towards 10 and passes the tune label 3 on its way.
     rows = []
-    model, seen = train_line(8, label=10, tune_label=3, on_epoch=lambda log: rows.append(log[-1]))
+    model, seen = train_line(30, label=10, tune_label=3, early_stopping=2,
+                             on_epoch=lambda log: rows.append(log[-1]))
     best = int(seen["epoch_val_loss"].argmin())
-    assert 0 < best < 7
     assert (model.linear.bias.item() - 3) ** 2 == pytest.approx(seen["epoch_val_loss"][best])
-    assert [row["epoch"] for row in rows] == list(range(1, 9))      # each was reported as it ended
+    assert [row["epoch"] for row in rows] == list(range(1, best + 1 + 2 + 1))
     assert [row["tune_loss"] for row in rows] == seen["epoch_val_loss"].tolist()
     assert rows[-1]["best_epoch"] == best + 1
 
@@ -215,11 +212,6 @@ def test_cosine_by_batch_follows_the_cosine_through_the_batches(accumulate):
     assert NotedSGD.rates == pytest.approx(cosine[::accumulate])
 
 
-def test_early_stopping_ends_the_run_so_many_epochs_after_the_best():
-    seen = train_line(30, label=10, tune_label=3, early_stopping=2)[1]
-    assert len(seen["epoch_val_loss"]) == seen["epoch_val_loss"].argmin() + 1 + 2
-
-
 def test_the_last_steps_weights_are_averaged_tuned_with_and_returned():
     # The gradient of |b - 10| is -1: SGD moves the bias by 0.1 a step, 20 steps of 2 an epoch.
     model, seen = train_line(10, tune_label=10, loader=lines(10, n=8), criterion="l1",
@@ -274,24 +266,22 @@ def test_the_same_seed_gives_the_same_bits_with_and_without_workers(index):
     assert not torch.equal(first, other)
 
 
-def train_in_double_precision(path):
-    model, seen = train_on_file(create_dataset_index(path=path), double=True,
-                                gradient_clipping=50.0, gradient_accumulation=2)
-    losses = np.stack([seen["epoch_train_loss"], seen["epoch_val_loss"]])
-    return [weights_of(model), torch.from_numpy(losses)]
-
-
 def test_two_processes_equal_one_to_the_ninth_digit(index, tmp_path):
+    def train():
+        model, seen = train_on_file(index, double=True, gradient_clipping=50.0,
+                                    gradient_accumulation=2)
+        return [weights_of(model), *(torch.from_numpy(seen[f"epoch_{part}_loss"])
+                                     for part in ("train", "val"))]
+
     def work():
         torch.distributed.init_process_group("gloo")
-        found = train_in_double_precision(index.paths[0])
+        found = train()
         if distributed()[0] == 0:
             torch.save(found, "out")
 
     # 24 tune segments in batches of 23: the second process has none of the last batch.
     printed_by(fork_ranks(work, tmp_path), tmp_path)
-    for two, one in zip(torch.load(tmp_path / "out", weights_only=True),
-                        train_in_double_precision(index.paths[0])):
+    for two, one in zip(torch.load(tmp_path / "out", weights_only=True), train()):
         assert torch.allclose(two, one, rtol=1e-9, atol=1e-9)
 
 
@@ -342,9 +332,7 @@ def test_an_interrupted_loop_goes_on_to_the_same_bits(index, tmp_path, step, opt
     ({"device": "cuda:99"}, "device 'cuda:99'"),
     ({"criterion": "nll"}, r"an output of shape \(4, 1\); expected \[B, 2\]"),
     ({"criterion": lambda a, b: a.sum() * torch.ones(7)}, r"the loss has shape \(7,\)"),
-    ({"criterion": lambda a, b: a[:, None] - b}, r"the loss has shape \(4, 4\)"),
     ({"criterion": lambda a, b: (a - b).mean().item()}, "the loss, a float, has no gradient"),
-    ({"criterion": lambda a, b: a.detach().numpy()}, "the loss, a ndarray, has no gradient"),
     ({"criterion": lambda a, b: a.detach() - b}, "the loss, a Tensor, has no gradient"),
     ({"criterion": lambda a, b, c: a}, "the loss fails on a batch .TypeError: .* missing 1 requ"),
     ({"criterion": nn.MSELoss}, r"^loss MSELoss: expected a function .* got a class: give an .* "
@@ -459,7 +447,7 @@ def test_no_patient_is_in_the_fit_that_its_cross_validation_tests(index):
     assert np.allclose(added[patients == 2], full - plain, atol=1e-6)
 
 
-def test_the_blend_is_of_both_ridges_and_the_network(index, monkeypatch):
+def test_a_blend_is_of_both_ridges_and_the_network_and_refitted_to_all_patients(index, monkeypatch):
     monkeypatch.setitem(PPG_NORMALISATIONS, "segment", lambda ppg: ppg.abs().log1p())
     train = TPP_PPG_dataset(index, "segment", KEYS)
     anchor = fit_anchor(train, KEYS)
@@ -473,24 +461,13 @@ def test_the_blend_is_of_both_ridges_and_the_network(index, monkeypatch):
     base = ridge + pulse_share * (with_pulse - ridge)
     assert np.allclose(predict_dataset(model, train), base + share * (with_network - base),
                        atol=2e-3)
-    assert model.anchor["trained_on"] == anchor
     before = predict_dataset(model, train)
-    refit_anchor(model, train, train)       # twice the same segments: the ridges' penalty halves
-    assert np.allclose(predict_dataset(model, train), before, atol=0.5)
+    halves = [TPP_PPG_dataset(index.select(index.encounter_patient % 2 == half), "segment", KEYS)
+              for half in (0, 1)]
+    refit_anchor(model, *halves)            # together the same segments: the same ridges
+    assert np.allclose(predict_dataset(model, train), before, atol=2e-3)
     assert kept_shares(model.anchor) == {"network": share, "pulse_statistics": pulse_share}
     assert model.anchor["trained_on"] == anchor
-
-
-def test_the_ridges_of_a_blend_are_fitted_again_to_the_tune_patients_as_well(index):
-    sets = [TPP_PPG_dataset(index.select(index.encounter_patient % 2 == half), "segment", KEYS)
-            for half in (0, 1)]
-    model = NormalisedModel(small_model(), KEYS, fit_normaliser(sets[0], KEYS[1:]),
-                            anchor=fit_anchor(sets[0], KEYS))
-    model.set_anchor(blend(model.anchor, model.anchor, None, 0.0, 0.0))     # nothing but the ridge
-    refit_anchor(model, *sets)
-    whole = TPP_PPG_dataset(index, "segment", KEYS)
-    assert np.allclose(predict_dataset(model, whole), predict_with_anchor(
-        fit_anchor(whole, KEYS), whole), atol=2e-3)
 
 
 def test_the_normalisation_of_the_ppg_is_chosen_by_name():
@@ -512,9 +489,9 @@ def test_a_copy_of_a_model_has_its_own_weights():
 
 
 @pytest.mark.parametrize("network, keys, message", [
-    (small_model, ["ppg", "map", "dbp", "tpp"], "does not take them .ValueError: expected 3 vit"),
+    (small_model, ["ppg", "map", "dbp", "tpp"],
+     "inputs ppg, map, dbp: MyFirstResNet does not take them .ValueError: expected 3 vitals"),
     (lambda: MyNet, KEYS, "network: expected an instance of nn.Module, got <class .*MyNet"),
-    (lambda: MyNet().double(), KEYS, "inputs ppg, map, dbp, hr: MyNet does not take them .*double"),
     (MyNet, ["ppg", "map", "spo2", "tpp"], "normaliser lacks spo2; pass them to fit_norm"),
     (nn.Identity, ["ppg", "tpp"], r"Identity: an output of shape \(2, 1, 3600\)"),
     (lambda: nn.GRU(3600, 1), ["ppg", "tpp"],
