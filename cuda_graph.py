@@ -1,37 +1,33 @@
-"""A training step as one CUDA graph, and batches that arrive on the device in time.
+"""A training step as one CUDA graph, and batches copied to the device ahead of their step.
 
     step = capture_step(step, example_batch, model=model, optimizer=optimizer)
     for batch in feed(loader, device):
         loss = step(*batch)
 
-It needs PyTorch and nothing else. On CPU `capture_step` returns the step as it is.
+Needs only PyTorch. On CPU `capture_step` returns the step unchanged.
 """
 import torch
 
 
-def capture_step(step, example_inputs, *, model=None, optimizer=None, tensors=(), record=None):
-    """`step` recorded once as a CUDA graph: a callable of the same signature that replays it.
+def capture_step(step, example_inputs, *, model=None, optimizer=None, record=None):
+    """Records `step` once as a CUDA graph; returns a callable with its signature that replays it.
 
-    step(*tensors on the device) -> a tensor or a tuple of them: device code only, the same at each
-    call (no printing, no `.item()`), with `optimizer.zero_grad(set_to_none=True)` in it. One replay
-    costs the host microseconds, where the step's 300 launches take it longer than the card needs.
-    model, optimizer, tensors: what the step changes. Recording runs the step a few times and then
-    puts these back to the bit (and the random generator). The optimiser's rate may change between
-    calls, as schedulers do. Inputs may be on the CPU; inputs of other shapes (a last short batch)
-    take the same step eagerly. Off CUDA, or where recording fails (then a line says why), this
-    returns `step`. record: what records, for tests (see `record_cuda_graph`).
+    step(*tensors on the device) -> a tensor or a tuple of tensors. It runs only device code, the
+    same at each call (no printing, no `.item()`), with `optimizer.zero_grad(set_to_none=True)` in
+    it, and exchanges nothing with other processes. A replay costs the host microseconds; launching
+    the step's 300 kernels one by one takes it longer than the GPU needs to run them.
+    model, optimizer: what the step changes. Recording runs the step a few times, then restores
+    these, and the random generator, to the bit. The learning rate may change between calls. Inputs
+    may be on the CPU; inputs of another shape (a short last batch) run the step eagerly. Off CUDA,
+    or if recording fails (it prints why), returns `step`. record: see `record_cuda_graph`.
     """
     device = example_inputs[0].device if model is None else next(model.parameters()).device
     if record is None and device.type != "cuda":
         return step
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and (
-            optimizer is not None and torch.distributed.get_world_size() > 1):
-        print("several processes: each step is launched kernel by kernel (no CUDA graph)")
-        return step
     try:
-        return CapturedStep(step, example_inputs, device, model, optimizer, tensors,
+        return CapturedStep(step, example_inputs, device, model, optimizer,
                             record or record_cuda_graph)
-    except Exception as error:  # noqa: BLE001 - a foreign model or loss fails in many ways
+    except Exception as error:  # noqa: BLE001 - other people's models and losses fail in many ways
         reason = " ".join(str(error).split())[:160]
         print(f"no CUDA graph of this step ({type(error).__name__}: {reason}); it is launched "
               "kernel by kernel", flush=True)
@@ -39,19 +35,15 @@ def capture_step(step, example_inputs, *, model=None, optimizer=None, tensors=()
 
 
 def capture_inference(function, example_inputs, *, record=None):
-    """As `capture_step`, for a function without gradients, such as a model in evaluation mode."""
-    def step(*inputs):
-        with torch.no_grad():
-            return function(*inputs)
-
-    return capture_step(step, example_inputs, record=record)
+    """`capture_step` of a function without gradients, such as a model in evaluation mode."""
+    return capture_step(torch.no_grad()(function), example_inputs, record=record)
 
 
 def record_cuda_graph(run):
-    """(replay, the static output) of run(), which has then run three times and is recorded."""
+    """Runs `run` three times, then records it; returns (replay, its static output)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):             # compiles, takes workspaces
+    with torch.cuda.stream(stream):             # compiles kernels, allocates workspaces
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
@@ -64,17 +56,16 @@ def record_cuda_graph(run):
 class CapturedStep:
     """See `capture_step`."""
 
-    def __init__(self, step, example_inputs, device, model, optimizer, tensors, record):
+    def __init__(self, step, example_inputs, device, model, optimizer, record):
         self.step, self.device = step, device
         self.inputs = [t.to(device, copy=True) for t in example_inputs]
         self.groups = optimizer.param_groups if optimizer is not None else []
         rates = [float(group["lr"]) for group in self.groups]
         self.rates = [torch.tensor(rate, device=device) for rate in rates]
         # by name: the first call may store weights in another order (kernels.accelerate)
-        weights = {} if model is None else {name: t.detach().clone()
+        weights = {} if model is None else {name: t.clone()
                                             for name, t in model.state_dict().items()}
-        kept = list(tensors) + optimizer_tensors(optimizer)
-        saved = [t.detach().clone() for t in kept]
+        state = [(t, t.clone()) for t in optimizer_tensors(optimizer)]
         random_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         try:
             for group, rate in zip(self.groups, self.rates):
@@ -89,12 +80,10 @@ class CapturedStep:
             with torch.no_grad():
                 for name, before in weights.items():
                     now[name].copy_(before)
-                for tensor, before in zip(kept, saved):
+                for tensor in optimizer_tensors(optimizer):     # those that recording has made
+                    tensor.zero_()
+                for tensor, before in state:
                     tensor.copy_(before)
-                known = {id(t) for t in kept}
-                for tensor in optimizer_tensors(optimizer):     # made by the first step, from zero
-                    if id(tensor) not in known:
-                        tensor.zero_()
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
             if random_state is not None:
@@ -114,16 +103,14 @@ class CapturedStep:
 
 
 def optimizer_tensors(optimizer):
-    """The tensors of an optimiser's state."""
-    if optimizer is None:
-        return []
-    return [t for state in optimizer.state.values() for t in state.values()
+    """The tensors of an optimiser's state; none of None."""
+    return [t for state in (optimizer.state.values() if optimizer else ()) for t in state.values()
             if isinstance(t, torch.Tensor)]
 
 
 def feed(batches, device: torch.device):
-    """The batches (tuples of tensors) on `device`; from pinned memory they are copied to CUDA on a
-    stream of their own, while the step before is still running."""
+    """Yields the batches (tuples of tensors) on `device`. From pinned memory they are copied to
+    CUDA on a separate stream while the previous step is still running."""
     if device.type != "cuda":
         for batch in batches:
             yield tuple(t.to(device) for t in batch)
@@ -135,5 +122,5 @@ def feed(batches, device: torch.device):
         current = torch.cuda.current_stream(device)
         current.wait_stream(stream)
         for tensor in batch:
-            tensor.record_stream(current)       # its memory is not free before this stream is done
+            tensor.record_stream(current)       # keeps its memory until this stream has used it
         yield batch

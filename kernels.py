@@ -156,8 +156,9 @@ def rows_features(network, ppg, dtype, fft):
             if hasattr(block, "mini_res_end"):
                 norm = block.mini_res_end.instance_norm
                 x = NormReLURows.apply(x, norm.weight, norm.bias, norm.eps)
-        biases = [m.bias for m in network.layers.modules() if isinstance(m, nn.Conv1d)]
-        return torch.cat([ZeroGradients.apply(x.to(ppg.dtype).mean(1), *biases), *spreads], 1)
+        biases = torch.cat([m.bias for m in network.layers.modules() if isinstance(m, nn.Conv1d)])
+        x = x.to(ppg.dtype).mean(1) + 0 * biases.sum()      # their gradients: 0, for weight decay
+        return torch.cat([x, *spreads], 1)
 
 
 def first_spread(covariance, weight):
@@ -397,20 +398,6 @@ class NormReLURows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return (*norm_relu_rows_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps), None)
-
-
-class ZeroGradients(torch.autograd.Function):
-    """x, with a gradient of zero for parameters on which it doesn't depend (none would keep them
-    out of weight decay)."""
-
-    @staticmethod
-    def forward(ctx, x, *parameters):
-        ctx.sizes, ctx.like = [len(p) for p in parameters], parameters[0].detach()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (grad, *ctx.like.new_zeros(sum(ctx.sizes)).split(ctx.sizes))
 
 
 # Functions with a plain form and, on CUDA, a Triton kernel.

@@ -10,7 +10,7 @@ from test_models import batch
 from torch import nn
 
 import kernels
-from cuda_graph import capture_inference, capture_step, feed
+from cuda_graph import capture_inference, capture_step
 from kernels import accelerate, convolve_by_fft
 from models import MODELS, get_model_v3
 
@@ -32,67 +32,51 @@ def test_twenty_float64_steps_stay_with_the_plain_network_to_1e_9(fft, as_rows):
         kernels.store_weights_as_rows(ours)
     inputs = batch(2, 1200, dtype=torch.float64)
     target = torch.tensor([30.0, 50.0], dtype=torch.float64)
-    for model in (plain, ours):
-        run = accelerate(ours, fft=fft) if model is ours else plain
-        model.outputs = []
+    outputs = []
+    for model, run in ((plain, plain), (ours, accelerate(ours, fft=fft))):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         for _ in range(20):
             optimizer.zero_grad()
-            out = run(*inputs)[:, 0]
-            ((out - target) ** 2).mean().backward()
+            outputs.append(run(*inputs)[:, 0])
+            ((outputs[-1] - target) ** 2).mean().backward()
             optimizer.step()
-            model.outputs.append(out.detach())
-    for expected, got in zip(plain.outputs, ours.outputs):
-        assert (got - expected).abs().max() <= 1e-9 * expected.abs().max()
+    expected, got = torch.stack(outputs).view(2, 20, 2)
+    assert ((got - expected).abs().amax(1) <= 1e-9 * expected.abs().amax(1)).all()
 
 
 @pytest.mark.parametrize("length, options", [
     (600, {}), (601, {}), (1837, {}), (3600, {}), (903, SMALL), (700, {"in_channels": 2}),
     (1201, {"kernel_sizes": 17}), (1203, {"build": MODELS["resnet_spread"]}),
-    (700, {"build": MODELS["resnet_spread"], "in_channels": 2})])
+    (700, {"build": MODELS["resnet_spread"], "in_channels": 2}),
+    (3600, {"dtype": torch.float32})])
 def test_any_length_and_shape_has_the_plain_networks_output_and_gradients(length, options):
-    plain, ours = twins(torch.float64, **options)
-    ppg, *vitals = batch(2, length, dtype=torch.float64)
+    options = {"dtype": torch.float64, **options}
+    plain, ours = twins(**options)
+    close = 1e-10 if options["dtype"] == torch.float64 else 1e-4
+    ppg, *vitals = batch(2, length, dtype=options["dtype"], offset=1.0)
     ppg = ppg.expand(-1, options.get("in_channels", 1), -1)
     outputs = []
     for run in (plain, accelerate(ours)):
         outputs.append(run(ppg, *vitals))
         (outputs[-1] ** 2).sum().backward()
-    assert torch.allclose(*outputs, rtol=1e-10)
-    whole = max(p.grad.abs().max() for p in plain.parameters())
-    for (name, p), q in zip(plain.named_parameters(), ours.parameters()):
-        assert (p.grad - q.grad).abs().max() <= 1e-10 * whole, name
-
-
-def test_float32_gradients_are_the_plain_networks_to_1e_4():
-    plain, ours = twins()
-    inputs = batch(4, offset=1.0)
-    (plain(*inputs) ** 2).sum().backward()
-    (accelerate(ours)(*inputs) ** 2).sum().backward()
+    assert torch.allclose(*outputs, rtol=close)
     whole = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
     for (name, p), q in zip(plain.named_parameters(), ours.parameters()):
         # a bias that a norm behind it cancels has a gradient of 0, rounding aside: hence the floor
-        assert (p.grad - q.grad).norm() <= 1e-4 * max(p.grad.norm(), 1e-2 * whole), name
+        assert (p.grad - q.grad).norm() <= close * max(p.grad.norm(), 1e-2 * whole), name
 
 
-def test_features_and_inference_are_the_plain_networks():
+def test_features_inference_and_the_gradient_of_the_input_are_the_plain_networks():
     plain, ours = twins(torch.float64, dropout=0.5)
-    inputs = batch(2, 900, dtype=torch.float64)
+    ppg, *vitals = batch(2, 900, dtype=torch.float64)
     fast = accelerate(ours.eval())
     with torch.no_grad():
-        assert torch.allclose(fast.features(*inputs), plain.eval().features(*inputs), rtol=1e-9)
-        evaluated = fast(*inputs)
-        assert not torch.equal(accelerate(ours.train())(*inputs), evaluated)    # dropout acts
-
-
-def test_in_bf16_autocast_it_is_near_the_plain_network():
-    plain, ours = twins()
-    inputs = batch(4, 1200)
-    exact = plain(*inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        short = accelerate(ours)(*inputs)
-    assert short.dtype == torch.bfloat16
-    assert (short - exact).abs().max() <= 0.03 * exact.abs().max()
+        assert torch.allclose(fast.features(ppg, *vitals), plain.eval().features(ppg, *vitals),
+                              rtol=1e-9)
+    ppg.requires_grad_()
+    evaluated = [run(ppg, *vitals) for run in (plain, fast)]
+    assert torch.allclose(*(torch.autograd.grad(out.sum(), ppg)[0] for out in evaluated))
+    assert not torch.equal(accelerate(ours.train())(ppg, *vitals), evaluated[1])    # dropout acts
 
 
 def test_other_networks_stay_as_they_are():
@@ -105,28 +89,13 @@ def test_other_networks_stay_as_they_are():
         assert accelerate(network) is network
 
 
-def test_the_gradient_of_the_input_is_still_available():
-    plain, ours = twins(torch.float64)
-    ppg, *vitals = batch(1, 600, dtype=torch.float64)
-    gradients = []
-    for run in (plain, accelerate(ours)):
-        leaf = ppg.clone().requires_grad_()
-        gradients += torch.autograd.grad(run(leaf, *vitals).sum(), leaf)
-    assert torch.allclose(*gradients)
-
-
 @pytest.mark.parametrize("samples, kernel", [(900, 15), (225, 15), (150, 9), (601, 31)])
 def test_the_convolution_by_fft_is_the_direct_one(samples, kernel):
     torch.manual_seed(0)
-    x = torch.randn(2, 3, samples, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 3, kernel, dtype=torch.float64, requires_grad=True)
-    fast = convolve_by_fft(x, weight)
+    x = torch.randn(2, 3, samples, dtype=torch.float64)
+    weight = torch.randn(4, 3, kernel, dtype=torch.float64)
     plain = nn.functional.conv1d(x, weight, padding=kernel // 2)
-    assert (fast - plain).abs().max() < 1e-12
-    weights = torch.randn_like(plain)
-    for ours, theirs in zip(*(torch.autograd.grad((y * weights).sum(), (x, weight))
-                              for y in (fast, plain))):
-        assert (ours - theirs).abs().max() < 1e-11
+    assert (convolve_by_fft(x, weight) - plain).abs().max() < 1e-12
 
 
 def test_the_triton_kernels_are_their_plain_twins_in_tritons_interpreter():
@@ -174,18 +143,16 @@ class Training:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
-        self.seen = torch.zeros(())
 
     def step(self, x, label):
         loss = ((self.model(x)[:, 0] - label) ** 2).mean()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.seen += len(x)
         return loss.detach()
 
     def train(self, step):
-        """Losses, then weights, then the number of segments seen."""
+        """Losses, then weights."""
         generator = torch.Generator().manual_seed(1)
         scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.5)
         losses = []
@@ -193,17 +160,12 @@ class Training:
             losses.append(step(torch.randn(n, 5, generator=generator),
                                torch.randn(n, generator=generator)))
             scheduler.step()
-        return [*losses, *self.model.parameters(), self.seen]
-
-
-def test_on_cpu_the_step_stays_as_it_is():
-    training = Training()
-    assert capture_step(training.step, (torch.zeros(8, 5), torch.zeros(8))) == training.step
+        return [*losses, *self.model.parameters()]
 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_captured_step_trains_as_the_plain_one_to_the_bit(begun):
-    """With schedules, short batches, and whether or not the optimiser already has a state."""
+    """With schedules and short batches, whether or not the optimiser has a state already."""
     results = []
     for captured in (False, True):
         run = Training()
@@ -211,7 +173,7 @@ def test_a_captured_step_trains_as_the_plain_one_to_the_bit(begun):
             run.step(torch.ones(8, 5), torch.ones(8))
         step = run.step if not captured else capture_step(
             run.step, (torch.ones(8, 5), torch.ones(8)), model=run.model, optimizer=run.optimizer,
-            tensors=[run.seen], record=stand_in)
+            record=stand_in)
         assert isinstance(run.optimizer.param_groups[0]["lr"], float)
         results.append(run.train(step))
     for one, other in zip(*results):    # (the rate passes through float32: other last digits)
@@ -224,21 +186,15 @@ def test_each_call_returns_a_tensor_of_its_own():
     assert first.tolist() == [2.0, 3.0] and second.tolist() == [4.0, 5.0]
 
 
-def test_where_recording_fails_the_step_goes_on_eagerly_and_a_line_says_why(capsys):
+def test_on_cpu_and_where_recording_fails_the_step_is_run_as_it_is(capsys):
     def record(run):
         run()
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    run = Training()
+    run, inputs = Training(), (torch.ones(8, 5), torch.zeros(8))
+    assert capture_step(run.step, inputs) == run.step and not capsys.readouterr().out
     before = [p.detach().clone() for p in run.model.parameters()]
-    step = capture_step(run.step, (torch.ones(8, 5), torch.zeros(8)), model=run.model,
-                        optimizer=run.optimizer, record=record)
-    assert step == run.step
+    assert run.step == capture_step(run.step, inputs, model=run.model, optimizer=run.optimizer,
+                                    record=record)
     assert all(torch.equal(one, p) for one, p in zip(before, run.model.parameters()))
     assert "not permitted when stream is capturing" in capsys.readouterr().out
-
-
-def test_feed_yields_every_batch_on_the_device():
-    batches = [(torch.full((2,), float(i)), torch.tensor([i])) for i in range(3)]
-    got = list(feed(iter(batches), torch.device("cpu")))
-    assert [one.tolist() for _, one in got] == [[0], [1], [2]]
