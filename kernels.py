@@ -1,16 +1,16 @@
-"""The published network executed faster, with the same parameters: `accelerate(network)`.
+"""Runs the networks of models.py faster, with the same parameters.
 
     from kernels import accelerate
     fast = accelerate(network)          # fast(ppg, *vitals), fast.features(ppg, *vitals)
 
 `models.py` says what is computed, this file how: `rows_features` on CPU and CUDA; on CPU with FFTs
-(`convolve_by_fft`); on CUDA with Triton kernels for the largest passes over memory, and a whole
-training step recorded as one graph (cuda_graph.py). Each trick states what it gains of the whole
-training step (python benchmarks/gpu.py measures it), and has a plain twin in models.py or here,
-with which tests/test_kernels.py compares it. Needs models.py and cuda_graph.py.
+(`convolve_by_fft`); on CUDA with Triton kernels for the largest passes over memory, and with a
+whole training step recorded as one graph (cuda_graph.py). Each trick states its gain in time of the
+whole training step (measured by benchmarks/gpu.py) and has a plain twin in models.py or here, to
+which tests/test_kernels.py compares it. Needs models.py and cuda_graph.py.
 
-"Rows" are activations as [B, L, C]: the channels of one time step lie together in memory. Seen as
-[B, C, 1, L] these are PyTorch's channels-last images.
+"Rows" are activations as [B, L, C]: the channels of one time step are adjacent in memory. Viewed as
+[B, C, 1, L] they are PyTorch's channels-last images.
 """
 import ctypes
 import math
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from cuda_graph import capture_inference, capture_step, feed  # noqa: F401 - one name for speed
+from cuda_graph import capture_inference, capture_step, feed  # noqa: F401 - used as kernels.feed
 
 try:                                    # comes with PyTorch's CUDA builds for Linux
     import triton
@@ -30,16 +30,16 @@ try:                                    # comes with PyTorch's CUDA builds for L
 except ImportError:
     triton = None
 
-# On CPU, a convolution over this many samples by a kernel this long is faster by FFT of pieces of
-# about FFT_PIECE outputs.
+# On CPU, convolutions from this many samples and this kernel length up are faster by FFT, in pieces
+# of about FFT_PIECE outputs.
 FFT_MIN_SAMPLES, FFT_MIN_KERNEL, FFT_PIECE = 150, 9, 50
 
 
 def accelerate(network: nn.Module, fft: bool = True):
-    """A callable like `network`, with its parameters, faster; `network` itself if it is unknown.
+    """A faster callable with the parameters of `network`, or `network` itself if it is not known.
 
-    Call it after `network.to(device)`. Works for the networks of models.py with a waveform; hooks
-    on the layers do not run. fft: on CPU, use `convolve_by_fft`.
+    Call it after `network.to(device)`. Knows the networks of models.py with a waveform; hooks on
+    their layers do not run. fft: on CPU, use `convolve_by_fft`.
     """
     if (type(network) not in (models.MyFirstResNet, models.SpreadResNet)
             or not network.in_channels):
@@ -54,7 +54,7 @@ def accelerate(network: nn.Module, fft: bool = True):
 
 
 class FastResNet:
-    """See `accelerate`. Not an `nn.Module`, so that the parameters are registered only once."""
+    """See `accelerate`. Not an `nn.Module`: the parameters are to be registered only once."""
 
     def __init__(self, network, fft):
         self.network, self.fft = network, fft
@@ -69,13 +69,13 @@ class FastResNet:
         """[B, in_channels, L] -> [B, F], as `network.waveform_features`."""
         dtype, on_cpu = autocast_dtype(ppg), ppg.device.type == "cpu"
         if (ppg.requires_grad or torch.onnx.is_in_onnx_export()
-                or on_cpu and dtype != ppg.dtype):      # on CPU autocast has fast layers of its own
+                or on_cpu and dtype != ppg.dtype):      # autocast on CPU has its own fast layers
             return self.network.waveform_features(ppg)
         return rows_features(self.network, ppg, dtype, self.fft and on_cpu)
 
 
 def autocast_dtype(x):
-    """What autocast would compute x's products in; x's own type without autocast."""
+    """The type in which autocast computes products of x; without autocast, the type of x."""
     kind = x.device.type
     if hasattr(torch, "get_autocast_dtype"):                            # PyTorch 2.4
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -87,10 +87,10 @@ def autocast_dtype(x):
 
 
 def keep_freed_memory():
-    """On CPU with glibc: freed activations stay with the process, not returned to the system.
+    """On CPU with glibc, keep freed activations in the process for the next step.
 
-    A training step frees and takes the same few hundred megabytes again; by default each is
-    unmapped and faulted in anew. Gain of the whole step: 10 % at batch 16, 17 % at batch 32.
+    Each training step frees and allocates the same few hundred megabytes; by default they go back
+    to the system and are paged in again. Gain: 10 % at batch 16, 17 % at batch 32.
     """
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     if libc is not None and hasattr(libc, "gnu_get_libc_version"):
@@ -101,17 +101,17 @@ def keep_freed_memory():
 def prepare_device(device: torch.device, precision: str = "tf32"):
     """Process-wide settings for fast and reproducible training on a device; call before training.
 
-    precision 'tf32' and 'bf16' let float32 products on CUDA round their factors to TF32; 'float32'
-    does not. On CUDA the same seed gives the same weights to the bit.
+    With precision 'tf32' or 'bf16', float32 products on CUDA round their factors to TF32; with
+    'float32' they do not. On CUDA the same seed gives the same weights to the bit.
     """
     if device.type == "cpu":
         keep_freed_memory()
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it cuBLAS may differ
-    torch.use_deterministic_algorithms(True, warn_only=True)    # not all of PyTorch's layers can
-    if hasattr(torch.utils, "deterministic"):       # else each new tensor is first filled with NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)    # some layers have none
+    if hasattr(torch.utils, "deterministic"):       # do not fill each new tensor with NaN
         torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.benchmark = False          # choosing by the clock differs between runs
+    torch.backends.cudnn.benchmark = False          # its choice of algorithms varies between runs
     torch.backends.cudnn.allow_tf32 = precision != "float32"
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
 
@@ -119,13 +119,13 @@ def prepare_device(device: torch.device, precision: str = "tf32"):
 # ------------------------------------------------------------------------------- network on rows
 
 def rows_features(network, ppg, dtype, fft):
-    """`network.waveform_features(ppg)`, layers as rows of `dtype`: [B, in_channels, L] -> [B, F].
+    """`network.waveform_features(ppg)` on rows of `dtype`: [B, in_channels, L] -> [B, F].
 
-    A strided convolution runs as one of stride 1 over rows of `stride` samples (space to depth),
-    which cost nothing because the layer before writes its output with the right padding. Biases of
-    convolutions are left out: the norms behind cancel each of them. A block's backward pass is
-    written by hand, so that the skip's gradient is added in place. Gain over models.py on CPU,
-    without FFT: 30 % of the whole step at batch 16, 26 % at batch 32 (with FFT 48 and 46 %).
+    A strided convolution runs as a convolution of stride 1 over rows of `stride` samples (space to
+    depth). This is a free view, because the layer before writes its output with the right padding.
+    Biases of convolutions are left out, as the next norm cancels each of them. The backward pass of
+    a block is written by hand, to add the skip's gradient in place. Gain over models.py on CPU,
+    without FFT: 30 % at batch 16, 26 % at batch 32 (with FFT 48 and 46 %).
     """
     (first, *blocks), with_spread = network.layers, isinstance(network, models.SpreadResNet)
     with torch.autocast(ppg.device.type, enabled=False):
@@ -157,7 +157,7 @@ def rows_features(network, ppg, dtype, fft):
                 norm = block.mini_res_end.instance_norm
                 x = NormReLURows.apply(x, norm.weight, norm.bias, norm.eps)
         biases = torch.cat([m.bias for m in network.layers.modules() if isinstance(m, nn.Conv1d)])
-        x = x.to(ppg.dtype).mean(1) + 0 * biases.sum()      # their gradients: 0, for weight decay
+        x = x.to(ppg.dtype).mean(1) + 0 * biases.sum()      # gradients of 0, not None: they decay
         return torch.cat([x, *spreads], 1)
 
 
@@ -168,11 +168,11 @@ def first_spread(covariance, weight):
 
 
 class Strided(NamedTuple):
-    """How a convolution of odd kernel over `samples` becomes one of stride 1 over longer rows."""
+    """How a strided convolution with an odd kernel becomes one of stride 1 over longer rows."""
     samples: int
     stride: int
-    lead: int           # zeros in front of the samples: the padding, rounded up to whole rows
-    skipped: int        # zero taps in front of the kernel, for the padding that was too much
+    lead: int           # zeros before the samples: the padding, rounded up to whole rows
+    skipped: int        # zero taps before the kernel, which undo that rounding
     taps: int           # of the kernel over longer rows
     rows: int           # outputs
     length: int         # samples with all the padding
@@ -187,7 +187,7 @@ class Strided(NamedTuple):
         return cls(samples, stride, lead, skipped, taps, rows, (rows - 1 + taps) * stride)
 
     def at_outputs(self, padded):
-        """Of padded rows [B, length, C], those at the outputs' places: [B, rows, C], a view."""
+        """Padded rows [B, length, C] -> a view of those at the outputs' places, [B, rows, C]."""
         return padded[:, self.lead::self.stride][:, :self.rows]
 
     def kernel(self, weight, dtype):
@@ -199,18 +199,18 @@ class Strided(NamedTuple):
         return wide.view(out_channels, self.taps, -1)
 
     def kernel_gradient(self, grad, weight):
-        """The gradient of `kernel`: of the form and type of `weight`."""
+        """The gradient of `kernel`, with the shape and type of `weight`."""
         grad = grad.view(len(weight), self.taps * self.stride, -1)
         return as_weight(grad[:, self.skipped:self.skipped + weight.shape[2]], weight)
 
 
 def as_weight(rows, weight):
-    """[C_out, K, C_in] -> [C_out, C_in, K] of the type of `weight`."""
+    """[C_out, K, C_in] -> [C_out, C_in, K], with the type of `weight`."""
     return rows.to(weight.dtype).contiguous().transpose(1, 2)
 
 
 def store_weights_as_rows(network):
-    """Stores [C_out, C_in, K] as [C_out, K, C_in] in memory, where the convolutions want it.
+    """Store weights [C_out, C_in, K] as [C_out, K, C_in] in memory, as the convolutions need them.
 
     Otherwise each step copies every weight and every gradient into the other order.
     """
@@ -236,7 +236,7 @@ def convolve_rows(x, weight, padding=0):
 
 
 def convolve_rows_backward(grad, x, weight, padding=0):
-    """Gradients of x and weight for one of the result."""
+    """Gradients of x and weight, from the gradient of the result."""
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         image(grad), image(x), image(weight), None, (1, 1), (0, padding), (1, 1), False, (0, 0), 1,
         (True, True, False))
@@ -246,7 +246,7 @@ def convolve_rows_backward(grad, x, weight, padding=0):
 class ResidualBlock(torch.autograd.Function):
     """A block of `models.py` on rows: x [B, L, C_in] -> [B, rows, C_out], without `mini_res_end`.
 
-    Without norm0 (V1) x is already padded: [B, plan.length, C_in].
+    If gain0 is None (V1), x is already padded: [B, plan.length, C_in].
     """
 
     @staticmethod
@@ -305,11 +305,11 @@ class ResidualBlock(torch.autograd.Function):
 
 
 class FirstLayer(torch.autograd.Function):
-    """`relu(norm(conv(ppg)))` written once, as padded rows: [B, L] -> [B, plan.length, C].
+    """`relu(norm(conv(ppg)))` as padded rows, written once: [B, L] -> [B, plan.length, C].
 
-    The filters are normalised instead of the output, by the PPG's `patch_statistics`. The backward
-    pass computes the output again, which is cheaper than to read it. No gradient for the PPG. Gain
-    of the whole step on CPU: 8 % at batch 16, 17 % at batch 32.
+    The norm is applied to the filters, from the PPG's `patch_statistics`, not to the output. The
+    backward pass computes the output again, which is cheaper than reading it. No gradient for the
+    PPG. Gain on CPU: 8 % at batch 16, 17 % at batch 32.
     """
 
     @staticmethod
@@ -344,9 +344,9 @@ def convolve_by_fft(x, weight):
 
     Overlap-save: the signal is cut into T pieces of N samples that yield N - K + 1 outputs each. In
     the frequency domain a convolution is a product of matrices over the channels, one for each of F
-    frequencies: 4 F multiplications for N - K + 1 outputs instead of K for each. The transforms
-    of so few points are matrix products themselves; a complex product is a real one of [Re, Im].
-    Gain of the whole step on CPU: 14 to 20 % (batch 16 and 32).
+    frequencies: 4 F multiplications for N - K + 1 outputs, instead of K for each output. Transforms
+    of so few points are matrix products, too short for an FFT to be faster; complex products are
+    real products of [Re, Im]. Gain on CPU: 14 to 20 % (batch 16 and 32).
     """
     samples, (out_channels, in_channels, kernel) = x.shape[2], weight.shape
     pieces = max(1, round(samples / FFT_PIECE))
@@ -359,7 +359,7 @@ def convolve_by_fft(x, weight):
     x = x.unfold(1, n, kept).transpose(2, 3).flatten(0, 1)              # [B T, N, C_in]
     x = torch.bmm(forth.expand(len(x), -1, -1), x)                      # [B T, 2 F, C_in]
     x = x.view(-1, n_frequencies, 2 * in_channels).transpose(0, 1)
-    # A network's convolution is a correlation: the kernel's spectrum is conjugated.
+    # A network's convolution is a correlation, so the kernel's spectrum is conjugated.
     taps = weight.permute(2, 1, 0).flatten(1)                           # [K, C_in C_out]
     w = torch.mm(forth[:, :kernel], taps).view(n_frequencies, 2, in_channels, out_channels)
     real, imaginary = w[:, 0], -w[:, 1]
@@ -371,22 +371,22 @@ def convolve_by_fft(x, weight):
 
 
 def fourier_matrices(n, kernel, dtype):
-    """The real DFT of n (even) samples, [F, 2, n], and the last part of its inverse, as matrices.
+    """Matrices of the real DFT of n (even) samples, [F, 2, n], and of a part of its inverse.
 
-    The inverse gives the n - kernel + 1 first samples, [n - kernel + 1, F, 2]: those whose kernel
-    lies inside the piece. F = n / 2 + 1; the two rows are real and imaginary part.
+    The inverse gives only the first n - kernel + 1 samples, whose kernel lies inside the piece:
+    [n - kernel + 1, F, 2]. F = n / 2 + 1; the two rows are the real and the imaginary part.
     """
     frequency = torch.arange(n // 2 + 1, dtype=torch.float64)
     angle = 2 * math.pi / n * torch.arange(n, dtype=torch.float64) * frequency.unsqueeze(1)
     forth = torch.stack([angle.cos(), -angle.sin()], 1)
     twice = torch.full((n // 2 + 1, 1, 1), 2.0 / n, dtype=torch.float64)
-    twice[[0, -1]] = 1.0 / n                # these two have no mirror image
+    twice[[0, -1]] = 1.0 / n                # these two frequencies have no mirror image
     back = (forth * twice)[:, :, :n - kernel + 1].permute(2, 0, 1)
     return forth.to(dtype), back.to(dtype).contiguous()
 
 
 class NormReLURows(torch.autograd.Function):
-    """`relu(norm(x))` on rows [B, L, C]."""
+    """`relu(norm(x))` of rows [B, L, C]."""
 
     @staticmethod
     def forward(ctx, x, gain, shift, eps):
@@ -400,16 +400,16 @@ class NormReLURows(torch.autograd.Function):
         return (*norm_relu_rows_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps), None)
 
 
-# Functions with a plain form and, on CUDA, a Triton kernel.
+# Functions that have a plain form and, on CUDA, a Triton kernel.
 
 def use_triton(x, samples=0):
-    """Whether the Triton kernels take x (in Triton's interpreter they run on CPU, for tests)."""
+    """Whether to use the Triton kernels on x. Triton's interpreter runs them on CPU, for tests."""
     return (triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
             and x.dtype != torch.float64 and samples <= 2048)
 
 
 def norm_relu_rows(x, gain, shift, eps, lead=0, length=None):
-    """`relu(norm(x))`, x [B, L, C], as rows [B, length, C] with `lead` rows of zeros in front."""
+    """`relu(norm(x))`, x [B, L, C], as rows [B, length, C], of which the first `lead` are zeros."""
     batch, samples, channels = x.shape
     length = length or samples
     if use_triton(x, samples):
@@ -424,7 +424,7 @@ def norm_relu_rows(x, gain, shift, eps, lead=0, length=None):
 
 
 def norm_relu_rows_backward(grad, x, gain, shift, eps, lead=0):
-    """Gradients of x, gain and shift; grad [B, length, C] as `norm_relu_rows` returned."""
+    """Gradients of x, gain and shift, from the gradient [B, length, C] of `norm_relu_rows`."""
     batch, samples, channels = x.shape
     if use_triton(x, samples):
         grad_x = torch.empty_like(x)
@@ -441,7 +441,7 @@ def norm_relu_rows_backward(grad, x, gain, shift, eps, lead=0):
 
 
 def standardise(x, eps):
-    """(x of mean 0 and variance 1 over time, 1 / SD [B, 1, C]), at least in float32."""
+    """(x with mean 0 and variance 1 over time, 1 / SD [B, 1, C]), in float32 or float64."""
     x = x if x.dtype == torch.float64 else x.float()
     centred = x - x.mean(1, keepdim=True)
     root = torch.rsqrt((centred * centred).mean(1, keepdim=True) + eps)
@@ -449,7 +449,7 @@ def standardise(x, eps):
 
 
 def norm_blocks(x):
-    """Grid and block sizes: a program holds all samples of some channels of a segment."""
+    """Grid and block sizes; each program holds all samples of some channels of one segment."""
     batch, samples, channels = x.shape
     block_l = triton.next_power_of_2(samples)
     block_c = min(triton.next_power_of_2(channels), max(16, 8192 // block_l), 64)
@@ -459,13 +459,13 @@ def norm_blocks(x):
 
 
 def patch_rows(ppg, kernel):
-    """[B, L] -> [B, L, K + 1]: each sample's neighbours, and a one."""
+    """[B, L] -> [B, L, K + 1]: the K samples around each sample, and a 1."""
     patches = F.pad(ppg, (kernel // 2, kernel // 2)).unfold(1, kernel, 1)
     return F.pad(patches, (0, 1), value=1.0)
 
 
 def patch_moments(ppg, kernel):
-    """Sums of products of `patch_rows`: [B, K + 1, K + 1] float64."""
+    """Sums over time of the products of `patch_rows`: [B, K + 1, K + 1] float64."""
     batch, samples = ppg.shape
     if use_triton(ppg):
         chunk = 512
@@ -499,7 +499,7 @@ def patches_relu(ppg, filters, plan, dtype):
 
 
 def patches_relu_backward(grad, ppg, filters, plan):
-    """The gradient of `filters`, for one of `patches_relu`'s result."""
+    """The gradient of `filters`, from the gradient of the result of `patches_relu`."""
     (batch, samples), (_, taps, channels) = ppg.shape, filters.shape
     if use_triton(ppg):
         chunk = 1024

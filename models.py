@@ -1,11 +1,11 @@
 """The network: a 1-D ResNet from 60 s of PPG and a few vitals to tissue perfusion pressure (TPP).
 
-It needs PyTorch and nothing else: copy this file into an experiment. `kernels.accelerate(network)`
-executes the same parameters faster.
+Needs only PyTorch: copy this file into an experiment. `kernels.accelerate(network)` runs the same
+parameters faster.
 
-**Inputs must be normalised**, the label too: each PPG segment by its own mean and SD (zero padding
-turns an offset into an edge, and monitors differ in scale), vitals and label by mean and SD over
-the train patients. A complete example, on made-up data:
+**Inputs and label must be normalised**: each PPG segment by its own mean and SD (zero padding turns
+an offset into an edge, and monitors differ in scale), vitals and label by the mean and SD over the
+train patients. A complete example, on made-up data:
 
     import torch
     from models import get_model_v3
@@ -27,8 +27,8 @@ the train patients. A complete example, on made-up data:
         optimizer.step()
     estimate_mmhg = model(ppg, *vitals)[:, 0] * tpp_mmhg.std() + tpp_mmhg.mean()
 
-A second architecture is one entry of `MODELS`: any `nn.Module` with `forward(ppg, *vitals)`, and
-`features(ppg, *vitals)` where it has features to show.
+To add an architecture, add an entry to `MODELS`: any `nn.Module` with `forward(ppg, *vitals)`, and
+optionally `features(ppg, *vitals)`.
 """
 import math
 
@@ -36,7 +36,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-MIN_SAMPLES = 600       # 10 s at 60 Hz; with less, the last norm averages over two or three values
+MIN_SAMPLES = 600       # 10 s at 60 Hz; below, the last norm averages over two or three values
 
 
 class ConvBlock(nn.Module):
@@ -54,7 +54,7 @@ class ConvBlock(nn.Module):
 
 
 class NormReLU(nn.Module):
-    """Instance norm, ReLU: [B, channels, L] -> the same."""
+    """Instance norm, ReLU: [B, channels, L] -> [B, channels, L]."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -65,7 +65,7 @@ class NormReLU(nn.Module):
 
 
 class ResBlockV1(nn.Module):
-    """conv (strided), norm, ReLU, conv; plus a strided 1x1 convolution as skip:
+    """Strided convolution, norm, ReLU, convolution; plus a strided 1x1 convolution as skip:
     [B, in_channels, L] -> [B, out_channels, ceil(L / stride)]."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 15, stride: int = 4):
@@ -103,11 +103,11 @@ class ResBlockV3(ResBlockV2):
 class MyFirstResNet(nn.Module):
     """ppg [B, in_channels, L >= 600], num_discrete vitals [B] or [B, 1] -> [B, num_outputs].
 
-    All normalised (see the module's docstring). A `ConvBlock` is followed by a `ResBlockV1`, then
-    V2s, and a V3 last: one block for each entry of `widths` after the first. `kernel_sizes` is one
-    odd number or one for each layer, `strides` one number or one for each block. `dropout` acts on
-    the pooled features. With in_channels 0 there is no waveform, the call is `model(*vitals)`: a
-    model to compare with, which shows what the PPG adds.
+    All inputs are normalised (see the module's docstring). A `ConvBlock` is followed by a
+    `ResBlockV1`, V2 blocks, and a final V3: one block for each entry of `widths` after the first.
+    `kernel_sizes` is an odd number, or a list with one per layer; `strides` a number, or a list
+    with one per block. `dropout` acts on the pooled features. With in_channels 0 there is no
+    waveform and the call is `model(*vitals)`; comparing with it shows what the PPG adds.
     Raises ValueError for a wrong number of vitals and for a segment that is too short.
     """
 
@@ -147,9 +147,9 @@ class MyFirstResNet(nn.Module):
         return self.layers(ppg).mean(2)     # [B, 1, 3600] -> [B, 256, 15] -> [B, 256]
 
     def features(self, *inputs, waveform_features=None):
-        """Pooled features of the PPG and the vitals, [B, F]: what the head (`projection`) sees.
+        """Pooled features of the PPG, and the vitals: [B, F], the input of the head (`projection`).
 
-        waveform_features: another function to execute `self.waveform_features` with (kernels.py).
+        waveform_features: a faster `self.waveform_features` (kernels.py).
         """
         ppg, vitals = (inputs[:1], inputs[1:]) if self.in_channels else ((), inputs)
         if len(vitals) != self.num_discrete:
@@ -170,10 +170,10 @@ class MyFirstResNet(nn.Module):
 class SpreadResNet(MyFirstResNet):
     """`MyFirstResNet` whose head also sees the spread of each channel before a norm removes it.
 
-    An instance norm divides a channel by its SD over the minute. These SDs say how strong each
-    pattern is in this PPG, which is much of what tells one pulse shape from another; in the
-    published network they are lost (docs/training.md). Here their logarithms, of the first layer's
-    and of each block's output, join the pooled features: [B, 256 + 64 + 64 + 128 + 128 + 256].
+    An instance norm divides each channel by its SD over the minute. These SDs say how strong each
+    pattern is in this PPG, and so tell pulse shapes apart; the published network loses them
+    (docs/training.md). Here their logarithms, for the outputs of the first layer and of each block,
+    join the pooled features: [B, 256 + 64 + 64 + 128 + 128 + 256].
     """
 
     def __init__(self, in_channels: int = 1, num_discrete: int = 0,
@@ -189,7 +189,7 @@ class SpreadResNet(MyFirstResNet):
         x = F.relu(first.instance_norm(x))
         for block in blocks:
             if isinstance(block, ResBlockV3):
-                x = ResBlockV2.forward(block, x)                        # without its last norm
+                x = ResBlockV2.forward(block, x)                        # without the last norm
             else:
                 x = block(x)
             spreads.append(log_spread(x))
@@ -198,13 +198,13 @@ class SpreadResNet(MyFirstResNet):
 
 
 def log_spread(x, dim: int = 2):
-    """Logarithm of each channel's SD over time, [B, C, L] -> [B, C]; finite where it is flat."""
+    """Logarithm of each channel's SD over time, [B, C, L] -> [B, C]; finite for a flat channel."""
     return 0.5 * torch.log(x.var(dim, unbiased=False) + 1e-5)
 
 
 def balance_vitals(model: MyFirstResNet) -> MyFirstResNet:
-    """Gives the vitals as a group the initial weight of the features as a group; with PyTorch's
-    weights a few vitals would drown among hundreds of features. Returns the model."""
+    """Gives the few vitals together the same initial weight as the hundreds of features together;
+    with PyTorch's initial weights they would have almost none. Returns the model."""
     features = model.projection.in_features - model.num_discrete
     if features and model.num_discrete:
         with torch.no_grad():
@@ -215,8 +215,8 @@ def balance_vitals(model: MyFirstResNet) -> MyFirstResNet:
 def get_model_v3(num_discrete: int, verbose: bool = False, **options) -> MyFirstResNet:
     """The published network for `num_discrete` vitals; options as in `MyFirstResNet`.
 
-    With three vitals: 2.57 M parameters, 0.25 G multiply-adds per 60-s segment. `verbose` prints
-    the model and its number of parameters.
+    With three vitals it has 2.57 M parameters and does 0.25 G multiply-adds per 60-s segment.
+    `verbose` prints the model and its number of parameters.
     """
     model = balance_vitals(MyFirstResNet(num_discrete=num_discrete, **options))
     if verbose:
@@ -229,5 +229,5 @@ def get_spread_resnet(num_discrete: int, **options) -> SpreadResNet:
     return balance_vitals(SpreadResNet(num_discrete=num_discrete, **options))
 
 
-# name -> builder(num_discrete, **options), such as num_outputs, and in_channels=0: without a PPG
+# name -> builder(num_discrete, **options); options: num_outputs, in_channels (0: no PPG), …
 MODELS = {"resnet_v3": get_model_v3, "resnet_spread": get_spread_resnet}

@@ -109,6 +109,6 @@ def test_the_vitals_begin_with_the_weight_of_all_features():
 
 
 def test_the_example_in_the_docstring_runs_and_learns():
-    example = models.__doc__.split("made-up data:")[1].split("A second architecture")[0]
+    example = models.__doc__.split("made-up data:")[1].split("To add an architecture")[0]
     code = textwrap.dedent(example).replace("randn(32", "randn(8").replace("range(5)", "range(2)")
     exec(code + "\nassert estimate_mmhg.shape == (8,) and loss < 10\n", {})
