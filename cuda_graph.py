@@ -10,7 +10,7 @@ import torch
 
 
 def capture_step(step, example_inputs, *, model=None, optimizer=None, record=None):
-    """Records `step` once as a CUDA graph; returns a callable with its signature that replays it.
+    """Record `step` once as a CUDA graph; return a callable with its signature that replays it.
 
     step(*tensors on the device) -> a tensor or a tuple of tensors. It runs only device code, the
     same at each call (no printing, no `.item()`), with `optimizer.zero_grad(set_to_none=True)` in
@@ -40,7 +40,7 @@ def capture_inference(function, example_inputs, *, record=None):
 
 
 def record_cuda_graph(run):
-    """Runs `run` three times, then records it; returns (replay, its static output)."""
+    """Run `run` three times, then record it; return (replay, its static output)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):             # compiles kernels, allocates workspaces
@@ -109,7 +109,7 @@ def optimizer_tensors(optimizer):
 
 
 def feed(batches, device: torch.device):
-    """Yields the batches (tuples of tensors) on `device`. From pinned memory they are copied to
+    """Yield the batches (tuples of tensors) on `device`. From pinned memory they are copied to
     CUDA on a separate stream while the previous step is still running."""
     if device.type != "cuda":
         for batch in batches:

@@ -1,4 +1,4 @@
-"""Runs the networks of models.py faster, with the same parameters.
+"""The networks of models.py, run faster with the same parameters.
 
     from kernels import accelerate
     fast = accelerate(network)          # fast(ppg, *vitals), fast.features(ppg, *vitals)
@@ -54,16 +54,17 @@ def accelerate(network: nn.Module, fft: bool = True):
 
 
 class FastResNet:
-    """See `accelerate`. Not an `nn.Module`: the parameters are to be registered only once."""
+    """A network with a faster `waveform_features`; see `accelerate`.
+
+    Not an `nn.Module`, so that the parameters are registered only once.
+    """
+    __call__, features = models.MyFirstResNet.forward, models.MyFirstResNet.features
 
     def __init__(self, network, fft):
         self.network, self.fft = network, fft
 
-    def __call__(self, *inputs):
-        return self.network.mlp(self.network.projection(self.features(*inputs)))
-
-    def features(self, *inputs):
-        return self.network.features(*inputs, waveform_features=self.waveform_features)
+    def __getattr__(self, name):
+        return getattr(self.network, name)
 
     def waveform_features(self, ppg):
         """[B, in_channels, L] -> [B, F], as `network.waveform_features`."""

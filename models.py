@@ -146,11 +146,8 @@ class MyFirstResNet(nn.Module):
     def waveform_features(self, ppg):
         return self.layers(ppg).mean(2)     # [B, 1, 3600] -> [B, 256, 15] -> [B, 256]
 
-    def features(self, *inputs, waveform_features=None):
-        """Pooled features of the PPG, and the vitals: [B, F], the input of the head (`projection`).
-
-        waveform_features: a faster `self.waveform_features` (kernels.py).
-        """
+    def features(self, *inputs):
+        """Pooled features of the PPG, and the vitals, [B, F]: the head's (`projection`'s) input."""
         ppg, vitals = (inputs[:1], inputs[1:]) if self.in_channels else ((), inputs)
         if len(vitals) != self.num_discrete:
             raise ValueError(f"expected {self.num_discrete} vitals, got {len(vitals)}")
@@ -159,8 +156,7 @@ class MyFirstResNet(nn.Module):
             if ppg[0].shape[-1] < self.min_samples:
                 raise ValueError(f"PPG of {ppg[0].shape[-1]} samples: expected at least "
                                  f"{self.min_samples} (10 s at 60 Hz, more with long strides)")
-            x = (waveform_features or self.waveform_features)(ppg[0])           # [B, 256]
-            columns.insert(0, self.dropout(x))
+            columns.insert(0, self.dropout(self.waveform_features(ppg[0])))     # [B, 256]
         return torch.cat(columns, dim=1)                                        # [B, 259]
 
     def forward(self, *inputs):
@@ -203,8 +199,8 @@ def log_spread(x, dim: int = 2):
 
 
 def balance_vitals(model: MyFirstResNet) -> MyFirstResNet:
-    """Gives the few vitals together the same initial weight as the hundreds of features together;
-    with PyTorch's initial weights they would have almost none. Returns the model."""
+    """Give the few vitals together the same initial weight as the hundreds of features together;
+    with PyTorch's initial weights they would have almost none. Return the model."""
     features = model.projection.in_features - model.num_discrete
     if features and model.num_discrete:
         with torch.no_grad():

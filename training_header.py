@@ -9,11 +9,11 @@
     save_checkpoint("runs/mine.pth", model)
     tpp = predict_dataset(load_model("runs/mine.pth", network=MyNet()), tune)     # [N] mmHg
 
-A network is any `nn.Module` with `forward(ppg [B, 1, 3600], *vitals [B]) -> [B, 1]`, a loss any
-callable `(prediction [B], label [B]) -> [B]` or a scalar. Needs anchor.py, checkpoint.py,
+A network is any `nn.Module` with `forward(ppg [B, 1, 3600], *vitals [B]) -> [B, 1]`; a loss is any
+callable `(prediction [B], label [B])` that returns [B] or a scalar. Needs anchor.py, checkpoint.py,
 models.py, kernels.py, cuda_graph.py, datasets.py, loaders.py and tk_utils.py.
 """
-# ruff: noqa: F401, I001 - imported names are exported, too, for `from training_header import *`
+# ruff: noqa: F401, I001 - imported names are exported for `from training_header import *`
 import math
 import os
 import random
@@ -50,11 +50,11 @@ from tk_utils import one_line, printable, progress, reset_all_seeds
 
 
 class TrainingError(ValueError):
-    """Training cannot go on; the message is one line."""
+    """Training cannot continue; the message is one line."""
 
 
 class NonFiniteLoss(TrainingError):
-    """The loss of a step is not finite; `epoch` and `batches` (their numbers) say which."""
+    """The loss of a step is not finite: in `epoch`, in one of `batches` (their numbers)."""
 
     def __init__(self, message, epoch, batches):
         super().__init__(message)
@@ -68,7 +68,7 @@ class Interrupted(Exception):
 # ------------------------------------------------------------------------------------------- device
 
 def choose_device(name=None) -> torch.device:
-    """The device of a name such as 'cuda:1' (None: CUDA if present). Raises TrainingError."""
+    """The device with a name such as 'cuda:1' (None: CUDA if present). Raises TrainingError."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with one_line(f"device {str(name)!r}", TrainingError):
@@ -94,9 +94,9 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 class Loss(NamedTuple):
     """What training minimises: function(prediction [B], label [B]) -> [B] or a scalar.
 
-    unit: of the mean loss, for messages; label: for the plot. With outputs 2 the prediction is
-    [B, 2]: the estimate and its spread (SD). power: of the label's SD with which its gradient
-    grows, for clipping.
+    unit: of the mean loss, for messages; label: for the plot. outputs: with 2 the prediction is
+    [B, 2], the estimate and its spread (SD). power: the gradient grows with the label's SD to this
+    power; used to scale clipping.
     """
     function: Callable
     unit: str
@@ -108,20 +108,20 @@ class Loss(NamedTuple):
 def likelihood_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Gaussian negative log likelihood [B] (without its constant) of an estimate and its spread.
 
-    Its gradient is weighted by twice the variance: so the estimate learns as with the squared error
-    and is not neglected where the spread is wide (Seitzer et al. 2022, arXiv 2203.09168, beta 1).
+    Its gradient is weighted by twice the variance, so that the estimate learns as with the squared
+    error, also where the spread is wide (Seitzer et al. 2022, arXiv 2203.09168, beta 1).
     """
     estimate, spread = prediction.unbind(1)
     each = spread.log() + 0.5 * ((label - estimate) / spread) ** 2
     weighted = each * (2 * spread.detach() ** 2)
-    return weighted + (each - weighted).detach()        # the value of the one, the other's gradient
+    return weighted + (each - weighted).detach()        # value of `each`, gradient of `weighted`
 
 
 LOSSES = {
     "mse": Loss(partial(F.mse_loss, reduction="none"), "mmHg²", "Loss, MSE (mmHg²)"),
     "l1": Loss(partial(F.l1_loss, reduction="none"), "mmHg", "Loss, mean absolute error (mmHg)",
                power=1),
-    # squared below 5 mmHg, about the network's error; beyond, outliers count linearly
+    # squared up to 5 mmHg, about the network's error; linear beyond, for outliers
     "huber": Loss(partial(F.huber_loss, reduction="none", delta=5.0), "mmHg²",
                   "Loss, Huber, δ = 5 mmHg (mmHg²)"),
     "nll": Loss(likelihood_loss, "nats", "Loss, −log likelihood (nats)", outputs=2),
@@ -129,7 +129,7 @@ LOSSES = {
 
 
 def choose_loss(criterion) -> Loss:
-    """The `Loss` of a name in LOSSES, of 'my_losses.py:name', or of any callable."""
+    """The `Loss` for a name in LOSSES, 'my_losses.py:name', or any callable."""
     found = criterion if isinstance(criterion, Loss) else load_by_name(criterion, LOSSES, "--loss")
     name = getattr(found, "__name__", type(found).__name__)
     if isinstance(found, type):
@@ -140,29 +140,29 @@ def choose_loss(criterion) -> Loss:
 
 # ------------------------------------------------------------------------------------------- model
 
-MIN_SPREAD = 0.01       # of the label's SD: lower bound on the predicted SD, as divisor
+MIN_SPREAD = 0.01       # lower bound on the predicted SD, which divides; in SDs of the label
 
 
 def segment_normalised(ppg: torch.Tensor) -> torch.Tensor:
-    """Each segment by its own mean and SD: monitors differ in gain and offset, and the network's
-    zero padding would turn an offset into an edge. A flat segment stays flat. [B, 1, L]."""
+    """[B, 1, L], each segment by its own mean and SD; a flat segment stays flat. Monitors differ in
+    gain and offset, and the network's zero padding would turn an offset into an edge."""
     ppg = ppg - ppg.mean(-1, keepdim=True)
     return ppg / ppg.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
-# Chosen by name, which the checkpoint stores.
+# Chosen by name; the checkpoint stores the name.
 PPG_NORMALISATIONS = {"segment": segment_normalised, "none": lambda ppg: ppg}
 
 
 class NormalisedModel(nn.Module):
     """Raw units in, mmHg out: `model(ppg [B, 1, L] in any scale, *vitals [B]) -> [B, 1]`.
 
-    network: any nn.Module of normalised inputs. keys: as given to `TPP_PPG_dataset`, the PPG first
+    network: any nn.Module for normalised inputs. keys: as given to `TPP_PPG_dataset`, the PPG first
     (or absent) and the label last. normaliser: {key: {'mean', 'sd', …}} of vitals and label over
     the train split (`fit_normaliser`). anchor: see `fit_anchor`; the network then learns what the
-    PPG adds to it. inputs: what the network takes, if more than the keys give; the others are 0, a
-    flat PPG or the mean vital. A network of two outputs gives [B, 2]: estimate and spread (SD),
-    mmHg. Attributes: the arguments, with_ppg, outputs (1 or 2), checkpoint. Raises DataError.
+    PPG adds to it. inputs: those of the network, if it takes more than the keys give; the others
+    are 0 (a flat PPG, the mean vital). A network with two outputs gives [B, 2]: estimate and spread
+    (SD), mmHg. Attributes: the arguments, with_ppg, outputs (1 or 2), checkpoint. Raises DataError.
     """
 
     def __init__(self, network: nn.Module, keys: List[str], normaliser: Dict[str, dict],
@@ -184,23 +184,24 @@ class NormalisedModel(nn.Module):
         self.outputs = self.try_network()
 
     def set_anchor(self, anchor: Optional[dict]) -> None:
-        """Sets the anchor; without one, the network learns what is missing to the mean label.
+        """Set the anchor; without one, the network learns the difference from the mean label.
 
-        estimate = output * scale + offset + slopes @ normalised vitals + pulse statistics' share
+        estimate = output * scale + offset + slopes @ normalised vitals + pulse statistics' part
         """
         vitals, label = vitals_of(self.keys), self.normaliser[self.keys[-1]]
-        mean, sd = ([self.normaliser[key][what] for key in vitals] for what in ("mean", "sd"))
+        mean, sd = (np.array([self.normaliser[key][what] for key in vitals])
+                    for what in ("mean", "sd"))
         ridge = anchor or {"coefficients": dict.fromkeys(vitals, 0.0), "intercept": label["mean"],
                            "sd": label["sd"]}
-        weights = [ridge["coefficients"][key] for key in vitals]
-        slopes = [weight * one for weight, one in zip(weights, sd)]
-        offset = ridge["intercept"] + sum(weight * one for weight, one in zip(weights, mean))
+        weights = np.array([ridge["coefficients"][key] for key in vitals])
+        offset = ridge["intercept"] + sum(weights * mean)
         pulse = ridge.get("statistics", {"low": [], "high": [], "coefficients": []})
         self.anchor, device = anchor, next(self.network.parameters(), torch.zeros(1)).device
-        # Not persistent: the network's own state dict keeps the published names and nothing else.
-        for name, values in (("vital_mean", mean), ("vital_sd", sd), ("slopes", slopes),
-                             ("scale", [ridge["sd"]]), ("offset", [offset]),
-                             *((f"pulse_{key}", pulse[key]) for key in pulse)):
+        # Not persistent, so that the state dict has the published names and no others.
+        buffers = {"vital_mean": mean, "vital_sd": sd, "slopes": weights * sd,
+                   "scale": [ridge["sd"]], "offset": [offset],
+                   **{f"pulse_{key}": values for key, values in pulse.items()}}
+        for name, values in buffers.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device=device),
                                  persistent=False)
 
@@ -225,7 +226,7 @@ class NormalisedModel(nn.Module):
                 + [(v - self.vital_mean[i]) / self.vital_sd[i] for i, v in enumerate(vitals)])
 
     def complete(self, given: Dict[str, torch.Tensor], zeros) -> List[torch.Tensor]:
-        """The network's inputs: those given, and zeros [B] for the others."""
+        """The network's inputs: the given tensors, and zeros [B] for the others."""
         flat = zeros.view(-1, 1, 1).repeat(1, 1, SEGMENT_SAMPLES)
         return [given.get(key, flat if key == "ppg" else zeros) for key in self.inputs]
 
@@ -250,9 +251,9 @@ class NormalisedModel(nn.Module):
 
 
 def load_model(path_or_checkpoint, device=None, network=None) -> NormalisedModel:
-    """The model of a checkpoint (a path, or what `load_checkpoint` gave), in evaluation mode.
+    """The model of a checkpoint (a path, or the result of `load_checkpoint`), in evaluation mode.
 
-    network: for your own, the module, its class, or 'my_net.py:MyNet'. Raises CheckpointError.
+    network: your own module, its class, or 'my_net.py:MyNet'. Raises CheckpointError.
     """
     saved, path = path_or_checkpoint, ""
     if not isinstance(saved, dict):
@@ -267,12 +268,12 @@ def load_model(path_or_checkpoint, device=None, network=None) -> NormalisedModel
 
 
 def predict_dataset(model, dataset, batch_size=256, device=None, workers=0) -> np.ndarray:
-    """Estimates in mmHg, [N] float32, for the segments of a dataset in its order."""
+    """Estimates in mmHg, [N] float32, for the segments of a dataset, in its order."""
     return predict_with_spread(model, dataset, batch_size, device, workers)[0]
 
 
 def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0):
-    """(estimates [N], the network's own SD [N] or None), mmHg, float32. DataError if not finite."""
+    """(estimates [N], the network's SD [N] or None), mmHg, float32. DataError if not finite."""
     device = choose_device(device)
     kernels.prepare_device(device)
     model.to(device).eval()
@@ -331,14 +332,14 @@ def refit_anchor(model, train, tune) -> None:
         blended["trained_on"], *ridges, blended["pulse_share"], blended["blend"])})
 
 
-# ------------------------------------------------------------------------------ training: its parts
+# ---------------------------------------------------------------------- training: parts of the loop
 
 def batch_loss(network, batch, loss: Loss, bf16=False) -> torch.Tensor:
     """The loss summed over the segments of a batch (ppg, *vitals, label)."""
     *inputs, label = batch
-    if len(label) == 0:         # this process's share of a short batch is empty
+    if len(label) == 0:         # the share of this process in a short batch is empty
         return 0 * batch_loss(network, [t.new_zeros(1, *t.shape[1:]) for t in batch], loss, bf16)
-    alone = distributed()[1] == 1       # else it may be that another process has ended
+    alone = distributed()[1] == 1       # if not, another process may have ended
     with one_line("the network fails on a batch", TrainingError) if alone else nullcontext(), (
             torch.autocast(label.device.type, torch.bfloat16) if bf16 else nullcontext()):
         out = network(*inputs).to(label.dtype)
@@ -357,8 +358,8 @@ def batch_loss(network, batch, loss: Loss, bf16=False) -> torch.Tensor:
 
 
 def shrink_weights(parameters, amount) -> None:
-    """The proximal step of an L1 penalty: weights (not biases or norms, which have one dimension)
-    move towards zero by `amount`, a number or a tensor, and stop there."""
+    """The proximal step of an L1 penalty: move weights (not biases or norms, which have one
+    dimension) towards zero by `amount`, a number or a tensor, and stop at zero."""
     with torch.no_grad():
         for p in parameters:
             if p.dim() > 1:
@@ -366,13 +367,13 @@ def shrink_weights(parameters, amount) -> None:
 
 
 def mean_loss(losses: torch.Tensor) -> float:
-    """Over the segments of all processes. losses [2, batches]: sums, and numbers of segments."""
+    """The mean over the segments of all processes; losses [2, batches]: sums and segment counts."""
     total, count = reduce_sum(losses.sum(1))
     return float(total / count)
 
 
 def check_finite(losses: torch.Tensor, epoch: int, group_size: int) -> None:
-    """Raises NonFiniteLoss, in all processes, where the loss of a batch is not finite."""
+    """Raise NonFiniteLoss, in all processes, if the loss of a batch is not finite."""
     bad = torch.nonzero(~torch.isfinite(losses[0])).flatten().tolist()
     first = torch.tensor(min(bad, default=losses.shape[1]), device=losses.device)
     if distributed()[1] > 1:
@@ -385,7 +386,7 @@ def check_finite(losses: torch.Tensor, epoch: int, group_size: int) -> None:
 
 
 def losses_of(network, loader, loss: Loss, device, bf16) -> torch.Tensor:
-    """The losses of one pass without training."""
+    """The losses [2, batches] of one pass without training."""
     losses = torch.zeros(2, len(loader), dtype=torch.float64, device=device)
     with torch.no_grad():
         for number, batch in enumerate(kernels.feed(loader, device)):
@@ -395,7 +396,7 @@ def losses_of(network, loader, loss: Loss, device, bf16) -> torch.Tensor:
 
 
 def begin_epoch(loader, epoch: int, first_batch: int = 0) -> None:
-    """Tells a loader which epoch comes, if it wants to know; ours can begin at any batch."""
+    """Tell a loader the epoch, if it can be told; our loaders can begin at any batch."""
     sampler = getattr(loader, "sampler", None)
     if hasattr(sampler, "first_batch"):
         sampler.set_epoch(epoch, first_batch)
@@ -405,7 +406,7 @@ def begin_epoch(loader, epoch: int, first_batch: int = 0) -> None:
 
 @contextmanager
 def errors_in_one_line():
-    """TrainingError where memory is full, or another process of the run has ended."""
+    """Raise TrainingError if memory is full or another process of the run has ended."""
     try:
         yield
     except (MemoryError, torch.cuda.OutOfMemoryError):
@@ -419,7 +420,7 @@ def errors_in_one_line():
 
 @contextmanager
 def stop_signals():
-    """A list that holds the SIGINT or SIGTERM received so far; a second SIGINT ends at once."""
+    """A list to which received SIGINT and SIGTERM are added; a second SIGINT ends at once."""
     received, before = [], {}
 
     def take(number, _):
@@ -436,12 +437,12 @@ def stop_signals():
 
 
 def any_rank(flag, device) -> bool:
-    """Whether it is set in any process, so that all do the same."""
+    """Whether the flag is set in any process, so that all processes do the same."""
     return bool(reduce_sum(torch.tensor(float(flag), device=device)))
 
 
 def save_state(path, run, losses, parts, experiment) -> None:
-    """Writes all that a run needs to go on to the last bit; each process adds what is its own."""
+    """Save all that a run needs to continue to the same bits, with each process's own state."""
     rank, world = distributed()
     name, keys, *rest = np.random.get_state()
     own = {"losses": losses.cpu(), "python": random.getstate(),
@@ -456,7 +457,7 @@ def save_state(path, run, losses, parts, experiment) -> None:
 
 
 def load_state(path, run, losses, parts) -> None:
-    """Goes back to the saved state, if there is one. Raises TrainingError where it does not fit."""
+    """Restore the saved state, if there is one. Raises TrainingError if it does not fit."""
     rank, world = distributed()
     found = [load_tensors(path) if rank == 0 and os.path.exists(path) else None]
     if world > 1:
@@ -486,32 +487,32 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
                   pbar_momentum=0.95, device=None, repeat_val=1, *, precision=None, on_epoch=None,
                   resume_path=None, experiment=None, average_weights=0.0,
                   checkpoint_minutes=10) -> Tuple[nn.Module, Dict[str, np.ndarray]]:
-    """Trains `model` and returns (the model with the weights of its best epoch, trajectories).
+    """Train `model`; return (the model with the weights of its best epoch, trajectories).
 
-    Loaders yield (ppg [B, 1, L], vitals [B]…, label [B]); `model(ppg, *vitals)` gives [B, 1]. The
+    Loaders yield (ppg [B, 1, L], vitals [B]…, label [B]); `model(ppg, *vitals)` returns [B, 1]. The
     best epoch has the lowest tune loss. Trajectories, arrays: batch_train_loss, epoch_train_loss,
     batch_val_loss, epoch_val_loss, lr. Parameters up to repeat_val are the published function's:
 
     l1_reg: after each step weights (not biases or norms) shrink by lr * l1_reg and stop at zero.
-    early_stopping: stop after so many epochs without improvement; -1 never.
-    scheduler_and_args: [class, {arguments}] of torch.optim.lr_scheduler; a step an epoch.
+    early_stopping: stop after this many epochs without improvement; -1: never.
+    scheduler_and_args: [class, {arguments}] of torch.optim.lr_scheduler; steps after each epoch.
     batch_cosine: the scheduler steps after each batch instead.
-    warmup_epochs: first the rate rises linearly from a tenth.
-    gradient_accumulation: one step for so many batches, equal to one batch of their size.
+    warmup_epochs: the rate first rises linearly, from a tenth, over this many epochs.
+    gradient_accumulation: make a step of this many batches, equal to one batch of their size.
     optimizer_type: Adam, or any class of torch.optim.
     criterion: a name in LOSSES, a `Loss`, or any callable.
     checkpoints_name: also save each epoch's state dict as <checkpoints_name>_<epoch>.pth.
     repeat_val: passes over the tune loader (level 'patient' draws anew).
     precision: 'float32', 'tf32' (on CUDA; the default) or 'bf16'.
     on_epoch: called after each epoch with the list of all rows so far, one dictionary an epoch.
-    average_weights: average the weights of this share of all steps, the last, and tune them.
-    resume_path: the state is kept in this file after each epoch, every checkpoint_minutes, and when
-    SIGINT or SIGTERM arrive (then raises Interrupted). If it is there, training goes on from it to
-    the same bits (from the start of the epoch with other loaders than ours).
-    experiment: kept there for the caller to compare.
+    average_weights: average the weights over the last steps, this share of all; tune the average.
+    resume_path: the file of the run's state, saved after each epoch, every checkpoint_minutes, and
+    on SIGINT or SIGTERM (then raises Interrupted). If the file exists, training continues from it
+    to the same bits (with loaders other than ours, from the start of the epoch).
+    experiment: stored there, for the caller to compare.
 
     Under torchrun each process passes its own share of the segments; gradients and losses are those
-    of all. Raises NonFiniteLoss and other TrainingErrors.
+    of all processes. Raises NonFiniteLoss and other TrainingErrors.
     """
     loss, device, (rank, world) = choose_loss(criterion), choose_device(device), distributed()
     if any(isinstance(one, torch.utils.data.Dataset) for one in (train_loader, val_loader)):
@@ -522,7 +523,7 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
     if n_batches == 0 or len(val_loader) == 0 or total_epochs < 1:
         raise TrainingError("nothing to train: no epochs, or the train or tune loader is empty")
 
-    # the model, its optimiser, the rate's schedule, the average of the weights
+    # model, optimiser, learning-rate schedule, average of the weights
     kernels.prepare_device(device, precision or "tf32")
     model = model.to(device)
     forward, no_sync = kernels.accelerate(model), nullcontext
@@ -546,12 +547,12 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
         parts["average"] = average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
 
     def train_on(group):
-        """A step of the optimiser for the mean loss over a group of batches; the loss of each."""
+        """Make an optimiser step for the mean loss over a group of batches; return their losses."""
         count, totals = sum(len(batch[-1]) for batch in group), []
         if world > 1:
             count = reduce_sum(torch.tensor(float(count), device=device))
         for number, batch in enumerate(group, 1):
-            # processes exchange gradients once a step, and average them
+            # once a step, the processes exchange their gradients and average them
             with no_sync() if number < len(group) else nullcontext():
                 total = batch_loss(forward, batch, loss, bf16)
                 (total * world / count).backward()
@@ -564,21 +565,21 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
             shrink_weights(weights, optimizer.param_groups[0]["lr"] * l1_reg)
         return tuple(totals)
 
-    # how far the run is; epoch and batches count those that are done
+    # the progress of the run; epoch and batches count those that are done
     run = SimpleNamespace(epoch=0, batches=0, best_loss=math.inf, best_epoch=0, best_weights=None,
                           stopped=False, seconds=0.0, log=[], train_losses=[], tune_losses=[])
     losses = torch.zeros(2, n_batches, dtype=torch.float64, device=device)
     resumable = hasattr(getattr(train_loader, "sampler", None), "first_batch")
     place = "here" if resumable else "its last epoch"
-    goes_on = f"saved: the same command goes on from {place}" if resume_path else "nothing is saved"
+    saved = f"saved: the same command goes on from {place}" if resume_path else "nothing is saved"
     if resume_path:
         load_state(resume_path, run, losses, parts)
     started = time.monotonic() - run.seconds
 
-    captured, read_every = None, 50 if on_cuda else 1       # reading a loss makes the host wait
+    captured, read_every = None, 50 if on_cuda else 1       # to read a loss, the host has to wait
     with errors_in_one_line(), stop_signals() as signals:
         while run.epoch < total_epochs and not run.stopped:
-            # train: an epoch, or what is left of it
+            # train: an epoch, or the rest of one
             begin_epoch(train_loader, run.epoch, run.batches)
             batches, shown = kernels.feed(train_loader, device), None
             model.train()
@@ -614,7 +615,7 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
                     speed = (bar.format_dict["rate"] or 0) * len(group[-1][-1]) * world
                     bar.set_postfix_str(f"loss {shown:.4g}, lr {rate:.2g}, {speed:,.0f} segments/s",
                                         refresh=False)
-                    if at_end:              # saves and stops after tuning
+                    if at_end:              # the epoch ends with saving, below
                         continue
                     seconds, stop = time.monotonic() - started, any_rank(len(signals), device)
                     due = any_rank(seconds - run.seconds > 60 * checkpoint_minutes, device)
@@ -623,13 +624,13 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
                         save_state(resume_path, run, losses, parts, experiment)
                     if stop:
                         raise Interrupted(f"interrupted at epoch {run.epoch + 1}, batch "
-                                          f"{run.batches} of {n_batches}; {goes_on}")
+                                          f"{run.batches} of {n_batches}; {saved}")
             train_loss = mean_loss(losses)
             run.train_losses.append((losses[0] / losses[1]).cpu())
             run.batches = 0
             losses.zero_()
 
-            # tune: with the averaged weights, once there are any
+            # tune: with the averaged weights, as soon as there are any
             tuned = average.module if average and average.n_averaged > 0 else model
             network, means = kernels.accelerate(tuned.eval()), []
             for repeat in range(repeat_val):
@@ -641,7 +642,7 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
             if not math.isfinite(tune_loss):
                 raise TrainingError(f"the tune loss is {tune_loss} after epoch {run.epoch + 1}")
 
-            # what the epoch came to, and the next rate
+            # keep the best weights, set the next rate, log, save
             if tune_loss < run.best_loss:
                 run.best_loss, run.best_epoch = tune_loss, run.epoch
                 run.best_weights = {name: values.detach().clone()
@@ -661,14 +662,14 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
                 save_tensors(f"{checkpoints_name}_{run.epoch}.pth", model.state_dict())
             if rank == 0 and on_epoch is not None:
                 on_epoch(run.log)
-            if resume_path:             # last: a run killed before it does all of this again
+            if resume_path:             # last: a run killed before it repeats all of this
                 save_state(resume_path, run, losses, parts, experiment)
             if rank == 0 and verbose:
                 print("epoch {epoch}/{}: train loss {train_loss:.4g}, tune loss {tune_loss:.4g}{}, "
                       "best epoch {best_epoch}, {seconds:.0f} s".format(
                           total_epochs, loss.unit and f" {loss.unit}", **run.log[-1]), flush=True)
             if any_rank(len(signals), device) and run.epoch < total_epochs and not run.stopped:
-                raise Interrupted(f"interrupted after epoch {run.epoch}; {goes_on}")
+                raise Interrupted(f"interrupted after epoch {run.epoch}; {saved}")
     model.load_state_dict(run.best_weights)
     log = {name: np.array([row[name] for row in run.log]) for name in run.log[0]}
     return model.cpu(), {
