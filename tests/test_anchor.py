@@ -7,7 +7,7 @@ from anchor import PULSE_STATISTICS, blend, find_pulse_feet, pulse_statistics, s
 
 
 def pulses(rates, heights):
-    """[1, 1, 3600]: a beat of each rate (beats/min) and height in turn, from foot to foot."""
+    """[1, 1, 3600]: one beat for each rate (beats/min) and height in turn, from foot to foot."""
     beats = [height * np.sin(np.linspace(0, np.pi, max(2, round(3600 / rate)), endpoint=False)) ** 3
              for rate, height in zip(rates, heights)]
     return torch.from_numpy(np.concatenate(beats)[:3600]).float().view(1, 1, -1)
@@ -27,7 +27,7 @@ def test_pulse_statistics_say_how_much_beats_vary_in_rate_and_height():
     assert abs(more_height["variation of height"].exp() - 0.3) < 0.1
 
 
-def test_pulse_statistics_know_no_scale_and_survive_a_flat_line():
+def test_pulse_statistics_ignore_the_scale_and_are_finite_for_a_flat_line():
     rng = np.random.default_rng(1)
     ppg = pulses(75 + 5 * rng.normal(size=120), 1 + 0.1 * rng.normal(size=120))
     assert torch.allclose(pulse_statistics(ppg), pulse_statistics(300 + 40 * ppg), atol=1e-2)
@@ -45,7 +45,7 @@ def test_pulse_statistics_find_the_beats_that_signals_finds():
     assert len(feet) >= len(expected) - 2 and np.quantile(nearest, 0.9) < 1.5
 
 
-def test_the_share_that_is_kept_is_what_is_shown_over_patients():
+def test_only_the_share_that_patients_show_is_kept():
     rng = np.random.default_rng(3)
     patients, added = np.repeat(np.arange(200), 5), rng.normal(size=1000)
     missing = 0.5 * added + 0.3 * rng.normal(size=1000)

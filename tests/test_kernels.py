@@ -26,7 +26,7 @@ def twins(dtype=torch.float32, build=get_model_v3, **options):
 
 @pytest.mark.parametrize("fft", [True, False])
 @pytest.mark.parametrize("as_rows", [True, False])
-def test_twenty_float64_steps_stay_with_the_plain_network_to_1e_9(fft, as_rows):
+def test_twenty_float64_steps_match_the_plain_network_to_1e_9(fft, as_rows):
     plain, ours = twins(torch.float64, widths=(16, 16, 24))
     if as_rows:
         kernels.store_weights_as_rows(ours)
@@ -62,7 +62,7 @@ def test_any_length_and_shape_has_the_plain_networks_output_and_gradients(length
     assert torch.allclose(*outputs, rtol=close)
     whole = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
     for (name, p), q in zip(plain.named_parameters(), ours.parameters()):
-        # a bias that a norm behind it cancels has a gradient of 0, rounding aside: hence the floor
+        # the gradient of a bias that the next norm cancels is 0 up to rounding: hence the floor
         assert (p.grad - q.grad).norm() <= close * max(p.grad.norm(), 1e-2 * whole), name
 
 
@@ -98,7 +98,7 @@ def test_the_convolution_by_fft_is_the_direct_one(samples, kernel):
     assert (convolve_by_fft(x, weight) - plain).abs().max() < 1e-12
 
 
-def test_the_triton_kernels_are_their_plain_twins_in_tritons_interpreter():
+def test_the_triton_kernels_match_their_plain_twins_in_tritons_interpreter():
     pytest.importorskip("triton")
     code = """
 import torch, kernels
@@ -127,7 +127,7 @@ for dtype in (torch.float32, torch.float16):    # (the interpreter cannot multip
 
 
 def stand_in(run):
-    """Records like a CUDA graph: a few calls to warm up, one static output, replays by calling."""
+    """Instead of a CUDA graph: calls `run` to warm up and to replay, into one static output."""
     for _ in range(3):
         output = run()
 
@@ -164,7 +164,7 @@ class Training:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_captured_step_trains_as_the_plain_one_to_the_bit(begun):
+def test_a_captured_step_trains_as_the_plain_step(begun):
     """With schedules and short batches, whether or not the optimiser has a state already."""
     results = []
     for captured in (False, True):
@@ -176,7 +176,7 @@ def test_a_captured_step_trains_as_the_plain_one_to_the_bit(begun):
             record=stand_in)
         assert isinstance(run.optimizer.param_groups[0]["lr"], float)
         results.append(run.train(step))
-    for one, other in zip(*results):    # (the rate passes through float32: other last digits)
+    for one, other in zip(*results):    # the rate is rounded to float32: other last digits
         assert torch.allclose(one, other, rtol=1e-6, atol=1e-7)
 
 

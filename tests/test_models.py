@@ -1,4 +1,4 @@
-"""models.py: the published network, its names, its numbers, its options and initial weights."""
+"""models.py: the published network: its names, numbers, options and initial weights."""
 import textwrap
 
 import pytest

@@ -1,5 +1,5 @@
-"""training_header.py: the loop against arithmetic done by hand, resuming, the normalised model, and
-networks and losses of one's own."""
+"""training_header.py: the loop against arithmetic by hand, resuming, the normalised model, and
+other people's networks and losses."""
 # ruff: noqa: I001
 import copy
 import os
@@ -59,7 +59,7 @@ def cubic(prediction, label):
 
 
 class NotedSGD(SGD):
-    """SGD that notes the rate of each step."""
+    """SGD that records the learning rate of each step."""
 
     def step(self, *arguments, **options):
         self.rates.append(self.param_groups[0]["lr"])
@@ -96,7 +96,7 @@ def train_line(epochs, label=0.0, tune_label=0.0, model=None, loader=None, **opt
                          **{"lr": 0.1, "optimizer_type": SGD, "device": "cpu", **options})
 
 
-def test_the_best_epochs_weights_are_returned_and_training_stops_so_many_epochs_later():
+def test_the_best_epochs_weights_are_returned_and_early_stopping_counts_from_it():
     # The bias walks from 0 towards 10 and passes the tune label 3 on its way.
     rows = []
     model, seen = train_line(30, label=10, tune_label=3, early_stopping=2,
@@ -109,7 +109,7 @@ def test_the_best_epochs_weights_are_returned_and_training_stops_so_many_epochs_
 
 
 def test_trajectories_have_a_value_per_batch_and_epoch_and_each_epoch_may_have_its_file(tmp_path):
-    # Adam with momentum changes its weights in place: a shallow copy would follow them.
+    # Adam changes the weights in place: a shallow copy would change with them.
     model, seen = training_loop(small_model(), DataLoader(segments(20, 1), 8),
                                 DataLoader(segments(9, 2), 4), 6, 0.05, device="cpu",
                                 checkpoints_name=str(tmp_path / "each"))
@@ -144,7 +144,7 @@ def test_each_loss_by_hand(criterion, train_loss, tune_loss):
     assert seen["epoch_val_loss"] == pytest.approx([tune_loss])
 
 
-def test_the_likelihood_is_that_of_pytorch_and_its_gradient_that_of_the_squared_error():
+def test_the_likelihood_is_pytorchs_and_the_estimates_gradient_is_the_squared_errors():
     estimate = torch.tensor([40.0, 30.0], requires_grad=True)
     spread, label = torch.tensor([3.0, 8.0], requires_grad=True), torch.tensor([42.0, 20.0])
     loss = LOSSES["nll"].function(torch.stack([estimate, spread], 1), label)
@@ -152,7 +152,7 @@ def test_the_likelihood_is_that_of_pytorch_and_its_gradient_that_of_the_squared_
     assert torch.allclose(loss, expected)
     loss.sum().backward()
     assert torch.allclose(estimate.grad, 2 * (estimate.detach() - label))
-    # at its own error, 2 mmHg, the spread of the first would stay; it comes down from 3
+    # the first spread falls from 3 towards its error of 2 mmHg, the second rises from 8 to 10
     assert spread.grad[0] > 0 > spread.grad[1]
 
 
@@ -166,7 +166,7 @@ def test_l1_shrinks_weights_once_a_step_to_exactly_zero_and_spares_biases(option
     assert model.linear.bias.item() == 2
     # One step by hand: the prediction is w + w, its gradient 2 (w + w - y).
     model = train_line(1, model=Line((0.05, 0.05)), loader=lines(-0.3, samples=1.0), l1_reg=0.1)[0]
-    stepped = 0.05 - 0.1 * 2 * (0.05 + 0.05 + 0.3)      # shrinking first would end somewhere else
+    stepped = 0.05 - 0.1 * 2 * (0.05 + 0.05 + 0.3)      # shrinking first would end elsewhere
     assert model.linear.weight[0].tolist() == pytest.approx([stepped + 0.01] * 2, abs=1e-12)
 
 
@@ -199,7 +199,7 @@ def test_the_rate_warms_up_and_follows_the_scheduler_by_epoch(scheduler, options
     seen = train_line(len(expected), lr=1.0, optimizer_type=NotedSGD, scheduler_and_args=scheduler,
                       **options)[1]
     assert seen["lr"] == pytest.approx(expected, abs=1e-12)
-    assert NotedSGD.rates == seen["lr"].tolist()        # what is reported is what was used
+    assert NotedSGD.rates == seen["lr"].tolist()        # the reported rates were used
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -261,7 +261,7 @@ def test_repeat_val_draws_anew_at_the_patients_level_and_averages(index):
 def test_the_same_seed_gives_the_same_bits_with_and_without_workers(index):
     first, second, with_workers, other = (
         weights_of(train_on_file(index, **options)[0])
-        for options in ({}, {}, {"workers": 2}, {"seed": 1}))       # with dropout, too
+        for options in ({}, {}, {"workers": 2}, {"seed": 1}))       # dropout included
     assert torch.equal(first, second) and torch.equal(first, with_workers)
     assert not torch.equal(first, other)
 
@@ -286,7 +286,7 @@ def test_two_processes_equal_one_to_the_ninth_digit(index, tmp_path):
 
 
 def with_signal(criterion, step):
-    """A loss that sends this process a signal when it is computed for this step of the training."""
+    """A loss that sends this process SIGTERM in the given training step."""
     loss, calls = choose_loss(criterion), []
 
     def function(prediction, label):
@@ -308,7 +308,7 @@ def with_signal(criterion, step):
     (8, {"level": "patient"}),
     (7, {"plain": True}),
     (6, {"own": MyNet, "criterion": lambda *both: cubic(*both).mean()})])
-def test_an_interrupted_loop_goes_on_to_the_same_bits(index, tmp_path, step, options):
+def test_an_interrupted_loop_continues_to_the_same_bits(index, tmp_path, step, options):
     options["resume_path"] = state = str(tmp_path / "state.pth")
     expected, expected_seen = train_on_file(index, **options)
     os.remove(state)
@@ -318,7 +318,7 @@ def test_an_interrupted_loop_goes_on_to_the_same_bits(index, tmp_path, step, opt
     if "own" in options:
         with pytest.raises(TrainingError, match="not the state of this run .*linear"):
             train_line(3, resume_path=state)
-    torch.rand(7)       # whatever happened in between
+    torch.rand(7)       # the random generator has moved on
     found, seen = train_on_file(index, **options)
     assert torch.equal(weights_of(found), weights_of(expected))
     assert all(np.array_equal(seen[name], values) for name, values in expected_seen.items())
@@ -387,7 +387,7 @@ def some_inputs(n=4):
     return ppg, [NORMALISER[k]["mean"] + torch.randn(n, generator=rng) for k in KEYS[1:-1]]
 
 
-def test_the_model_takes_raw_units_and_gives_mmhg_whatever_the_ppgs_gain_and_offset():
+def test_the_model_takes_raw_units_and_gives_mmhg_at_any_gain_and_offset_of_the_ppg():
     ppg, vitals = some_inputs()
     model = wrapped()
     centred = ppg - ppg.mean(2, keepdim=True)
@@ -403,7 +403,7 @@ def test_the_model_takes_raw_units_and_gives_mmhg_whatever_the_ppgs_gain_and_off
             assert torch.isfinite(model(torch.full_like(ppg, level), *vitals)).all()
 
 
-def test_a_network_of_two_outputs_gives_mmhg_and_a_spread_above_nothing():
+def test_a_network_with_two_outputs_gives_mmhg_and_a_spread_above_zero():
     ppg, vitals = some_inputs()
     network = get_model_v3(num_outputs=2, **SMALL)
     model = NormalisedModel(network, KEYS, NORMALISER).eval()
@@ -455,7 +455,7 @@ def test_a_blend_is_of_both_ridges_and_the_network_and_refitted_to_all_patients(
     with_network = predict_dataset(model, train)
     share = fit_blend(model, train, train)
     pulse_share = model.anchor["pulse_share"]
-    assert 0 <= share <= 1 and 0 < pulse_share <= 1     # on train segments it always explains more
+    assert 0 <= share <= 1 and 0 < pulse_share <= 1     # more inputs, on the segments of the fit
     ridge, with_pulse = (predict_with_anchor(one, train) for one in (
         anchor, fit_anchor(train, KEYS, read_pulse(train))))
     base = ridge + pulse_share * (with_pulse - ridge)
@@ -464,7 +464,7 @@ def test_a_blend_is_of_both_ridges_and_the_network_and_refitted_to_all_patients(
     before = predict_dataset(model, train)
     halves = [TPP_PPG_dataset(index.select(index.encounter_patient % 2 == half), "segment", KEYS)
               for half in (0, 1)]
-    refit_anchor(model, *halves)            # together the same segments: the same ridges
+    refit_anchor(model, *halves)            # together the same segments, so the same ridges
     assert np.allclose(predict_dataset(model, train), before, atol=2e-3)
     assert kept_shares(model.anchor) == {"network": share, "pulse_statistics": pulse_share}
     assert model.anchor["trained_on"] == anchor
@@ -501,7 +501,7 @@ def test_a_network_that_does_not_fit_the_keys_is_refused(network, keys, message)
         NormalisedModel(network(), keys, NORMALISER)
 
 
-def test_a_network_that_shall_do_without_an_input_gets_the_mean_of_it(tmp_path):
+def test_a_network_gets_zero_or_the_mean_for_an_input_that_is_left_out(tmp_path):
     ppg, vitals = some_inputs()
     for keys, given in ((["ppg", "tpp"], [ppg]), (KEYS[1:], vitals)):
         model = NormalisedModel(MyNet(), keys, NORMALISER, inputs=KEYS[:-1]).eval()
@@ -514,7 +514,7 @@ def test_a_network_that_shall_do_without_an_input_gets_the_mean_of_it(tmp_path):
         assert torch.equal(again(*given), model(*given)) and again.inputs == KEYS[:-1]
 
 
-def test_predictions_stand_in_the_datasets_order(index):
+def test_predictions_are_in_the_order_of_the_dataset(index):
     model, dataset = wrapped(), TPP_PPG_dataset(index, "segment", KEYS)
     whole, spread = predict_with_spread(model, dataset, 256, "cpu")
     inputs = dataset[np.arange(len(dataset))][:4]
