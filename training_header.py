@@ -295,11 +295,11 @@ def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0):
 
 
 def fit_blend(model, train, tune, device=None) -> float:
-    """Keeps of the pulse statistics and of the network the shares that are shown to help.
+    """Set the anchor to keep only as much of the pulse statistics and the network as helps.
 
-    First the share of the ridge on vitals and `pulse_statistics`, then that of the network, 0 to 1
-    each (`shown_share`). The network's is found on the tune dataset, the statistics' also on the
-    train patients, left out of the fit in turn. Sets the anchor; returns the network's share.
+    `shown_share` finds both shares, 0 to 1: first for the ridge on vitals and `pulse_statistics`,
+    then for the network. The network's is found on the tune dataset, the statistics' also on train
+    patients who are left out of the fit in turn. Return the network's share.
     """
     train, tune = subsample(train), subsample(tune)
     label, patients = tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
@@ -320,7 +320,7 @@ def fit_blend(model, train, tune, device=None) -> float:
 
 
 def refit_anchor(model, train, tune) -> None:
-    """Fits the ridges of `fit_blend` again, with the tune patients as well; the shares stay.
+    """Fit the ridges of `fit_blend` again, with the tune patients as well; keep the shares.
 
     Call it after `evaluate.make_calibration`: intervals need patients left out of the fit.
     """
@@ -374,12 +374,9 @@ def mean_loss(losses: torch.Tensor) -> float:
 
 def check_finite(losses: torch.Tensor, epoch: int, group_size: int) -> None:
     """Raise NonFiniteLoss, in all processes, if the loss of a batch is not finite."""
-    bad = torch.nonzero(~torch.isfinite(losses[0])).flatten().tolist()
-    first = torch.tensor(min(bad, default=losses.shape[1]), device=losses.device)
-    if distributed()[1] > 1:
-        torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
-    if first < losses.shape[1]:
-        start = int(first) // group_size * group_size
+    bad = torch.nonzero(reduce_sum((~torch.isfinite(losses[0])).double())).flatten().tolist()
+    if bad:
+        start = bad[0] // group_size * group_size
         batches = list(range(start, min(start + group_size, losses.shape[1])))
         raise NonFiniteLoss(f"the training loss is not finite at epoch {epoch + 1}, batch "
                             f"{batches[-1] + 1}; a lower --lr or clipping may help", epoch, batches)
