@@ -236,5 +236,5 @@ def blend(anchor: dict, plain: dict, with_pulse: dict, pulse_share: float, share
     if weight:
         statistics = with_pulse["statistics"]
         mixed["statistics"] = dict(statistics, coefficients=[
-            weight * one for one in statistics["coefficients"]])
+            weight * value for value in statistics["coefficients"]])
     return mixed

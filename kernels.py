@@ -170,7 +170,6 @@ def first_spread(covariance, weight):
 
 class Strided(NamedTuple):
     """How a strided convolution with an odd kernel becomes one of stride 1 over longer rows."""
-    samples: int
     stride: int
     lead: int           # zeros before the samples: the padding, rounded up to whole rows
     skipped: int        # zero taps before the kernel, which undo that rounding
@@ -185,7 +184,7 @@ class Strided(NamedTuple):
         skipped = lead - kernel // 2
         taps = -(-(kernel + skipped) // stride)
         rows = -(-samples // stride)
-        return cls(samples, stride, lead, skipped, taps, rows, (rows - 1 + taps) * stride)
+        return cls(stride, lead, skipped, taps, rows, (rows - 1 + taps) * stride)
 
     def at_outputs(self, padded):
         """Padded rows [B, length, C] -> a view of those at the outputs' places, [B, rows, C]."""

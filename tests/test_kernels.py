@@ -102,7 +102,7 @@ def test_the_triton_kernels_match_their_plain_twins_in_tritons_interpreter():
     pytest.importorskip("triton")
     code = """
 import torch, kernels
-plan = kernels.Strided(100, 4, 8, 1, 4, 25, 112)
+plan = kernels.Strided(4, 8, 1, 4, 25, 112)
 ppg, filters = torch.randn(2, 100), torch.randn(2, 16, 20)
 for dtype in (torch.float32, torch.float16):    # (the interpreter cannot multiply bfloat16)
     grad, x = torch.randn(2, 112, 20).to(dtype), torch.randn(2, 100, 20).to(dtype)

@@ -57,26 +57,20 @@ def test_it_has_the_published_names_and_2_57_million_parameters(capsys):
                      "layers.4.mini_res_end.instance_norm", "projection", "mlp.1", "mlp.3"}
 
 
-@pytest.mark.parametrize("vitals", [0, 1, 3])
+@pytest.mark.parametrize("with_ppg, vitals", [(1, 0), (1, 1), (1, 3), (0, 2)])
 @pytest.mark.parametrize("build", [get_model_v3, get_spread_resnet])
-def test_every_architecture_takes_vitals_after_the_ppg_and_shows_what_its_head_sees(build, vitals):
-    model, inputs = build(vitals).eval(), batch(2, 900, vitals)
-    ppg, *values = inputs
-    out, features = model(*inputs), model.features(*inputs)
+def test_every_architecture_takes_ppg_and_vitals_and_shows_its_features(build, with_ppg, vitals):
+    model = build(vitals, in_channels=with_ppg).eval()
+    ppg, *values = batch(2, 900, vitals)
+    ppg = [ppg] * with_ppg
+    out, features = model(*ppg, *values), model.features(*ppg, *values)
     assert out.shape == (2, 1) and features.shape == (2, model.projection.in_features)
     if vitals:
         assert torch.equal(features[:, -vitals:], torch.stack(values, 1))
     assert torch.equal(model.mlp(model.projection(features)), out)
-    assert torch.equal(model(ppg, *[v.unsqueeze(1) for v in values]), out)
+    assert torch.equal(model(*ppg, *[v.unsqueeze(1) for v in values]), out)
     with pytest.raises(ValueError, match=f"expected {vitals} vitals, got {vitals + 1}"):
-        model(*batch(2, 900, vitals + 1))
-
-
-@pytest.mark.parametrize("build", [get_model_v3, get_spread_resnet])
-def test_without_a_waveform_it_takes_the_vitals_alone(build):
-    model, (_, *vitals) = build(2, in_channels=0), batch(3, 900, 2)
-    assert model(*vitals).shape == (3, 1)
-    assert torch.equal(model.features(*vitals), torch.stack(vitals, 1))
+        model(*ppg, *values, torch.zeros(2))
 
 
 def test_widths_kernels_strides_dropout_and_outputs_are_options():
