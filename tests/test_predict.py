@@ -3,20 +3,18 @@ import html
 import re
 import shutil
 
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import KEYS, call
+from test_prepare import light, read, write_csv
 
 import predict
 import prepare
 from checkpoint import save_checkpoint
 from models import get_model_v3
 from training_header import NormalisedModel, load_model
-
-FS = 100
 
 
 class Own(torch.nn.Module):     # no features()
@@ -62,24 +60,6 @@ def predicted(tmp_path, *arguments):
     return pd.read_csv(tmp_path / "o.csv").fillna({"refused": ""})
 
 
-def waves(t):
-    """(ABP in mmHg, PPG) at times in s: 72 beats/min, slowly varying, and the PPG's shape, too."""
-    phase, slow = 2 * np.pi * 1.2 * t, 2 * np.pi * t / 500
-    abp = 80 + 5 * np.sin(slow) + (25 + 6 * np.sin(15 * slow)) * (
-        np.sin(phase) + 0.4 * np.sin(2 * phase - 1))
-    return abp, 3 * (np.sin(phase - 1) + (0.4 + 0.2 * np.sin(slow)) * np.sin(2 * phase - 2))
-
-
-def write_csv(path, seconds, columns=("ABP", "PLETH"), numbers=None, fs=FS):
-    t = np.arange(int(seconds * fs)) / fs
-    table = pd.DataFrame(dict(zip(("ABP", "PLETH"), waves(t))))[list(columns)].round(4)
-    table.insert(0, "time_s", t.round(3))
-    for name, value in (numbers or {}).items():     # every 2 s
-        table[name] = [value(s) if i % (2 * fs) == 0 else np.nan for i, s in enumerate(t)]
-    table.to_csv(path, index=False)
-    return path
-
-
 @pytest.fixture(scope="module")
 def night(tmp_path_factory):
     return write_csv(tmp_path_factory.mktemp("records") / "MRN12345.csv", 185)
@@ -91,11 +71,9 @@ def test_the_answers_are_those_of_the_model_on_what_prepare_stores(tmp_path, nig
     page = (tmp_path / "f.html").read_text()
     assert page.count("<title>") == 1 + table["tpp"].count() and "<script" not in page
     assert f"TPP {table['tpp'][0]:.0f} mmHg (90 %: " in page
-    options = ["--out", str(tmp_path / "p.h5"), "--label-method", "waveform_balance"]
-    prepare.main([str(night), *options])
-    with h5py.File(tmp_path / "p.h5", "r") as file:
-        group = file["MRN12345/MRN12345"]
-        ppg, *vitals, label = (torch.from_numpy(group[key][:]) for key in KEYS)
+    call(prepare, night, "--out", tmp_path / "p.h5", "--label-method", "waveform_balance")
+    fields = read(tmp_path / "p.h5")["MRN12345", "MRN12345"]
+    ppg, *vitals, label = (torch.from_numpy(fields[key]) for key in KEYS)
     with torch.no_grad():
         tpp = load_model(model)(ppg[:, None], *vitals)[:, 0]
     np.testing.assert_allclose(table["tpp"], tpp, atol=0.01)
@@ -110,40 +88,37 @@ def test_the_answers_are_those_of_the_model_on_what_prepare_stores(tmp_path, nig
 
 def test_the_page_says_what_the_console_says_and_what_is_drawn(tmp_path, night):
     model = make_checkpoint(tmp_path / "m.pth", origin="simulated")
-    for path, refused in ((night, False), (write_csv(tmp_path / "MRN77.csv", 121), True)):
-        if refused:
-            table = pd.read_csv(path)
-            table.loc[table["time_s"] < 60, "PLETH"] = 1.0
-            table.to_csv(path, index=False)
+    table = pd.read_csv(night)
+    table.loc[table["time_s"] < 60, "PLETH"] = 1.0
+    table.to_csv(tmp_path / "MRN77.csv", index=False)
+    for path, refused in ((night, False), (tmp_path / "MRN77.csv", True)):
         out = run(model, path, "--figure", tmp_path / "f.html", "--out", tmp_path / "o.csv").stdout
         page = html.unescape((tmp_path / "f.html").read_text(encoding="utf-8"))
         for line in out.splitlines():
             if "written: " not in line:
                 assert line.strip("* ") in page, line
-        assert f"from: abp ({2 if refused else 3} min)" in page
+        assert "from: abp (3 min)" in page
         assert ("Grey: refused minutes" in page) == refused and "MRN" not in page
         assert "Network: m.pth." in page and "34 mmHg: the published system's cut-off" in page
         assert re.search(r"Research only; \d{4}-\d\d-\d\d", page) and "min-width: 42rem" in page
 
 
 def test_a_network_of_your_own_predicts_and_exports(tmp_path, night):
-    model = save(tmp_path / "own.pth", Own(), ["ppg", "map", "tpp"], spec="test_predict.py:Own")
-    assert "--model" in run(model, night, code=2).stderr
-    table = predict.predict_recording(load_model(model, network=Own()), night)
-    assert np.isfinite(table["tpp"]).all()
-    pytest.importorskip("onnxruntime")
-    out = run(model, night, "--model", f"{__file__}:Own", "--export", tmp_path / "own.onnx").stdout
-    assert "from PyTorch on 64 segments" in out and "3 minutes, 3 with TPP" in out
+    path = save(tmp_path / "own.pth", Own(), ["ppg", "map", "tpp"], spec="test_predict.py:Own")
+    own, export = ["--model", f"{__file__}:Own"], ["--export", tmp_path / "own.onnx"]
+    out = run(path, night, *own).stdout
+    assert "3 minutes, 3 with TPP" in out
     rows = out[out.index("start_s  "):].splitlines()        # the table, 100 columns at most
     assert rows[3].startswith("   60.0") and max(map(len, rows[:5])) <= 100
-    import onnx
-    said = {one.key: one.value for one in onnx.load(str(tmp_path / "own.onnx")).metadata_props}
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    assert "from PyTorch on 64 segments" in run(path, *own, *export).stdout
+    said = {item.key: item.value for item in onnx.load(str(export[1])).metadata_props}
     assert said["outputs"] == "tpp [batch] mmHg"            # no interval, as it is not calibrated
-    model = NormalisedModel(Own(), ["ppg", "tpp"], load_model(model, network=Own()).normaliser,
+    model = NormalisedModel(Own(), ["ppg", "tpp"], load_model(path, network=Own()).normaliser,
                             inputs=["ppg", "map"])          # as by --ablate: without the vitals
-    save_checkpoint(tmp_path / "b.pth", model)
-    done = run(tmp_path / "b.pth", "--model", f"{__file__}:Own", "--export", tmp_path / "b.onnx")
-    assert "from PyTorch on 64 segments" in done.stdout
+    save_checkpoint(path, model)
+    assert "from PyTorch on 64 segments" in run(path, *own, *export).stdout
 
 
 def test_several_recordings_make_one_table_and_names_stay_private(tmp_path, night, checkpoint):
@@ -175,21 +150,19 @@ def test_without_arterial_line_exactly_the_missing_vitals_are_named(night, check
     assert abs(table["hr"][0] - 72) < 1 and "tpp_abp" not in table
 
 
-@pytest.mark.parametrize("scale, columns, cuff, said", [
-    (1 / 7.5, ("ABP", "PLETH"), None, ", expected 20 to 200 mmHg; see --abp-channel); if the unit "
+@pytest.mark.parametrize("columns, cuff, said", [
+    (("ABP [kPa]", "PLETH"), None, ", expected 20 to 200 mmHg; see --abp-channel); if the unit "
      "is another: --unit CHANNEL=UNIT"),
-    (1, ("PLETH", "ABP"), None, "implausible ABP (median"),       # swapped
-    (1, ("x", "PLETH"), "0,10,7.3\n90,9.4,7", "such as --unit map=kPa"),
-    (1, ("x", "PLETH"), "0,55,75\n90,50,70", "median 52.5, expected DBP <= MAP <= SBP; are they"),
-    (1, ("x", "PLETH"), "0,seventy,55", "no column of numbers that is named map"),
-    (1, ("x", "PLETH"), "5000,75,55", "MAP from 5000 to 5000 s, which reaches no minute")])
-def test_why_no_minute_has_a_vital_is_said(tmp_path, night, checkpoint, scale, columns, cuff, said):
-    table = pd.read_csv(night)
-    table["ABP"] *= scale
-    table.set_axis(["time_s", *columns], axis=1).to_csv(tmp_path / "r.csv", index=False)
+    (("PLETH", "ABP"), None, "implausible ABP (median"),       # swapped
+    (("x", "PLETH"), "0,10,7.3\n90,9.4,7", "such as --unit map=kPa"),
+    (("x", "PLETH"), "0,55,75\n90,50,70", "median 52.5, expected DBP <= MAP <= SBP; are they"),
+    (("x", "PLETH"), "0,seventy,55", "no column of numbers that is named map"),
+    (("x", "PLETH"), "5000,75,55", "MAP from 5000 to 5000 s, which reaches no minute")])
+def test_why_no_minute_has_a_vital_is_said(tmp_path, checkpoint, columns, cuff, said):
+    path = write_csv(tmp_path / "r.csv", 125, columns=columns)
     (tmp_path / "cuff.csv").write_text(f"time_s,map,dbp\n{cuff}\n")
     vitals = ["--vitals", tmp_path / "cuff.csv"] if cuff else []
-    line, = run(checkpoint, tmp_path / "r.csv", *vitals, code=2).stderr.splitlines()
+    line, = run(checkpoint, path, *vitals, code=2).stderr.splitlines()
     assert said in line and "add --vitals" not in line
 
 
@@ -218,12 +191,12 @@ def test_vitals_come_from_options_then_readings_then_the_line_then_numbers(tmp_p
     out = run(checkpoint, path, "--map", 40, code=1).stdout
     assert "4 minutes, 0 with TPP; refused: dbp_above_map 4" in out
     del numbers["MAP"]
-    path = write_csv(tmp_path / "r.csv", 65, columns=("PLETH",), numbers=numbers)
+    path = write_csv(tmp_path / "r.csv", 65, columns=("x", "PLETH"), numbers=numbers)
     assert list(predicted(tmp_path, checkpoint, path)["map_from"]) == ["cuff"]
 
 
 def test_implausible_numbers_are_refused_and_counted_by_minute(tmp_path, checkpoint):
-    path = write_csv(tmp_path / "r.csv", 121, columns=("PLETH",), numbers={
+    path = write_csv(tmp_path / "r.csv", 121, columns=("x", "PLETH"), numbers={
         "MAP": lambda t: 8388607 if t % 6 == 0 else 86, "DBP": lambda t: 68,
         "HR": lambda t: 0 if t >= 60 and t % 6 == 0 else 75})
     out = run(checkpoint, path, "--out", tmp_path / "o.csv").stdout
@@ -234,7 +207,7 @@ def test_implausible_numbers_are_refused_and_counted_by_minute(tmp_path, checkpo
 
 def test_a_reading_holds_for_half_an_hour_and_no_longer(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(predict, "MAX_AGE_S", 120.0)
-    path = write_csv(tmp_path / "r.csv", 305, columns=("PLETH",))
+    path = write_csv(tmp_path / "r.csv", 305, columns=("x", "PLETH"))
     (tmp_path / "cuff.csv").write_text("time_s,NIBP_SYS,NIBP_MEAN,NIBP_DIAS\n100,120,80,60\n")
     table = predicted(tmp_path, checkpoint, path, "--vitals", tmp_path / "cuff.csv")
     assert list(table["refused"]) == ["no_map no_dbp", "", "", "no_map no_dbp", "no_map no_dbp"]
@@ -243,7 +216,7 @@ def test_a_reading_holds_for_half_an_hour_and_no_longer(tmp_path, checkpoint, mo
 
 def test_a_network_of_pcrit_gives_tpp_and_needs_map(tmp_path):
     model = make_checkpoint(tmp_path / "p.pth", ["ppg", "pp", "p_crit"])
-    path, cuff = write_csv(tmp_path / "r.csv", 61, columns=("PLETH",)), tmp_path / "cuff.csv"
+    path, cuff = write_csv(tmp_path / "r.csv", 61, columns=("x", "PLETH")), tmp_path / "cuff.csv"
     assert "needs PP, MAP: no arterial" in run(model, path, code=2).stderr
     cuff.write_text("time_s,sbp,dbp\n20,110,70\n")
     a, b = (predicted(tmp_path, model, path, "--vitals", cuff, "--map", x) for x in (85, 95))
@@ -279,7 +252,7 @@ def test_intervals_stand_only_where_calibrations_hold(tmp_path, night, options, 
 
 @pytest.mark.parametrize("file, options, said", [
     ({"seconds": 30}, [], "no uninterrupted minute"),
-    ({"columns": ("ABP",)}, [], "no PPG"), ({"fs": 20}, [], "20 samples/s"),
+    ({"columns": ("ABP", "x")}, [], "no PPG"), ({"fs": 20}, [], "20 samples/s"),
     ({}, ["--ppg-channel", "X"], "--ppg-channel"), ({}, ["--map", "0"], "--map 0: expected"),
     ({}, ["--map", "55", "--dbp", "75"], "--dbp 75: expected less than --map 55"),
     ({}, ["--figure", "f.txt"], "ends in .png"), ({}, ["--unit", "kPa"], "CHANNEL=UNIT"),
@@ -314,7 +287,7 @@ def test_an_export_gives_what_pytorch_gives_at_any_gain_and_batch_or_is_refused(
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     for n in (1, 64):
-        pulses = np.stack([waves(np.arange(3600) / 60 + 97 * i)[1] for i in range(n)])
+        pulses = light(np.arange(3600) / 60 + 97 * np.arange(n)[:, None])
         ppg = (pulses + rng.uniform(-50, 50, (n, 1))) * 10 ** rng.uniform(-3, 3, (n, 1))
         inputs = [x.astype("f4") for x in (ppg[:, None], *rng.uniform(40, 100, (3, n)))]
         tpp, low, high = session.run(None, dict(zip(KEYS, inputs)))

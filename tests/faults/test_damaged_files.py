@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import KEYS, fork, make_file, run
+from test_prepare import write_csv
 
 import checkpoint
 import datasets
@@ -41,28 +42,34 @@ def damage(path, rng, where=None):
     if rng.random() < 0.3:
         data = data[:at[0]]
     else:
-        for one in at:
-            data[one] ^= 1 << int(rng.integers(8))
+        for i in at:
+            data[i] ^= 1 << int(rng.integers(8))
     path.write_bytes(data)
+
+
+def check_damaged(work, whole, expected, where=None):
+    """`work` on 30 damaged copies of a file gives a result, or one line."""
+    path = whole.with_name(f"copy{whole.suffix}")
+    for seed in range(30):
+        shutil.copy(whole, path)
+        damage(path, np.random.default_rng(seed), where)
+        found = outcome(lambda: work(path), path.parent, expected)
+        assert found in ("fine", "refused"), (seed, found)
 
 
 def read_all(path):
     index = datasets.create_dataset_index(path=str(path))
-    dataset = datasets.TPP_PPG_dataset(index, "segment", KEYS)
-    for batch in make_loader(dataset, 8):
+    for batch in make_loader(datasets.TPP_PPG_dataset(index, "segment", KEYS), 8):
         assert len(batch) == 5
 
 
 def test_a_damaged_data_file_gives_a_result_or_one_line(tmp_path):
-    make_file(tmp_path / "whole.h5", 4, 1, 4)
-    data = np.frombuffer((tmp_path / "whole.h5").read_bytes(), "u1")
+    whole = tmp_path / "whole.h5"
+    make_file(whole, 4, 1, 4)
+    data = np.frombuffer(whole.read_bytes(), "u1")
     # bytes of metadata: far from the waveforms, which are most of the file
     names = np.flatnonzero(np.lib.stride_tricks.sliding_window_view(data == 0, 64).any(1))
-    for seed in range(30):
-        shutil.copy(tmp_path / "whole.h5", tmp_path / "f.h5")
-        damage(tmp_path / "f.h5", np.random.default_rng(seed), names)
-        found = outcome(lambda: read_all(tmp_path / "f.h5"), tmp_path, datasets.DataError)
-        assert found in ("fine", "refused"), (seed, found)
+    check_damaged(read_all, whole, datasets.DataError, names)
 
 
 def test_a_damaged_checkpoint_gives_one_line(tmp_path):
@@ -71,12 +78,7 @@ def test_a_damaged_checkpoint_gives_one_line(tmp_path):
         models.get_model_v3(num_discrete=3, widths=(4, 4, 4)), KEYS,
         {key: {"mean": 70.0, "sd": 10.0, "unit": ""} for key in KEYS[1:]})
     checkpoint.save_checkpoint(tmp_path / "whole.pth", model)
-    for seed in range(30):
-        shutil.copy(tmp_path / "whole.pth", tmp_path / "m.pth")
-        damage(tmp_path / "m.pth", np.random.default_rng(seed))
-        found = outcome(lambda: training_header.load_model(tmp_path / "m.pth"), tmp_path,
-                        checkpoint.CheckpointError)
-        assert found in ("fine", "refused"), (seed, found)
+    check_damaged(training_header.load_model, tmp_path / "whole.pth", checkpoint.CheckpointError)
 
 
 def write_wfdb(folder, name, fs=125, seconds=70):
@@ -105,9 +107,7 @@ def test_a_damaged_recording_costs_itself_alone(tmp_path, ending):
         (folder / "in").mkdir(parents=True)
         write_wfdb(folder / "in", "MRN001")
         if ending == ".csv":
-            t = np.arange(70 * 50) / 50
-            np.savetxt(folder / "in" / "MRN001.csv", np.stack([t, 80 + t % 1, t % 1], 1), "%.3f",
-                       ",", header="time_s,ABP,PLETH", comments="")
+            write_csv(folder / "in" / "MRN001.csv", 70, fs=50)
         elif ending == ".h5":
             with h5py.File(folder / "in" / "MRN001.h5", "w") as file:
                 for name in ("ABP", "PLETH"):
