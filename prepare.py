@@ -4,10 +4,10 @@
     python prepare.py night.csv 3141595_0001.hea --out data/two.h5 --align
     python prepare.py records/ --list-channels
 
-Each record is read minute by minute at 60 Hz, every minute is labelled from its own arterial
-pressure, and the record is stored as a piece in the hidden folder .<out>.parts; at the end all
-pieces are joined. After an interruption, the same command continues. A record that cannot be used
-has a line on stderr and a row in the private <out>_problems.csv.
+Each record is cut into minutes at 60 Hz and each minute is labelled from its own arterial pressure.
+The record is stored as a piece in the hidden folder .<out>.parts; at the end, all are joined. After
+an interruption, the same command continues. A record that cannot be used gets a line on stderr and
+a row in the private file <out>_problems.csv.
 
 Needs recordings, formats, tables, signals, labels, datasets, report, metrics, tk_utils and
 templates/ in the same folder.
@@ -25,7 +25,7 @@ import sys
 import traceback
 from collections import Counter, defaultdict
 from functools import partial
-from typing import List, NamedTuple
+from typing import Dict, List, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ from recordings import PRIVATE_LINE, RecordingError, public_name
 from tk_utils import counted
 
 MAX_CELL = 1000     # characters of a message in the problems file
-# What shapes the rows of a record besides its files. A change of any is noticed.
+# With a record's files, these determine its rows: a change of any prepares the record again.
 SHAPING_OPTIONS = ("label_method", "align", "abp_channel", "ppg_channel", "fs", "unit")
 SHAPING_MODULES = ("prepare", "recordings", "formats", "tables", "signals", "labels")
 
@@ -66,7 +66,7 @@ def parse_arguments(arguments=None):
         help="shift each record's PPG by its delay behind the ABP (default: only report it)")
     add = recordings.add_channel_options(parser)
     add("--list-channels", action="store_true",
-        help="print the channels of each input, which would be taken, and why; prepare nothing")
+        help="print the channels of each input and which would be used, and why; prepare nothing")
     options = parser.parse_args(arguments)
     if not (options.list_channels or options.out):
         parser.error("--out FILE is required")
@@ -83,20 +83,22 @@ def main(arguments=None):
              if not item.in_folder or os.path.realpath(item.path) not in own]
     if options.list_channels:
         return print_channels(found, options)
-    problems = Problems(found, options.out)
+    groups = read_groups(options.groups, found) if options.groups else {}
+    records = plan(found, groups, options)
+    problems = Problems(records, options.out)
+    for number, record in enumerate(records):
+        if options.groups and number not in groups:
+            problems.add("note", record, "not in the groups file: taken as its own patient")
     inputs = [path for item in found for path in recordings.files_of(item.path)]
     for path in filter(None, (options.out, problems.path, options.report)):
         tk_utils.check_writable(path, [*inputs, options.groups])
     with work_folder(options.out) as parts:
-        prepared = find_prepared(options.out, parts)
-        records = plan(found, options, problems)
-        problems.recall(records)
-        prepare_missing(records, prepared, problems, options, parts)
+        prepare_missing(records, problems, options, parts)
         problems.write()
-        prepared = find_prepared(options.out, parts)
         usable = [record for record in records if record.key not in problems.failed]
         if not usable:
             raise DataError(f'{", ".join(options.inputs)}: none of the records could be used')
+        prepared = find_prepared(options.out, parts)
         in_output = {key for key, path in prepared.items() if path == options.out}
         is_new = in_output != {record.key for record in usable}
         if is_new:
@@ -123,31 +125,32 @@ def main(arguments=None):
 # ----------------------------------------------------------------------------------------- planning
 
 class Record(NamedTuple):
-    """A recording and its groups in the output. key: a hash of everything that shapes its rows: the
-    options, this program, sizes and times of its files. The piece <key>.h5 is finished, and so is
-    a group of the output with this key."""
+    """A recording and its place in the output. The key is a hash of everything that determines its
+    rows: the options, this program, the sizes and times of its files. A finished piece is called
+    <key>.h5, and the record's group in the output has the attribute `key`."""
     path: str
+    public_name: str
     group_names: tuple      # (patient, name)
     key: str
 
 
-def plan(found, options, problems) -> List[Record]:
-    """A Record for each recording found."""
+def plan(found, groups, options) -> List[Record]:
+    """A Record for each recording; those without a group are their own patients."""
     folder = pathlib.Path(__file__).parent
     made_with = [getattr(options, name) for name in SHAPING_OPTIONS] + [
         digest((folder / f"{name}.py").read_bytes()) for name in SHAPING_MODULES]
-    names = record_names(found)
     records = []
-    for item, *group_names in zip(found, assign_patients(found, names, options, problems), names):
-        files = [os.stat(path) for path in recordings.files_of(item.path) if os.path.exists(path)]
+    for number, (item, name) in enumerate(zip(found, record_names(found))):
+        group_names = [groups.get(number, name), name]
+        files = [os.stat(path) for path in recordings.files_of(item.path)]
         key = digest([group_names, os.path.abspath(item.path), made_with,
                       [(file.st_size, file.st_mtime_ns) for file in files]])
-        records.append(Record(item.path, tuple(group_names), key))
+        records.append(Record(item.path, public_name(found, number), tuple(group_names), key))
     return records
 
 
 def digest(value) -> str:
-    """A hash: what the user typed may name a patient, and must not be stored as it is."""
+    """A hash, because what the user typed may name a patient and must not be stored as it is."""
     return hashlib.blake2b(repr(value).encode(), digest_size=10).hexdigest()
 
 
@@ -162,18 +165,16 @@ def record_names(found) -> List[str]:
             for name in names]
 
 
-def assign_patients(found, names, options, problems) -> List[str]:
-    """The patient of each recording: its group in the groups file, or a patient of its own."""
-    if not options.groups:
-        return names
+def read_groups(path, found) -> Dict[int, str]:
+    """{number of a recording: its group} from the groups file."""
     try:
-        table = pd.read_csv(options.groups, dtype=str, keep_default_na=False, encoding="utf-8-sig",
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig",
                             usecols=["record", "split_group"], skip_blank_lines=False,
                             index_col=False)
     except ValueError as error:  # also of bytes that are not UTF-8 and of pandas' parser
-        raise RecordingError(options.groups, "expected a CSV file with the columns "
-                             "record,split_group", error) from None
-    known_as = defaultdict(set)     # {end of a path, with or without ending: numbers of recordings}
+        raise RecordingError(path, "expected a CSV file with the columns record,split_group",
+                             error) from None
+    known_as = defaultdict(set)     # {end of a path, with or without ending: recordings' numbers}
     for number, item in enumerate(found):
         words = os.path.abspath(item.path).split(os.sep)
         for end in ("/".join(words[n:]) for n in range(len(words))):
@@ -186,24 +187,19 @@ def assign_patients(found, names, options, problems) -> List[str]:
         if not record or group in ("", ".") or "/" in group:
             wrong = "expected a record and a group without /"
         elif len(numbers) > 1:
-            wrong = ("several recordings have this name; give the end of each one's path, such as "
-                     "folder/name")
+            wrong = "several recordings have this name; give the end of the path, as in folder/name"
         elif any(groups.setdefault(number, group) != group for number in numbers):
             wrong = "this record has two groups"
         if wrong:
-            raise RecordingError(options.groups, f"line {line}: {wrong}")
+            raise RecordingError(path, f"line {line}: {wrong}")
     if not groups:
-        raise RecordingError(options.groups, "none of its records is one of these recordings")
-    for number, item in enumerate(found):
-        if number not in groups:
-            problems.add("note", item.path, "not in the groups file: taken as its own patient")
-    return [groups.get(number, name) for number, name in enumerate(names)]
+        raise RecordingError(path, "none of its records is one of these recordings")
+    return groups
 
 
 def find_prepared(out, parts):
-    """{key: file with the record's group}: the output, or a piece of an unfinished run."""
-    prepared = {name[:-len(".h5")]: os.path.join(parts, name) for name in os.listdir(parts)
-                if name.endswith(".h5")}
+    """{key: file that holds the record's group}: the output, or a piece of an unfinished run."""
+    prepared = {path.stem: str(path) for path in pathlib.Path(parts).glob("*.h5")}
     if os.path.lexists(out):
         with datasets.open_file(out) as file, datasets.reading(out):
             if "prepared_with" not in file.attrs:
@@ -215,8 +211,7 @@ def find_prepared(out, parts):
 
 @contextlib.contextmanager
 def work_folder(out):
-    """The hidden folder with the pieces of an unfinished run, for one run at a time; removed when
-    the run has finished."""
+    """The hidden folder for the pieces of one run at a time; removed when the run has finished."""
     folder, name = os.path.split(os.path.realpath(out))
     parts = os.path.join(folder, f".{name}.parts")
     os.makedirs(parts, mode=0o700, exist_ok=True)
@@ -232,8 +227,9 @@ def work_folder(out):
 
 # --------------------------------------------------------------------------------------- one record
 
-def prepare_missing(records, prepared, problems, options, parts):
-    """Makes the pieces that are not there yet."""
+def prepare_missing(records, problems, options, parts):
+    """Write the pieces that are missing; add the problems found."""
+    prepared = find_prepared(options.out, parts)
     missing = [record for record in records
                if record.key not in prepared and record.key not in problems.failed]
     if missing:
@@ -243,14 +239,14 @@ def prepare_missing(records, prepared, problems, options, parts):
     for record, rows in tk_utils.progress(results, total=len(missing), desc="records",
                                           unit="record", disable=not missing):
         if isinstance(rows, tk_utils.ProcessDied):
-            rows = [("error", "its process was killed (out of memory?)", "")]
+            rows = [("error", str(rows), "")]
         for kind, what, detail in rows:
-            problems.add(kind, record.path, what, detail, record.key)
+            problems.add(kind, record, what, detail, record.key)
 
 
 def prepare_record(record, options, parts) -> list:
-    """Writes the piece of one record; returns rows for the problems file, ('note' or 'error', what,
-    detail): only the detail may identify the record. Raises OSError if it cannot be written."""
+    """Write the piece of one record. Returns [('note' or 'error', what, detail)], of which only the
+    detail may identify the record. Raises OSError if the piece cannot be written."""
     rows = []
     try:
         fields, attributes = read_segments(record.path, options, rows)
@@ -261,10 +257,10 @@ def prepare_record(record, options, parts) -> list:
     except Exception as error:  # noqa: BLE001 - one record in an archive must not end the run
         return [("error", f"{type(error).__name__}, a bug in this program: please report what the "
                  "problems file says", traceback.format_exc())]
-    with tk_utils.atomic_path(os.path.join(parts, record.key + ".h5")) as temporary:
-        with writing(temporary, options) as writer:
-            writer.write(*record.group_names, fields)
-            writer.file["/".join(record.group_names)].attrs.update(attributes, key=record.key)
+    with tk_utils.atomic_path(os.path.join(parts, record.key + ".h5")) as temporary, \
+            writing(temporary, options) as writer:
+        writer.write(*record.group_names, fields)
+        writer.file["/".join(record.group_names)].attrs.update(attributes, key=record.key)
     return rows
 
 
@@ -274,7 +270,7 @@ def writing(path, options, **attributes):
 
 
 def read_segments(path, options, rows):
-    """(the layout's fields, the encounter's attributes) of one recording; adds notes to `rows`."""
+    """(fields of the layout, attributes of the encounter) of a recording; adds notes to `rows`."""
     recorded = open_recording(path, options)
     for kind in ("abp", "ppg"):
         if kind not in recorded.chosen:
@@ -317,12 +313,12 @@ def open_recording(path, options):
 
 
 def shifted(ppg, start_s, shift_s):
-    """ppg [N, samples] moved `shift_s` earlier; across minutes that follow one another. NaN where
-    the samples are missing."""
+    """ppg [N, samples] moved `shift_s` earlier, across consecutive minutes; NaN where samples are
+    missing."""
     out = np.full_like(ppg, np.nan)
     new = np.flatnonzero(np.diff(start_s) != datasets.SEGMENT_SECONDS) + 1
     for rows in np.split(np.arange(len(ppg)), new):
-        wave, gap = (one[0] for one in signals.fill_missing(ppg[rows].reshape(1, -1)))
+        wave, gap = map(np.ravel, signals.fill_missing(ppg[rows].reshape(1, -1)))
         at = np.arange(wave.size) + shift_s * datasets.FS
         moved = ndimage.map_coordinates(wave, [at], order=5, mode="nearest")
         neighbours = np.clip([np.floor(at), np.ceil(at)], 0, wave.size - 1).astype(int)
@@ -332,20 +328,20 @@ def shifted(ppg, start_s, shift_s):
 
 
 def write_output(records, prepared, options):
-    """Joins the records' groups to a new output, atomically."""
-    with tk_utils.atomic_path(options.out) as temporary:
-        with writing(temporary, options, prepared_with="prepare.py") as writer:
-            for record in records:
-                with datasets.open_file(prepared[record.key]) as source:
-                    group = source["/".join(record.group_names)]
-                    writer.write(*record.group_names, {key: item[:] for key, item in group.items()})
-                    writer.file[group.name].attrs.update(group.attrs)
+    """Join the records' groups in a new output, atomically."""
+    with tk_utils.atomic_path(options.out) as temporary, \
+            writing(temporary, options, prepared_with="prepare.py") as writer:
+        for record in records:
+            with datasets.open_file(prepared[record.key]) as source:
+                group = source["/".join(record.group_names)]
+                writer.write(*record.group_names, {key: item[:] for key, item in group.items()})
+                writer.file[group.name].attrs.update(group.attrs)
 
 
 # ---------------------------------------------------------------------------------------- reporting
 
 def read_contents(path) -> dict:
-    """A prepared file without its waveforms, as report.print_quality and write_quality take it."""
+    """What report.print_quality and write_quality need of a prepared file."""
     records, tables = [], []
     with datasets.open_file(path) as file:
         for patient, groups in file.items():
@@ -374,40 +370,36 @@ def read_contents(path) -> dict:
 
 
 class Problems:
-    """Errors and notes per record: named in a private file, unnamed on stderr.
+    """Errors and notes on records: with names in a private file, without names on stderr.
 
     A record that could not be used is not tried again while its key is in the file.
     """
 
     COLUMNS = ("kind", "record", "path", "what", "detail", "key")
 
-    def __init__(self, found, out):
+    def __init__(self, records, out):
         self.path = os.path.splitext(os.path.normpath(out))[0] + "_problems.csv"
-        self.public_names = {item.path: public_name(found, n) for n, item in enumerate(found)}
-        self.rows, self.earlier, self.lines, self.failed = [], [], [], set()
+        self.earlier, self.lines = [], []
         if os.path.lexists(self.path):
             with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
                 if file.readline().rstrip("\r\n") != PRIVATE_LINE:
                     raise DataError(f"{self.path}: was not written by prepare.py, which needs this "
                                     "name; rename it, or give another --out")
                 self.earlier = list(map(tuple, csv.reader(file)))[1:]
+        keys = {record.key for record in records}       # a record that has changed has another
+        self.rows = [row for row in self.earlier if row[-1] in keys]
+        self.failed = {row[-1] for row in self.rows if row[0] == "error"}
 
-    def add(self, kind, path, what, detail="", key=""):
-        cells = (kind, os.path.splitext(os.path.basename(path))[0], path, what, detail, key)
-        self.rows.append(tuple(map(safe_cell, cells)))
+    def add(self, kind, record, what, detail="", key=""):
+        """Add a row; with the record's key, a later run reads it again."""
+        name = os.path.splitext(os.path.basename(record.path))[0]
+        self.rows.append(tuple(map(safe_cell, (kind, name, record.path, what, detail, key))))
         if kind == "error":
             self.failed.add(key)
-            self.lines.append(f"{self.public_names[path]}: {tk_utils.printable(what)}")
-
-    def recall(self, records):
-        """What an earlier run wrote about these records, if they have not changed."""
-        keys = {record.key for record in records}
-        recalled = [row for row in self.earlier if row[-1] in keys]
-        self.rows += recalled
-        self.failed.update(row[-1] for row in recalled if row[0] == "error")
+            self.lines.append(f"{record.public_name}: {tk_utils.printable(what)}")
 
     def write(self):
-        """The new errors as lines to stderr, all rows to the file; without rows, no file."""
+        """Print the new errors on stderr, write all rows to the file; without rows, remove it."""
         self.rows.sort()
         is_new = self.rows != self.earlier
         if is_new and self.rows:
@@ -425,7 +417,7 @@ class Problems:
             print(f"note: {text} ({counted(n, 'record')}, see {self.path})", file=sys.stderr)
 
     def kinds(self, kind):
-        """[(what, number of records)]; numbers in the text are left out where records differ."""
+        """[(what, number of records)]; '#' stands for the numbers in texts that differ."""
         texts = [row[3] for row in self.rows if row[0] == kind]
         if len(set(texts)) > 1:
             texts = [re.sub(r"\d[\d.,]*", "#", text) for text in texts]
@@ -433,20 +425,20 @@ class Problems:
 
 
 def safe_cell(text):
-    """One line of text that fits a cell and that no spreadsheet takes for a formula."""
+    """Text in one line that fits in a cell and that a spreadsheet does not take for a formula."""
     text = tk_utils.printable(text)[:MAX_CELL]
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
 
 def print_channels(found, options):
-    """What --list-channels prints: the channels of each recording, what is taken, and why."""
-    unreadable = 0
+    """Print the channels of each recording and which are used, and why; returns the exit code."""
+    code = 0
     for number, item in enumerate(found):
         try:
             recorded = open_recording(item.path, options)
         except RecordingError as error:
             print(f"{public_name(found, number)}: {error.what}", file=sys.stderr)
-            unreadable += 1
+            code = 1
             continue
         print(f"{public_name(found, number)}: {counted(len(recorded.channels), 'channel')}")
         rows = []
@@ -459,7 +451,7 @@ def print_channels(found, options):
         for kind in ("abp", "ppg"):
             if kind not in recorded.chosen:
                 print(f"no {kind.upper()}: {recorded.reasons[kind]}")
-    return int(unreadable > 0)
+    return code
 
 
 if __name__ == "__main__":
