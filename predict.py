@@ -8,9 +8,9 @@
 
     table = predict_recording("runs/M1.5.pth", "night.csv", map=75, dbp=55)     # from Python
 
-A vital comes, minute by minute, from the first that has it: an option, the CSV of --vitals, the
-arterial waveform, the monitor's numbers of the line, those of a cuff, and, for HR, the PPG. Needs
-training_header and recordings with what these need, signals, labels, metrics, report, templates/.
+Each minute takes a vital from the first source that has it: an option, the CSV of --vitals, the
+arterial waveform, the monitor's numbers (of the line, then of a cuff) and, for HR, the PPG. Needs
+training_header and recordings with what they need, signals, labels, metrics, report, templates/.
 """
 import argparse
 import inspect
@@ -39,7 +39,7 @@ from tk_utils import counted
 
 EXPORT_LEVEL = 0.9
 EXPORT_TOLERANCE = 1e-3         # mmHg
-EXPORT_SEGMENTS = 64            # that an export is checked with
+EXPORT_SEGMENTS = 64            # an export is checked on so many
 
 
 def parse_arguments(arguments=None):
@@ -52,13 +52,13 @@ def parse_arguments(arguments=None):
     add("--out", metavar="CSV", help="write a row for each minute (default: print a table)")
     add("--figure", metavar="FILE",
         help="draw TPP and the vitals over time (.png, .pdf, .svg; .html shows values on hovering)")
-    add("--model", metavar="NAME", help="the network, if it is one of your own: file.py:Name")
+    add("--model", metavar="NAME", help="the network, if it is your own: file.py:Name")
     add("--export", metavar="ONNX", help="write the network: raw units in, mmHg out")
     add = parser.add_argument_group("vitals").add_argument
     for key in ("map", "dbp", "hr"):
         unit = FIELDS[key].unit
         add(f"--{key}", type=float, metavar=unit.split("/")[0].upper(),
-            help=f"{key.upper()} of all minutes, {unit}")
+            help=f"{key.upper()} for all minutes, {unit}")
     add("--vitals", metavar="CSV", help="readings: time_s (from the recording's start) and any of "
         f"{', '.join(VITALS)}; each is held until the next, at most {MAX_AGE_S / 60:g} minutes")
     recordings.add_channel_options(parser)
@@ -116,12 +116,13 @@ def predict_recording(model_or_path, recording, map=None, dbp=None, hr=None, vit
     model_or_path: a `NormalisedModel` or a checkpoint; network: your own module, if the checkpoint
     holds its weights. recording: a path, a folder, or a list of them. map, dbp (mmHg), hr
     (beats/min): for all minutes; vitals: path of a CSV of readings. channels, units, fs: as
-    channels, units and file_fs of `recordings.read_windows`. Returns a row a minute:
+    channels, units and file_fs of `recordings.read_windows`. Returns a row per minute:
 
-    recording (of several: as given, or its number in the folder, paths in .attrs['recordings']);
+    recording (if several: as given, or its number in the folder, paths in .attrs['recordings']);
     start_s; clock, where known; tpp, low_90, high_90, … (mmHg; NaN where refused); refused
-    (reasons); of each needed vital <vital>, <vital>_from, <vital>_age_s and <vital>_refused; with
-    an arterial line tpp_abp, r2_abp, abp_in_gate. RecordingError, CheckpointError, DataError.
+    (reasons); <vital>, <vital>_from, <vital>_age_s and <vital>_refused for each needed vital; with
+    an arterial line tpp_abp, r2_abp, abp_in_gate. Raises RecordingError, CheckpointError or
+    DataError.
     """
     model, name = model_or_path, "the model"
     if not isinstance(model, header.NormalisedModel):
@@ -136,20 +137,20 @@ def predict_recording(model_or_path, recording, map=None, dbp=None, hr=None, vit
 
 
 class Predictor:
-    """A model with the options of a run. needed: the vitals that the network takes, and MAP where
-    it predicts Pcrit: TPP = MAP - Pcrit. levels: those with an interval. remarks: for the user."""
+    """A model with the options of a run. needed: the network's vitals, and MAP where it predicts
+    Pcrit (TPP = MAP - Pcrit). levels: {level: half width} of its intervals. remarks: for the user.
+    """
 
     def __init__(self, model, name, given, vitals_path, **reading):
         """reading: channels, units and file_fs of recordings.read_windows."""
-        self.model, self.name, self.vitals_path = model, name, vitals_path
-        self.reading = {**WINDOW, **reading, "polarity": signals.ppg_polarity}
-        self.unknown_units = {name.lower() for name in reading.get("units") or ()}
-        self.inputs, self.remarks = list(model.keys[1:-1]), []
         if not model.with_ppg:
             raise DataError(f"{name}: predict.py needs a network of the PPG and the vitals of "
                             "datasets.FIELDS; evaluate.py scores any other")
-        self.gives_p_crit = model.keys[-1] == "p_crit"
-        self.needed = list(dict.fromkeys(self.inputs + (["map"] if self.gives_p_crit else [])))
+        self.model, self.name, self.vitals_path = model, name, vitals_path
+        self.reading = {**WINDOW, **reading, "polarity": signals.ppg_polarity}
+        self.unknown_units = {name.lower() for name in reading.get("units") or ()}
+        self.inputs, self.gives_p_crit = list(model.keys[1:-1]), model.keys[-1] == "p_crit"
+        self.needed = list(dict.fromkeys(self.inputs + ["map"] * self.gives_p_crit))
         self.given = {key: value for key, value in given.items() if value is not None}
         for key, value in self.given.items():
             low, high = WINDOW["limits"][key]
@@ -158,19 +159,18 @@ class Predictor:
         if self.given.get("dbp", 0) >= self.given.get("map", np.inf):
             raise DataError("--dbp {dbp:g}: expected less than --map {map:g}".format(**self.given))
         run = run_of(model.checkpoint)
-        self.origin, self.method, self.calibration = run.origin, run.label_method, run.calibration
-        self.warning = tk_utils.simulated_note("recordings", self.origin)
-        if self.method not in labels.METHODS:
-            if self.method != "unknown":
-                self.remarks.append("labels are 'published', not "
-                                    f"{self.method!r} as the network's own")
-            self.method = "published"
-        self.gate = datasets.get_gate(run.condition)
+        self.origin, self.calibration, self.gate = (
+            run.origin, run.calibration, datasets.get_gate(run.condition))
+        self.method = run.label_method if run.label_method in labels.METHODS else "published"
+        self.warning, self.remarks = tk_utils.simulated_note("recordings", self.origin), []
+        if run.label_method not in (self.method, "unknown"):
+            self.remarks.append("labels are 'published', not "
+                                f"{run.label_method!r} as the network's own")
         self.remarks += report.influence_lines(header.kept_shares(model.anchor))
         self.levels = self.usable_levels()
 
     def usable_levels(self):
-        """{level: half width} where the calibration holds for recordings; adds to the remarks."""
+        """{level: half width} if the calibration holds for recordings; adds to the remarks."""
         known = self.calibration
         halves = dict(zip(known.get("levels", ()), known.get("half_widths", ())))
         usable = {level: half for level, half in halves.items() if half is not None}
@@ -186,13 +186,13 @@ class Predictor:
         return {} if why else usable
 
     def table(self, found) -> pd.DataFrame:
-        """The rows of all recordings; of several, each that cannot be used costs a line."""
+        """The rows of all recordings; of several, an unusable recording gets a line on stderr."""
         tables, several = [], len(found) > 1
         for number, item in enumerate(found):
             try:
                 table, notes = self.one_table(item)
             except (RecordingError, DataError) as error:
-                if len(found) == 1 and not item.in_folder:
+                if not several and not item.in_folder:
                     raise
                 print(recordings.public_name(found, number), tk_utils.printable(
                     getattr(error, "what", error)), sep=": ", file=sys.stderr)
@@ -203,14 +203,15 @@ class Predictor:
             tables.append(table)
         if not tables:
             raise DataError("none of the recordings could be used")
-        if self.unknown_units:      # in any of them
+        if self.unknown_units:      # to all recordings
             raise DataError(self.unknown_text())
         table = pd.concat(tables, ignore_index=True)
         names = {str(i): item.path for i, item in enumerate(found, 1) if item.in_folder}
         table.attrs.update(failed=len(found) - len(tables), recordings=names if several else {})
         return table
 
-    def one_table(self, item):      # (its rows, notes on it)
+    def one_table(self, item):
+        """(rows of a recording, notes on it)."""
         recorded = recordings.read_windows(item.path, **self.reading)
         readings, wrong, implausible, columns = {}, {}, {}, set()
         if self.vitals_path:
@@ -231,33 +232,34 @@ class Predictor:
             for key, what in implausible.items()]
 
     def unknown_text(self):
-        names = ", ".join(sorted(self.unknown_units))
-        return f"--unit {names}: no such channel" + " or column of --vitals" * bool(
-            self.vitals_path)
+        where = "channel or column of --vitals" if self.vitals_path else "channel"
+        return f"--unit {', '.join(sorted(self.unknown_units))}: no such {where}"
 
     def why_missing(self, missing, recorded, readings, implausible):
-        """What was found of vitals that no minute has, and what to do."""
+        """Why no minute has the vitals `missing`, and what to do."""
         whys = ["no arterial pressure (--abp-channel)"]
         if "abp" in recorded.chosen:
             whys = [recorded.implausible.get("abp", "no usable beats in the arterial pressure")]
         whys += [what for kind, what in recorded.implausible.items()
                  if kind.replace("cuff_", "") in missing]
         for key in missing if self.vitals_path else ():
-            times_s = readings.get(key, [np.zeros(0)])[0]
-            whys.append("--vitals: " + (
-                f"{key.upper()} from {times_s[0]:.0f} to {times_s[-1]:.0f} s, which reaches no "
-                f"minute (it is held for {MAX_AGE_S / 60:g} minutes)" if times_s.size else
-                implausible.get(key, f"no column of numbers that is named {key} or like it")))
+            what = implausible.get(key, f"no column of numbers that is named {key} or like it")
+            times_s = readings.get(key, [()])[0]
+            if len(times_s):
+                what = (f"{key.upper()} from {times_s[0]:.0f} to {times_s[-1]:.0f} s, which reaches"
+                        f" no minute (it is held for {MAX_AGE_S / 60:g} minutes)")
+            whys.append(f"--vitals: {what}")
         if self.unknown_units:
-            return "; ".join([*whys, self.unknown_text()])
-        if any("implausible" in why and "swapped" not in why for why in whys):
+            whys.append(self.unknown_text())
+        elif any("implausible" in why and "swapped" not in why for why in whys):
             names = ("COLUMN", missing[0]) if implausible else ("CHANNEL", "ABP")
-            return "; ".join([*whys, recordings.UNIT_HINT.format(*names)])
-        return "; ".join(whys + [f"add --map, --dbp, or --vitals CSV of time_s,{','.join(missing)}"
-                                 ] * (not self.vitals_path))
+            whys.append(recordings.UNIT_HINT.format(*names))
+        elif not self.vitals_path:
+            whys.append(f"add --map, --dbp, or --vitals CSV of time_s,{','.join(missing)}")
+        return "; ".join(whys)
 
     def block(self, recorded, minutes, readings, wrong_readings) -> pd.DataFrame:
-        """The rows of some minutes."""
+        """The rows of some minutes; readings, wrong_readings: from the CSV of --vitals."""
         start_s, end_s = minutes.start_s, minutes.start_s + SEGMENT_SECONDS
         label = labels.label_segments(minutes.abp, FS, method=self.method)
         quality = signals.signal_quality(minutes.abp, minutes.ppg, FS)
@@ -270,7 +272,7 @@ class Predictor:
                        for key, reading in readings.items()},
             "abp": {key: (label[key], none) for key in VITALS if key in label},
             "numbers": numbers,
-            "cuff": {kind[len("cuff_"):]: one for kind, one in numbers.items()
+            "cuff": {kind[len("cuff_"):]: values for kind, values in numbers.items()
                      if kind.startswith("cuff_")},
             "ppg": {"hr": (np.where(quality["reason"], np.nan, quality["ppg_hr"]), none)}})
         above = vitals.get("dbp", none) >= vitals.get("map", none)
@@ -284,9 +286,9 @@ class Predictor:
             columns["clock"] = clock.strftime("%H:%M:%S %Z").str.strip()
         columns.update(self.predict(minutes.ppg, vitals, np.array(reasons, object)), **vitals)
         for key in self.needed + ["sbp", "dbp"] * ("pp" in self.needed):
-            in_table = np.searchsorted(wrong_readings.get(key, []), [start_s, end_s])
-            columns[f"{key}_refused"] = (in_table[1] - in_table[0] + minutes.refused.get(key, 0)
-                                         + minutes.refused.get(f"cuff_{key}", 0))
+            begin, end = np.searchsorted(wrong_readings.get(key, []), [start_s, end_s])
+            columns[f"{key}_refused"] = end - begin + sum(
+                minutes.refused.get(kind, 0) for kind in (key, f"cuff_{key}"))
         if "abp" in recorded.chosen:
             fields = {**quality, **label, "reason": label["reason"] | quality["reason"]}
             gate = replace(self.gate, min_minutes=0, comparisons=tuple(     # of the minute alone
@@ -298,15 +300,14 @@ class Predictor:
         return pd.DataFrame(columns)
 
     def predict(self, ppg, vitals, refused):
-        """The columns tpp, low_…, high_… and refused of minutes."""
-        fine, answer = refused == "", np.full((len(ppg), 2), np.nan)
+        """{'tpp', 'low_…', 'high_…', 'refused': [n]} of n minutes; refused: [n], '' or why."""
+        fine, answer = refused == "", np.full((len(ppg), self.model.outputs), np.nan)
         if fine.any():
             device = next(self.model.buffers()).device
             inputs = [torch.from_numpy(np.asarray(values[fine], np.float32)).to(device)
                       for values in (ppg[:, None], *(vitals[key] for key in self.inputs))]
             with torch.no_grad():
-                found = self.model(*inputs)                             # [minutes, 1 or 2]
-            answer[fine, :found.shape[1]] = found.cpu().numpy()
+                answer[fine] = self.model(*inputs).cpu().numpy()
         tpp = vitals["map"] - answer[:, 0] if self.gives_p_crit else answer[:, 0]
         absurd = tpp[fine & ~(np.abs(tpp) <= metrics.MAX_TPP)]
         if absurd.size:
@@ -314,15 +315,14 @@ class Predictor:
                 f"{self.name}: answers {absurd[0]:.6g} mmHg, which is no tissue perfusion pressure")
         columns = {"tpp": tpp}
         for level in self.levels:
-            ends = metrics.interval(tpp, self.calibration, level,
-                                    answer[:, 1] if self.calibration.get("spread") else None)
+            ends = metrics.interval(tpp, self.calibration, level, answer[:, -1])
             columns.update(zip((f"low_{100 * level:g}", f"high_{100 * level:g}"), ends))
         return dict(columns, refused=refused)
 
 
 def choose_vitals(needed, n, sources):
-    """{vital: [n], <vital>_from: [n], <vital>_age_s: [n]} of the needed vitals, from the first
-    source that has a plausible value, at most MAX_AGE_S old; SBP and DBP of a source give PP."""
+    """{vital, <vital>_from, <vital>_age_s: [n]} of the needed vitals, from the first source with a
+    plausible value that is at most MAX_AGE_S old. SBP and DBP of a source give PP."""
     columns, none = {}, np.full(n, np.nan)
     for key in needed:
         low, high = WINDOW["limits"][key]
@@ -339,7 +339,7 @@ def choose_vitals(needed, n, sources):
 
 
 def write_csv(table, path, names_path):
-    """The table as CSV, two decimals; names of files found in a folder go to a private file."""
+    """Write the table as CSV, two decimals; names of files in a folder go to a private file."""
     with tk_utils.atomic_file(path, newline="") as file:
         table.round(2).to_csv(file, index=False, lineterminator="\n")
     print(f"written: {path}")
@@ -352,7 +352,7 @@ def write_csv(table, path, names_path):
 
 
 def print_minutes(table, needed):
-    """A line a minute; columns without content are left out."""
+    """Print a line per minute, without empty columns."""
     names = [name for name in ("recording", "clock", "start_s", "tpp", "low_90", "high_90", *needed,
                                "tpp_abp", "abp_in_gate", "refused")
              if name in table and table[name].replace("", np.nan).notna().any()]
@@ -363,7 +363,7 @@ def print_minutes(table, needed):
 
 
 def summary(table, needed):
-    """Lines on what the minutes say together, and where the vitals came from."""
+    """Yield lines on all minutes together: TPP, refusals, and the sources of the vitals."""
     n_done, reasons = table["tpp"].count(), table["refused"].str.split().explode().value_counts()
     yield (f"{counted(len(table), 'minute')}, {n_done:,} with TPP"
            + (f", median {table['tpp'].median():.1f} mmHg" if n_done else "")
@@ -379,13 +379,13 @@ def summary(table, needed):
 
 
 def draw(table, predictor, with_values=False):
-    """TPP with its intervals and the label, vitals below; refused minutes are shaded."""
+    """Draw TPP with its intervals and the label, and the vitals below; shade refused minutes."""
     scale, unit = (60.0, "minutes") if table["start_s"].iloc[-1] < 7200 else (3600.0, "hours")
     units = list(dict.fromkeys(FIELDS[key].unit for key in predictor.needed))
     figure = tk_utils.new_figure(9, 3 + 1.5 * len(units))
     axes = figure.subplots(1 + len(units), 1, sharex=True, squeeze=False,
                            gridspec_kw={"height_ratios": [2.2] + [1] * len(units)})[:, 0]
-    # A minute has two rows, its start and its end; an empty row follows where the next does not.
+    # A minute has two rows, its start and its end, and then an empty row if a gap follows.
     ends = table.assign(start_s=table["start_s"] + SEGMENT_SECONDS - 1e-3)
     is_last = np.append(np.diff(table["start_s"]) > SEGMENT_SECONDS + 0.01, True)
     steps = pd.concat([table, ends, ends.loc[is_last, ["start_s"]]]).sort_values(
@@ -395,12 +395,12 @@ def draw(table, predictor, with_values=False):
         top.fill_between(x, steps["low_90"], steps["high_90"], alpha=0.3, lw=0,
                          color=tk_utils.TRAIN_COLOUR, label="90 % interval")
     top.plot(x, steps["tpp"], color=tk_utils.TRAIN_COLOUR, lw=1.2, label="TPP")
-    middle = (table["start_s"] + SEGMENT_SECONDS / 2) / scale
     if "tpp_abp" in table:
+        middle = (table["start_s"] + SEGMENT_SECONDS / 2) / scale
         top.plot(middle, table["tpp_abp"].where(table["abp_in_gate"] == "yes"), ".", color="black",
                  ms=4, label="label from the arterial\nline (passes the gate)")
     if with_values:
-        add_values(top, middle, table)
+        add_values(top, scale, table)
     top.axhline(metrics.LOW_TPP, color="0.4", lw=0.9, ls="--", label=f"{metrics.LOW_TPP:g} mmHg")
     for axis, label in zip(axes, ("TPP (mmHg)", *units)):
         for i, key in enumerate(predictor.needed):
@@ -419,15 +419,13 @@ def draw(table, predictor, with_values=False):
     return tk_utils.finish_figure(figure, predictor.warning)
 
 
-def add_values(axis, middle, table):
-    """Invisible marks that show a minute's values under the pointer on a page."""
-    for x, (_, row) in zip(middle, table.iterrows()):
-        if np.isfinite(row["tpp"]):
-            ends = (f" (90 %: {row['low_90']:.0f} to {row['high_90']:.0f})"
-                    if "low_90" in table else "")
-            when = row.get("clock") or f"minute {row['start_s'] / SEGMENT_SECONDS + 1:.0f}"
-            axis.plot(x, row["tpp"], "o", ms=8, alpha=0,
-                      gid=f"hover:{when}: TPP {row['tpp']:.0f} mmHg{ends}")
+def add_values(axis, scale, table):
+    """Draw invisible marks, which show a minute's values under the pointer on a page."""
+    for row in table.dropna(subset=["tpp"]).to_dict("records"):
+        ends = f" (90 %: {row['low_90']:.0f} to {row['high_90']:.0f})" if "low_90" in row else ""
+        when = row.get("clock") or f"minute {row['start_s'] / SEGMENT_SECONDS + 1:.0f}"
+        axis.plot((row["start_s"] + SEGMENT_SECONDS / 2) / scale, row["tpp"], "o", ms=8, alpha=0,
+                  gid=f"hover:{when}: TPP {row['tpp']:.0f} mmHg{ends}")
 
 
 def save_drawing(table, predictor, path):
@@ -443,7 +441,7 @@ def save_drawing(table, predictor, path):
 
 
 class RawUnits(torch.nn.Module):
-    """ppg [B, 1, 3600] in any unit, needed vitals [B] -> TPP [B], and its interval's ends."""
+    """ppg [B, 1, 3600] in any unit, needed vitals [B] -> TPP [B] and the ends of its interval."""
 
     def __init__(self, predictor):
         super().__init__()
@@ -461,55 +459,60 @@ class RawUnits(torch.nn.Module):
 
 
 def export(predictor, path):
-    """Writes the ONNX file, if onnxruntime gives the same answers as PyTorch."""
+    """Write the ONNX file if onnxruntime gives the same answers as PyTorch."""
     try:
         import onnx
         import onnxruntime
     except ModuleNotFoundError as error:
         raise DataError(f"--export needs the package {error.name}: "
-                           "pip install -r requirements-extra.txt") from None
-    module, buffer = RawUnits(predictor).cpu().eval(), io.BytesIO()
-    rng, n = np.random.default_rng(0), EXPORT_SEGMENTS     # pulses at many gains and offsets
-    phase = 2 * np.pi * rng.uniform(0.7, 2.5, (n, 1)) * np.arange(SEGMENT_SAMPLES) / FS
-    ppg = np.sin(phase) + rng.uniform(0.1, 0.6, (n, 1)) * np.sin(2 * phase - 1)
-    ppg += 0.02 * rng.standard_normal(ppg.shape) + rng.uniform(-100, 100, (n, 1))
-    ppg *= 10 ** rng.uniform(-3, 3, (n, 1))
-    vitals = rng.uniform(40, 110, (len(predictor.needed), n))
-    inputs = [torch.from_numpy(x.astype(np.float32)) for x in (ppg[:, None], *vitals)]
-    names = ["ppg", *predictor.needed]
-    outputs = ["tpp"] if module.half is None else ["tpp", "low", "high"]
+                        "pip install -r requirements-extra.txt") from None
+    module, inputs = RawUnits(predictor).cpu().eval(), example_inputs(len(predictor.needed))
+    names, outputs, interval = ["ppg", *predictor.needed], ["tpp"], ""
+    if module.half is not None:
+        outputs, interval = ["tpp", "low", "high"], f"; low to high: {EXPORT_LEVEL:.0%} interval"
+    units = ", ".join(f"{key} [batch] {FIELDS[key].unit}" for key in predictor.needed)
     old = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     with tk_utils.one_line(f"{path}: not written", DataError), warnings.catch_warnings():
         warnings.simplefilter("ignore")         # that the tracer keeps sizes as constants
+        buffer = io.BytesIO()
         torch.onnx.export(module, tuple(x[:2] for x in inputs), buffer, input_names=names,
                           output_names=outputs, opset_version=17,      # the highest of PyTorch 2.0
                           do_constant_folding=False,    # it loses one of two equal parameters
                           dynamic_axes={name: {0: "batch"} for name in names + outputs}, **old)
         graph = onnx.load_from_string(buffer.getvalue())
-        units = ", ".join(f"{key} [batch] {FIELDS[key].unit}" for key in predictor.needed)
         onnx.helper.set_model_props(graph, {
             "inputs": f"ppg [batch, 1, {SEGMENT_SAMPLES}] at {FS} Hz in any unit; {units}",
-            "outputs": f"{', '.join(outputs)} [batch] mmHg" + (
-                "" if module.half is None else f"; low to high: {EXPORT_LEVEL:.0%} interval"),
+            "outputs": f"{', '.join(outputs)} [batch] mmHg{interval}",
             "trained_on": predictor.origin, "use": "research only; no medical device"})
         onnx.checker.check_model(graph)
         data = graph.SerializeToString()
         onnxruntime.set_default_logger_severity(3)  # errors only
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-        differences = []
+        worst = 0.0
         for n in (EXPORT_SEGMENTS, 1, 7):
             part = [x[:n] for x in inputs]
             with torch.no_grad():
                 expected = module(*part)
             answers = session.run(None, {name: x.numpy() for name, x in zip(names, part)})
-            differences += [np.abs(a - b.numpy()).max() for a, b in zip(answers, expected)]
-    worst = np.max(differences)                 # NaN if one is
+            worst = np.max([worst, *(np.abs(a - b.numpy()).max()        # NaN if one is
+                                     for a, b in zip(answers, expected))])
     if not worst <= EXPORT_TOLERANCE:
         raise DataError(f"{path}: not written, as onnxruntime differs from PyTorch by "
-                           f"{worst:.2g} mmHg (at most {EXPORT_TOLERANCE:g} is allowed)")
+                        f"{worst:.2g} mmHg (at most {EXPORT_TOLERANCE:g} is allowed)")
     with tk_utils.atomic_file(path, "wb") as file:
         file.write(data)
     print(f"written: {path}; at most {worst:.1g} mmHg from PyTorch on {EXPORT_SEGMENTS} segments")
+
+
+def example_inputs(n_vitals):
+    """PPG [EXPORT_SEGMENTS, 1, 3600] at many gains and offsets, and n_vitals vitals."""
+    rng, n = np.random.default_rng(0), EXPORT_SEGMENTS
+    phase = 2 * np.pi * rng.uniform(0.7, 2.5, (n, 1)) * np.arange(SEGMENT_SAMPLES) / FS
+    ppg = np.sin(phase) + rng.uniform(0.1, 0.6, (n, 1)) * np.sin(2 * phase - 1)
+    ppg += 0.02 * rng.standard_normal(ppg.shape) + rng.uniform(-100, 100, (n, 1))
+    ppg *= 10 ** rng.uniform(-3, 3, (n, 1))
+    vitals = rng.uniform(40, 110, (n_vitals, n))
+    return [torch.from_numpy(x.astype(np.float32)) for x in (ppg[:, None], *vitals)]
 
 
 if __name__ == "__main__":
