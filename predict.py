@@ -81,7 +81,7 @@ def main(arguments=None):
         **recordings.channel_options(options))
     found = recordings.find_recordings(options.recordings)
     if options.figure and len(found) > 1:
-        raise DataError(f"--figure draws one recording, and {len(found)} are given")
+        raise DataError(f"--figure draws one recording, but {len(found)} are given")
     names_path = options.out and os.path.splitext(options.out)[0] + "_recordings.csv"
     inputs = [path for item in found for path in recordings.files_of(item.path)]
     for path in filter(None, (options.out, names_path, options.figure, options.export)):
@@ -164,8 +164,7 @@ class Predictor:
         self.method = run.label_method if run.label_method in labels.METHODS else "published"
         self.warning, self.remarks = tk_utils.simulated_note("recordings", self.origin), []
         if run.label_method not in (self.method, "unknown"):
-            self.remarks.append("labels are 'published', not "
-                                f"{run.label_method!r} as the network's own")
+            self.remarks.append(f"labels are 'published', not {run.label_method!r} as in training")
         self.remarks += report.influence_lines(header.kept_shares(model.anchor))
         self.levels = self.usable_levels()
 
@@ -243,11 +242,11 @@ class Predictor:
         whys += [what for kind, what in recorded.implausible.items()
                  if kind.replace("cuff_", "") in missing]
         for key in missing if self.vitals_path else ():
-            what = implausible.get(key, f"no column of numbers that is named {key} or like it")
+            what = implausible.get(key, f"no numeric column with a usual name for {key}")
             times_s = readings.get(key, [()])[0]
             if len(times_s):
                 what = (f"{key.upper()} from {times_s[0]:.0f} to {times_s[-1]:.0f} s, which reaches"
-                        f" no minute (it is held for {MAX_AGE_S / 60:g} minutes)")
+                        f" no minute (a reading is held for {MAX_AGE_S / 60:g} minutes)")
             whys.append(f"--vitals: {what}")
         if self.unknown_units:
             whys.append(self.unknown_text())
@@ -311,8 +310,8 @@ class Predictor:
         tpp = vitals["map"] - answer[:, 0] if self.gives_p_crit else answer[:, 0]
         absurd = tpp[fine & ~(np.abs(tpp) <= metrics.MAX_TPP)]
         if absurd.size:
-            raise header.CheckpointError(
-                f"{self.name}: answers {absurd[0]:.6g} mmHg, which is no tissue perfusion pressure")
+            raise header.CheckpointError(f"{self.name}: gives {absurd[0]:.6g} mmHg, which cannot "
+                                         "be a tissue perfusion pressure")
         columns = {"tpp": tpp}
         for level in self.levels:
             ends = metrics.interval(tpp, self.calibration, level, answer[:, -1])
@@ -348,7 +347,7 @@ def write_csv(table, path, names_path):
         with tk_utils.atomic_file(names_path, newline="") as file:
             file.write(recordings.PRIVATE_LINE + "\n")
             names.to_csv(file, index=False, lineterminator="\n")
-        print(f"written: {names_path}, which is private: the recordings' names")
+        print(f"written: {names_path} (private: it names the recordings)")
 
 
 def print_minutes(table, needed):
@@ -407,7 +406,7 @@ def draw(table, predictor, with_values=False):
             if FIELDS[key].unit == label:
                 axis.plot(x, steps[key], lw=1.2, label=key.upper(), color=f"C{i + 1}")
         middle_y, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
-        axis.set_ylim(middle_y - max(half, 10), middle_y + max(half, 10))   # no small changes
+        axis.set_ylim(middle_y - max(half, 10), middle_y + max(half, 10))   # at least 20 units high
         refused = steps["refused"].fillna("") != ""
         axis.fill_between(x, 0, 1, where=refused, color="0.85", lw=0, zorder=0,
                           transform=axis.get_xaxis_transform(),
@@ -473,11 +472,11 @@ def export(predictor, path):
     units = ", ".join(f"{key} [batch] {FIELDS[key].unit}" for key in predictor.needed)
     old = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     with tk_utils.one_line(f"{path}: not written", DataError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # that the tracer keeps sizes as constants
+        warnings.simplefilter("ignore")         # the tracer keeps sizes as constants
         buffer = io.BytesIO()
         torch.onnx.export(module, tuple(x[:2] for x in inputs), buffer, input_names=names,
                           output_names=outputs, opset_version=17,      # the highest of PyTorch 2.0
-                          do_constant_folding=False,    # it loses one of two equal parameters
+                          do_constant_folding=False,    # folding drops one of two equal parameters
                           dynamic_axes={name: {0: "batch"} for name in names + outputs}, **old)
         graph = onnx.load_from_string(buffer.getvalue())
         onnx.helper.set_model_props(graph, {
@@ -497,8 +496,8 @@ def export(predictor, path):
             worst = np.max([worst, *(np.abs(a - b.numpy()).max()        # NaN if one is
                                      for a, b in zip(answers, expected))])
     if not worst <= EXPORT_TOLERANCE:
-        raise DataError(f"{path}: not written, as onnxruntime differs from PyTorch by "
-                        f"{worst:.2g} mmHg (at most {EXPORT_TOLERANCE:g} is allowed)")
+        raise DataError(f"{path}: not written: onnxruntime and PyTorch differ by {worst:.2g} mmHg "
+                        f"(at most {EXPORT_TOLERANCE:g} is allowed)")
     with tk_utils.atomic_file(path, "wb") as file:
         file.write(data)
     print(f"written: {path}; at most {worst:.1g} mmHg from PyTorch on {EXPORT_SEGMENTS} segments")

@@ -61,7 +61,7 @@ def parse_arguments(arguments=None):
         help="columns record (a file's name, or the end of its path: p1/night) and split_group "
              "(its patient; default: each record is its own patient)")
     add("--label-method", choices=tuple(labels.METHODS), default="published",
-        help="how Pcrit is estimated, docs/labels.md (default: published)")
+        help="how Pcrit is estimated (docs/labels.md; default: published)")
     add("--align", action="store_true",
         help="shift each record's PPG by its delay behind the ABP (default: only report it)")
     add = recordings.add_channel_options(parser)
@@ -88,7 +88,7 @@ def main(arguments=None):
     problems = Problems(records, options.out)
     for number, record in enumerate(records):
         if options.groups and number not in groups:
-            problems.add("note", record, "not in the groups file: taken as its own patient")
+            problems.add("note", record, "not in the groups file: treated as its own patient")
     inputs = [path for item in found for path in recordings.files_of(item.path)]
     for path in filter(None, (options.out, problems.path, options.report)):
         tk_utils.check_writable(path, [*inputs, options.groups])
@@ -141,11 +141,11 @@ def plan(found, groups, options) -> List[Record]:
         digest((folder / f"{name}.py").read_bytes()) for name in SHAPING_MODULES]
     records = []
     for number, (item, name) in enumerate(zip(found, record_names(found))):
-        group_names = [groups.get(number, name), name]
+        group_names = (groups.get(number, name), name)
         files = [os.stat(path) for path in recordings.files_of(item.path)]
         key = digest([group_names, os.path.abspath(item.path), made_with,
                       [(file.st_size, file.st_mtime_ns) for file in files]])
-        records.append(Record(item.path, public_name(found, number), tuple(group_names), key))
+        records.append(Record(item.path, public_name(found, number), group_names, key))
     return records
 
 
@@ -171,7 +171,7 @@ def read_groups(path, found) -> Dict[int, str]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig",
                             usecols=["record", "split_group"], skip_blank_lines=False,
                             index_col=False)
-    except ValueError as error:  # also of bytes that are not UTF-8 and of pandas' parser
+    except ValueError as error:  # also bytes that are not UTF-8, and pandas' ParserError
         raise RecordingError(path, "expected a CSV file with the columns record,split_group",
                              error) from None
     known_as = defaultdict(set)     # {end of a path, with or without ending: recordings' numbers}

@@ -1,4 +1,4 @@
-"""predict.py: recordings in, TPP by minute out; the export."""
+"""predict.py: from recordings to TPP by minute; the ONNX export."""
 import html
 import re
 import shutil
@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory):
 
 
 def run(*arguments, code=0):
-    """What predict.py does, which must end with this exit code."""
+    """Run predict.py, which must end with this exit code."""
     return call(predict, *arguments, check=code)
 
 
@@ -65,7 +65,7 @@ def night(tmp_path_factory):
     return write_csv(tmp_path_factory.mktemp("records") / "MRN12345.csv", 185)
 
 
-def test_the_answers_are_those_of_the_model_on_what_prepare_stores(tmp_path, night):
+def test_predictions_equal_the_model_s_on_what_prepare_stores(tmp_path, night):
     model = make_checkpoint(tmp_path / "m.pth", label_method="waveform_balance")
     table = predicted(tmp_path, model, night, "--figure", tmp_path / "f.html")
     page = (tmp_path / "f.html").read_text()
@@ -84,7 +84,7 @@ def test_the_answers_are_those_of_the_model_on_what_prepare_stores(tmp_path, nig
     assert list(frame.columns[:6]) == ["start_s", "tpp", "low_50", "high_50", "low_90", "high_90"]
 
 
-def test_the_page_says_what_the_console_says_and_what_is_drawn(tmp_path, night):
+def test_the_page_has_the_console_s_lines_and_explains_the_figure(tmp_path, night):
     model = make_checkpoint(tmp_path / "m.pth", origin="simulated")
     table = pd.read_csv(night)
     table.loc[table["time_s"] < 60, "PLETH"] = 1.0
@@ -110,7 +110,7 @@ def test_a_network_of_your_own_predicts_and_exports(tmp_path, night):
     pytest.importorskip("onnxruntime")
     assert "from PyTorch on 64 segments" in run(path, *own, *export).stdout
     said = {item.key: item.value for item in onnx.load(str(export[1])).metadata_props}
-    assert said["outputs"] == "tpp [batch] mmHg"            # no interval, as it is not calibrated
+    assert said["outputs"] == "tpp [batch] mmHg"            # not calibrated, so no interval
     model = NormalisedModel(Own(), ["ppg", "tpp"], load_model(path, network=Own()).normaliser,
                             inputs=["ppg", "map"])          # as by --ablate: without the vitals
     save_checkpoint(path, model)
@@ -136,7 +136,7 @@ def test_several_recordings_make_one_table_and_names_stay_private(tmp_path, nigh
     assert "--figure draws one recording" in done.stderr
 
 
-def test_from_python_vitals_are_given_for_all_minutes_and_hr_comes_from_the_ppg(night, checkpoint):
+def test_from_python_vitals_hold_for_all_minutes_and_hr_comes_from_the_ppg(night, checkpoint):
     table = predict.predict_recording(checkpoint, night, 75, 55, channels={"abp": "none"})
     assert list(table["map_from"] + table["hr_from"]) == ["optionppg"] * 3
     assert abs(table["hr"][0] - 72) < 1 and "tpp_abp" not in table
@@ -147,12 +147,12 @@ def test_from_python_vitals_are_given_for_all_minutes_and_hr_comes_from_the_ppg(
      "--vitals CSV of time_s,map,dbp"),
     ("ABP [kPa]", None, ", expected 20 to 200 mmHg; see --abp-channel); if the unit is another: "
      "--unit CHANNEL=UNIT"),
-    ("x", "0,80,\n60,90,", "needs DBP: no arterial pressure (--abp-channel); --vitals: no column"),
+    ("x", "0,80,\n60,90,", "needs DBP: no arterial pressure (--abp-channel); --vitals: no num"),
     ("x", "0,10,7.3\n90,9.4,7", "such as --unit map=kPa"),
     ("x", "0,55,75\n90,50,70", "median 52.5, expected DBP <= MAP <= SBP; are they swapped?"),
-    ("x", "0,seventy,55", "no column of numbers that is named map"),
+    ("x", "0,seventy,55", "no numeric column with a usual name for map"),
     ("x", "5000,75,55", "MAP from 5000 to 5000 s, which reaches no minute")])
-def test_why_no_minute_has_a_vital_is_said(tmp_path, checkpoint, abp, cuff, said):
+def test_the_error_says_why_no_minute_has_a_vital(tmp_path, checkpoint, abp, cuff, said):
     path = write_csv(tmp_path / "r.csv", 125, columns=(abp, "PLETH"))
     (tmp_path / "cuff.csv").write_text(f"time_s,map,dbp\n{cuff}\n")
     vitals = ["--vitals", tmp_path / "cuff.csv"] if cuff else []
@@ -161,7 +161,7 @@ def test_why_no_minute_has_a_vital_is_said(tmp_path, checkpoint, abp, cuff, said
         "--unit" in said)
 
 
-def test_a_unit_is_for_a_channel_or_a_column_of_vitals_that_is_there(tmp_path, night, checkpoint):
+def test_a_unit_must_name_a_channel_or_a_column_of_vitals(tmp_path, night, checkpoint):
     (tmp_path / "cuff.csv").write_text("time_s,map,dbp\n0,10,7.3\n")
     given = [checkpoint, night, "--vitals", tmp_path / "cuff.csv", "--unit", "DBP=kPa", "--unit"]
     out = run(*given, "map=kPa").stdout
@@ -218,7 +218,7 @@ def test_a_network_of_pcrit_gives_tpp_and_needs_map(tmp_path):
     assert (a["pp"][0], a["pp_from"][0], a["pp_age_s"][0]) == (40, "vitals", 40)
 
 
-def test_intervals_are_as_wide_as_the_network_s_own_spread_says(tmp_path, night):
+def test_the_network_s_own_spread_sets_the_width_of_intervals(tmp_path, night):
     model = make_checkpoint(tmp_path / "s.pth", ["ppg", "map", "p_crit"], outputs=2)
     table = predicted(tmp_path, model, night, "--figure", tmp_path / "f.pdf")
     width = table["high_90"] - table["low_90"]
@@ -233,7 +233,7 @@ def test_intervals_are_as_wide_as_the_network_s_own_spread_says(tmp_path, night)
     ({"calibrated": False}, False, "no prediction intervals: no calibration .* makes one"),
     ({}, True, r"no interval at 95 %: calibrated on too few patients \(12\)"),
     ({"label_method": "mine"}, True, "labels are 'published', not 'mine'")])
-def test_intervals_stand_only_where_calibrations_hold(tmp_path, night, options, shown, remark):
+def test_intervals_are_given_where_the_calibration_holds(tmp_path, night, options, shown, remark):
     model = make_checkpoint(tmp_path / "m.pth", **options)
     out = run(model, night, "--out", tmp_path / "o.csv", "--figure", tmp_path / "f.svg").stdout
     assert len(re.findall(remark, out)) == 1
@@ -249,7 +249,7 @@ def test_intervals_stand_only_where_calibrations_hold(tmp_path, night, options, 
     ({}, ["--ppg-channel", "X"], "--ppg-channel"), ({}, ["--map", "0"], "--map 0: expected"),
     ({}, ["--map", "55", "--dbp", "75"], "--dbp 75: expected less than --map 55"),
     ({}, ["--figure", "f.txt"], "ends in .png"), ({}, ["--unit", "kPa"], "CHANNEL=UNIT"),
-    ({}, ["none.csv"], "no such file"), ({"scale": 1e6}, [], "no tissue perfusion pressure")])
+    ({}, ["none.csv"], "no such file"), ({"scale": 1e6}, [], "cannot be a tissue perfusion")])
 def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, file, options, said):
     model = make_checkpoint(tmp_path / "m.pth", scale=file.pop("scale", 10.0))
     path, out = write_csv(tmp_path / "r.csv", **{"seconds": 61, **file}), tmp_path / "x" / "o.csv"
@@ -287,5 +287,5 @@ def test_an_export_gives_what_pytorch_gives_at_any_gain_and_batch_or_is_refused(
         np.testing.assert_allclose([tpp - low, high - tpp], 9.0, atol=1e-4)
     monkeypatch.setattr(predict, "EXPORT_TOLERANCE", -1.0)
     done = run(checkpoint, "--export", tmp_path / "x" / "m.onnx", code=2)
-    assert "not written, as onnxruntime differs" in done.stderr
+    assert "not written: onnxruntime and PyTorch differ" in done.stderr
     assert not (tmp_path / "x").exists()

@@ -1,4 +1,4 @@
-"""prepare.py: recordings in, one file of the layout and a quality page out."""
+"""prepare.py: from recordings to one file of the layout and a quality page."""
 import os
 import re
 import shutil
@@ -19,7 +19,7 @@ import simulate
 
 
 def run(*arguments, code=0):
-    """What prepare.py does, which must end with this exit code."""
+    """Run prepare.py, which must end with this exit code."""
     return call(prepare, *arguments, check=code)
 
 
@@ -66,7 +66,7 @@ def many(folder, minute, n):
     return folder
 
 
-def test_a_new_minute_begins_after_a_gap_and_lies_at_its_own_time(tmp_path):
+def test_a_new_minute_begins_after_a_gap_and_keeps_its_time(tmp_path):
     write_csv(tmp_path / "one.csv", 336, gap_s=(121, 179))
     done = run(tmp_path / "one.csv", "--out", tmp_path / "o.h5")
     fields = read(tmp_path / "o.h5")[("one", "one")]
@@ -78,7 +78,7 @@ def test_a_new_minute_begins_after_a_gap_and_lies_at_its_own_time(tmp_path):
     assert "1.6 minutes left over at ends" in done.stdout and "rows/s; gaps: 1, " in done.stderr
 
 
-def test_labels_are_those_of_the_stored_pressure(tmp_path):
+def test_labels_come_from_the_stored_pressure(tmp_path):
     write_csv(tmp_path / "one.csv", 66, fs=124.945)
     for method in labels.METHODS:
         run(tmp_path / "one.csv", "--out", tmp_path / "o.h5", "--label-method", method)
@@ -98,13 +98,13 @@ def test_groups_keep_a_patients_records_together_and_equal_names_apart(tmp_path,
     assert copies in run(*arguments).stdout
     names = ["p1:a:waves", "p1:b:waves", "p2:a:waves"]
     assert sorted(read(tmp_path / "o.h5")) == [(name, name) for name in names]
-    groups = tmp_path / "in" / "groups.csv"     # in the folder, and not taken for a recording
+    groups = tmp_path / "in" / "groups.csv"     # in the folder, but not taken for a recording
     groups.write_text("record,split_group,age\np1/a/waves,P1,50\np1/b/waves.csv,P1,50\n")
     done = run(*arguments, "--groups", groups)
     assert "not in the groups file" in done.stderr and copies in done.stdout
     assert sorted(read(tmp_path / "o.h5")) == list(zip(["P1", "P1", names[2]], names))
     groups.write_text(groups.read_text() + "p2/a/waves,P1,50\n")
-    assert copies not in run(*arguments, "--groups", groups).stdout     # of one patient
+    assert copies not in run(*arguments, "--groups", groups).stdout     # all of one patient
     for text, complaint in (
             ("record,split_group\nwaves,P1\n", "line 2: several recordings have this name"),
             ("name,split_group\n", "expected a CSV file with the columns record,split_group"),
@@ -116,7 +116,7 @@ def test_groups_keep_a_patients_records_together_and_equal_names_apart(tmp_path,
         assert complaint in line
 
 
-def test_a_broken_record_costs_one_line_and_a_private_row_and_the_rest_goes_on(tmp_path, minute):
+def test_a_broken_record_gets_a_line_and_a_private_row_and_the_rest_is_prepared(tmp_path, minute):
     records = many(tmp_path / "records", minute, 1)
     shutil.copy(minute, records / os.fsdecode(b"caf\xe9.csv"))
     write_csv(records / "MRN2222.csv", 60, columns=("II", "PLETH"))
@@ -135,7 +135,7 @@ def test_a_broken_record_costs_one_line_and_a_private_row_and_the_rest_goes_on(t
     assert "private" in (tmp_path / "o_problems.csv").read_text().splitlines()[0]
     errors = pd.read_csv(tmp_path / "o_problems.csv", skiprows=1).query("kind == 'error'")
     assert list(errors["record"]) == ["MRN2222", "MRN3333", "MRN5555"]
-    os.remove(records / "MRN5555.h5")   # mended and run again: the list of problems goes
+    os.remove(records / "MRN5555.h5")   # once all are mended, the problems file goes
     for name in ("MRN2222", "MRN3333"):
         shutil.copy(minute, records / f"{name}.csv")
     assert "reading 2 records" in run(records, "--out", tmp_path / "o.h5").stdout
@@ -143,7 +143,7 @@ def test_a_broken_record_costs_one_line_and_a_private_row_and_the_rest_goes_on(t
     assert not os.path.exists(tmp_path / "o_problems.csv")
 
 
-def test_where_nothing_is_usable_the_old_file_stays_and_the_exit_code_is_2(tmp_path):
+def test_if_nothing_is_usable_the_old_file_stays_and_the_exit_code_is_2(tmp_path):
     (tmp_path / "a.csv").write_text("ABP,PLETH\n" + "80,1\n" * 7000)   # usable, though flat
     options = [tmp_path / "a.csv", "--fs", 100, "--out", tmp_path / "o.h5"]
     assert "0 of 1 segments pass" in run(*options, "--report", tmp_path / "o.html").stdout
@@ -156,7 +156,7 @@ def test_where_nothing_is_usable_the_old_file_stays_and_the_exit_code_is_2(tmp_p
     assert sorted(os.listdir(tmp_path)) == ["a.csv", "o.h5", "o.html", "o_problems.csv"]
 
 
-def test_what_prepare_did_not_write_is_never_replaced(tmp_path, minute):
+def test_a_file_that_prepare_did_not_write_is_never_replaced(tmp_path, minute):
     shutil.copy(minute, tmp_path / "a.csv")
     shutil.copy(minute, tmp_path / "a.html")  # an input need not look like one
     (tmp_path / "notes.h5").write_text("mine")
@@ -180,7 +180,7 @@ def test_channels_can_be_listed_and_named(tmp_path):
         "--ppg-channel", "FINGER")
 
 
-def test_real_records_go_through_and_their_delays_are_those_of_their_monitors(tmp_path, recordings):
+def test_real_records_are_prepared_and_their_delays_suit_their_monitors(tmp_path, recordings):
     pytest.importorskip("wfdb")
     groups = os.path.join(recordings, "recordings.csv")
     source = pd.read_csv(groups, index_col="record", dtype=str)["dataset"].to_dict()
@@ -195,7 +195,7 @@ def test_real_records_go_through_and_their_delays_are_those_of_their_monitors(tm
         assert 0.06 < delay_s < 0.4 or is_late and 0.8 < delay_s < 1.1
 
 
-def test_a_second_run_does_nothing_but_what_has_changed(tmp_path, minute):
+def test_a_second_run_prepares_only_what_has_changed(tmp_path, minute):
     records = many(tmp_path / "records", minute, 3)
     arguments = [records, "--out", records / "o.h5"]  # the output may lie among the inputs
     run(*arguments)
@@ -211,7 +211,7 @@ def test_a_second_run_does_nothing_but_what_has_changed(tmp_path, minute):
     assert sorted(os.listdir(records)) == ["MRN0000.csv", "MRN0001.csv", "o.h5"]
 
 
-def test_a_run_killed_at_any_moment_goes_on_and_gives_the_same_file(tmp_path, minute):
+def test_a_killed_run_continues_and_gives_the_same_file(tmp_path, minute):
     records = many(tmp_path / "records", minute, 4)
     begin = time.monotonic()
     run(records, "--out", tmp_path / "one.h5")
@@ -235,7 +235,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_gives_the_same_file(tmp_path, mi
     assert n_kept and not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-def test_two_runs_do_not_write_one_output_at_a_time(tmp_path, minute):
+def test_two_runs_cannot_write_one_output_at_a_time(tmp_path, minute):
     (tmp_path / ".o.h5.parts").mkdir()
     with filelock.FileLock(str(tmp_path / ".o.h5.parts" / "lock")):
         done = run(minute, "--out", tmp_path / "o.h5", code=2)
@@ -243,9 +243,9 @@ def test_two_runs_do_not_write_one_output_at_a_time(tmp_path, minute):
     run(minute, "--out", tmp_path / "o.h5")
 
 
-def test_alignment_shifts_the_ppg_alone_and_says_by_how_much(tmp_path):
+def test_alignment_shifts_only_the_ppg_and_stores_by_how_much(tmp_path):
     t = np.arange(int(3.05 * 6000)) / 100
-    t += 0.05 * np.sin(0.3 * t)  # a rhythm that breathes
+    t += 0.05 * np.sin(0.3 * t)  # the rhythm follows the breath
     late = pulse(np.interp(np.arange(t.size) - 95, np.arange(t.size), t))
     pd.DataFrame({"ABP": pulse(t), "PLETH": late}).to_csv(tmp_path / "late.csv", index=False)
     options = [tmp_path / "late.csv", "--fs", 100, "--out"]
@@ -262,7 +262,7 @@ def test_alignment_shifts_the_ppg_alone_and_says_by_how_much(tmp_path):
         aligned["ppg"].ravel()[200:10000], aligned["abp"].ravel()[200:10000], atol=0.6)
 
 
-def test_a_vital_of_your_own_is_read_stored_and_may_be_an_input(tmp_path, monkeypatch):
+def test_a_vital_of_your_own_is_read_and_stored(tmp_path, monkeypatch):
     monkeypatch.setitem(datasets.FIELDS, "spo2", datasets.Field("f4", "%", "vital", 50, 100))
     monkeypatch.setattr(datasets, "VITALS", (*datasets.VITALS, "spo2"))
     monkeypatch.setitem(recordings.CHANNELS, "spo2", ["spo2", "sao2"])
@@ -298,8 +298,7 @@ def test_the_page_stands_alone_is_repeatable_and_names_nobody(tmp_path):
     assert "MRN" not in attributes and "abp-channel" not in attributes
 
 
-def test_a_record_that_takes_too_much_memory_is_a_problem_of_it_alone(
-        tmp_path, minute, monkeypatch):
+def test_a_record_that_needs_too_much_memory_fails_alone(tmp_path, minute, monkeypatch):
     def little_memory(path, *rest):
         if "MRN0001" in path:
             raise MemoryError

@@ -1,4 +1,4 @@
-"""Damaged files: cut, with flipped bytes, of another shape. Each gives a result or one line.
+"""Damaged files, cut or with flipped bits, give a result or a message of one line.
 
 Patients are called MRN000…, encounters CSN0000…: messages must not contain these letters.
 """
@@ -20,23 +20,23 @@ from loaders import make_loader
 
 
 def outcome(work, folder, *expected):
-    """What `work` did, in a fork (a library may crash on damaged bytes): 'fine', 'refused' or what
-    is wrong."""
-    def tell():
+    """Run `work` in a fork (a library may crash on damaged bytes): 'fine', 'refused', or what went
+    wrong."""
+    def work_and_tell():
         try:
             work()
             print("\nfine")
         except expected as error:
             assert "MRN" not in str(error) and "\n" not in str(error), error
             print("\nrefused")
-    process = fork(tell, folder)
+    process = fork(work_and_tell, folder)
     process.join()
     text = (folder / ".printed").read_text()
     return f"exit code {process.exitcode}: {text}" if process.exitcode else text.splitlines()[-1]
 
 
 def damage(path, rng, where=None):
-    """Cuts the file, or changes some bytes, at positions `where` (default: anywhere)."""
+    """Cut the file, or flip a bit in some bytes, at positions `where` (default: anywhere)."""
     data = bytearray(path.read_bytes())
     at = rng.choice(len(data) if where is None else where, int(rng.choice([1, 5, 50])))
     if rng.random() < 0.3:
@@ -48,7 +48,7 @@ def damage(path, rng, where=None):
 
 
 def check_damaged(work, whole, expected, where=None):
-    """`work` on 30 damaged copies of a file gives a result, or one line."""
+    """`work` on each of 30 damaged copies of a file gives a result or an error of one line."""
     path = whole.with_name(f"copy{whole.suffix}")
     for seed in range(30):
         shutil.copy(whole, path)
@@ -66,7 +66,7 @@ def test_a_damaged_data_file_gives_a_result_or_one_line(tmp_path):
     whole = tmp_path / "whole.h5"
     make_file(whole, 4, 1, 4)
     data = np.frombuffer(whole.read_bytes(), "u1")
-    # bytes of metadata: far from the waveforms, which are most of the file
+    # near zeros: metadata, not the waveforms, which are most of the file
     names = np.flatnonzero(np.lib.stride_tricks.sliding_window_view(data == 0, 64).any(1))
     check_damaged(read_all, whole, datasets.DataError, names)
 
@@ -96,7 +96,7 @@ def prepare_quietly(folder):
 
 
 @pytest.mark.parametrize("ending", [".hea", ".dat", ".csv", ".h5"])
-def test_a_damaged_recording_costs_itself_alone(tmp_path, ending):
+def test_a_damaged_recording_gives_a_result_or_one_line(tmp_path, ending):
     pytest.importorskip("wfdb")
     for seed in range(4):
         folder = tmp_path / str(seed)

@@ -1,4 +1,4 @@
-"""No patient's name, and no path of this machine, in anything that is meant to be shared.
+"""Files that may be shared, and the console, hold no patient's name and no path of this machine.
 
 Patients are called MRN000…, encounters and records CSN0000…: a leak is found by these letters.
 """
@@ -19,7 +19,7 @@ TRAIN = ["--data", "d.h5", "--name", "x", "--epochs", 1, "--batch-size", 8]
 
 
 def check_folder(folder):
-    """Searches what may be shared, and checks that the rest says so; returns what was searched."""
+    """Search the files that may be shared; others must be marked private. Returns the former."""
     words = [str(folder), os.path.realpath(folder), os.path.expanduser("~") + "/", ROOT]
     words += [path.read_text().strip() for path in folder.glob("*.salt")]
     words += [platform.node()] if len(platform.node()) > 3 else []
@@ -36,7 +36,7 @@ def check_folder(folder):
 
 
 def quiet(done, *codes):
-    """A command's console, which must name nobody."""
+    """The console of a command, which must name nobody."""
     text = done.stdout + done.stderr
     assert done.returncode in codes and not re.search("Traceback|MRN|CSN", text), text
     return text
@@ -54,7 +54,7 @@ def test_training_and_evaluating_leave_no_name_and_no_path(tmp_path):
 
 
 @pytest.mark.parametrize("finite", [True, False])
-def test_what_is_said_of_a_bad_file_names_nobody(tmp_path, finite):
+def test_messages_on_a_bad_file_name_nobody(tmp_path, finite):
     make_file(tmp_path / "d.h5", 12, 1, 6)
     with h5py.File(tmp_path / "d.h5", "r+") as file:
         if finite:
@@ -68,7 +68,7 @@ def test_what_is_said_of_a_bad_file_names_nobody(tmp_path, finite):
     check_folder(tmp_path)
 
 
-def test_preparing_names_records_in_its_private_file_alone(tmp_path):
+def test_preparing_names_records_only_in_its_private_file(tmp_path):
     pytest.importorskip("wfdb")
     for name in ("CSN0001", "CSN0002", "CSN0003"):
         (tmp_path / "records" / name).mkdir(parents=True)
