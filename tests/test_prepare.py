@@ -130,8 +130,8 @@ def test_a_broken_record_gets_a_line_and_a_private_row_and_the_rest_is_prepared(
     assert len(lines) == 3 and "no ABP: no channel with a usual name" in lines[0]
     assert "lasts 30.0 s" in lines[1] and "MRN" not in done.stderr + done.stdout
     again = run(records, "--out", tmp_path / "o.h5", code=1)    # not tried again, but remembered
-    assert "nothing to do" in again.stdout
-    assert "3 records could not be used" in again.stderr and "records:" not in again.stderr
+    assert again.stdout.startswith("nothing to do")
+    assert again.stderr.startswith("3 records could not be used")
     assert "private" in (tmp_path / "o_problems.csv").read_text().splitlines()[0]
     errors = pd.read_csv(tmp_path / "o_problems.csv", skiprows=1).query("kind == 'error'")
     assert list(errors["record"]) == ["MRN2222", "MRN3333", "MRN5555"]
