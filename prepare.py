@@ -278,8 +278,8 @@ def read_segments(path, options, rows):
                                        f"--list-channels and --{kind}-channel",
                                  "it has " + (", ".join(recorded.channels) or "no channels"))
     blocks = list(recorded)
-    rows += [("note", note, "") for note in recorded.notes] + [
-        ("note", f"--unit {name}: no such channel", "") for name in recorded.unknown_units]
+    unknown = [f"--unit {name}: no such channel" for name in recorded.unknown_units]
+    rows += [("note", note, "") for note in recorded.notes + unknown]
     if not blocks:
         raise RecordingError(path, f"lasts {recorded.left_over_s:.1f} s, with no uninterrupted "
                                    f"{datasets.SEGMENT_SECONDS} s of PPG")
@@ -351,8 +351,8 @@ def read_contents(path) -> dict:
                 tables.append(pd.DataFrame({**scalars, "patient": patient, "name": name}))
     records = pd.DataFrame(records)
     segments = pd.concat(tables).rename_axis("row").reset_index()
-    segments["passed"] = datasets.passes_gate(datasets.get_gate(datasets.DEFAULT_CONDITION),
-                                            segments.get, np.ones(len(segments), bool))
+    gate = datasets.get_gate(datasets.DEFAULT_CONDITION)
+    segments["passed"] = datasets.passes_gate(gate, segments.get, np.ones(len(segments), bool))
     segments["reasons"] = segments["reason"].map({
         mask: [name.replace("_", " ").replace("abp", "ABP").replace("ppg", "PPG")
                for name in signals.reason_names(mask)] for mask in segments["reason"].unique()})
@@ -386,12 +386,12 @@ class Problems:
                     raise DataError(f"{self.path}: was not written by prepare.py, which needs this "
                                     "name; rename it, or give another --out")
                 self.earlier = list(map(tuple, csv.reader(file)))[1:]
-        keys = {record.key for record in records}       # a record that has changed has another
+        keys = {record.key for record in records}       # a changed record has a new key
         self.rows = [row for row in self.earlier if row[-1] in keys]
         self.failed = {row[-1] for row in self.rows if row[0] == "error"}
 
     def add(self, kind, record, what, detail="", key=""):
-        """Add a row; with the record's key, a later run reads it again."""
+        """Add a row. A later run keeps it if it has the record's key."""
         name = os.path.splitext(os.path.basename(record.path))[0]
         self.rows.append(tuple(map(safe_cell, (kind, name, record.path, what, detail, key))))
         if kind == "error":

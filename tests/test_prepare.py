@@ -166,7 +166,7 @@ def test_a_file_that_prepare_did_not_write_is_never_replaced(tmp_path, minute):
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     for outputs in (["notes.h5"], ["theirs.h5"], ["a.csv"], ["mine.h5"],
                     ["o.h5", "--report", "a.csv"], ["o.h5", "--report", "x.pdf"], ["."]):
-        paths = [one if one.startswith("--") else tmp_path / one for one in outputs]
+        paths = [word if word.startswith("--") else tmp_path / word for word in outputs]
         assert run(tmp_path / "a.csv", "--out", *paths, code=2).stderr.count("\n") == 1
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
@@ -206,7 +206,7 @@ def test_a_second_run_prepares_only_what_has_changed(tmp_path, minute):
     write_csv(records / "MRN0001.csv", 123, fs=60)
     os.remove(records / "MRN0002.csv")
     assert "reading 1 record\n" in run(*arguments).stdout
-    assert [len(one["ppg"]) for one in read(records / "o.h5").values()] == [1, 2]
+    assert [len(fields["ppg"]) for fields in read(records / "o.h5").values()] == [1, 2]
     assert "reading 2 records" in run(*arguments, "--label-method", "waveform_balance").stdout
     assert sorted(os.listdir(records)) == ["MRN0000.csv", "MRN0001.csv", "o.h5"]
 
