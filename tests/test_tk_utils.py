@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, children, needs_children
+from conftest import ROOT, children, fork, needs_children, printed_by
 
 import tk_utils
 
@@ -24,14 +25,6 @@ def python(*arguments, **options):
     """A new interpreter that finds our modules, and has ended."""
     options = {"env": WITH_ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.run([sys.executable, *arguments], timeout=120, text=True, **options)
-
-
-def started(code, path):
-    """A new interpreter that runs `code`, once it has printed a line."""
-    child = subprocess.Popen([sys.executable, "-c", code, path], env=WITH_ROOT, text=True,
-                             stdout=subprocess.PIPE)
-    child.stdout.readline()
-    return child
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -47,19 +40,20 @@ def test_a_file_appears_complete_or_not_at_all_and_no_temporary_is_left(tmp_path
 
 
 def test_a_writer_killed_in_the_middle_leaves_the_old_file_and_the_next_one_cleans_up(tmp_path):
-    path = tmp_path / "data.h5"
-    path.write_text("old")
-    with started('import sys, time, tk_utils\n'
-                 'with tk_utils.atomic_path(sys.argv[1]) as temporary:\n'
-                 '    open(temporary, "w").write("half")\n'
-                 '    print("writing", flush=True); time.sleep(60)', path) as child:
-        child.kill()
-    assert path.read_text() == "old" and list(tmp_path.glob("*.h5")) == [path]
-    left, = set(os.listdir(tmp_path)) - {"data.h5"}
+    path = tmp_path / "runs" / "data.h5"
+    tk_utils.write_json(path, "old")
+
+    def write_half():
+        with tk_utils.atomic_file(path) as file:
+            file.write("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fork(write_half, tmp_path).join()
+    assert json.loads(path.read_text()) == "old" and list(path.parent.glob("*.h5")) == [path]
+    left, = set(os.listdir(path.parent)) - {"data.h5"}
     assert left.startswith(".data.h5.") and left.endswith(".tmp")
-    with tk_utils.atomic_file(path) as file:
-        file.write("new")
-    assert os.listdir(tmp_path) == ["data.h5"]
+    tk_utils.write_json(path, "new")
+    assert json.loads(path.read_text()) == "new" and os.listdir(path.parent) == ["data.h5"]
 
 
 def test_a_private_file_stays_private_and_a_link_stays_a_link(tmp_path):
@@ -88,16 +82,15 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path):
             tk_utils.check_writable(bad, inputs)
 
 
-def test_a_lock_keeps_others_out_until_its_holder_ends_however(tmp_path):
-    path = tmp_path / "runs" / "lock"
-    with started("import sys, time, tk_utils\n"
-                 "with tk_utils.locked(sys.argv[1], 'busy'):\n"
-                 "    print('locked', flush=True); time.sleep(60)", path) as child:
-        with pytest.raises(BlockingIOError, match="busy"), tk_utils.locked(path, "busy"):
-            pytest.fail("locked twice")
-        child.kill()
-    with tk_utils.locked(path, "busy"):
-        pass
+def test_a_lock_keeps_others_out_until_its_holder_is_killed(tmp_path):
+    def lock_and_die():
+        with tk_utils.locked(tmp_path / "runs" / "lock", "busy"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with tk_utils.locked(tmp_path / "runs" / "lock", "busy"):
+        assert "BlockingIOError: busy" in printed_by([fork(lock_and_die, tmp_path)], tmp_path, 1)
+    for _ in range(2):
+        printed_by([fork(lock_and_die, tmp_path)], tmp_path, -signal.SIGKILL)
 
 
 SCRIPT = """import os, signal, sys, tk_utils
@@ -226,18 +219,17 @@ def test_the_same_seed_gives_the_same_random_numbers_everywhere():
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_the_git_revision_is_that_of_the_files_own_checkout_or_none(tmp_path):
-    shutil.copy(os.path.join(ROOT, "tk_utils.py"), tmp_path)
-    environment = dict(os.environ, PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1",
-                       GIT_CEILING_DIRECTORIES=str(tmp_path.parent))
-    found = []
-    for command in ("true", "git init -q; git add .; git -c user.name=a -c user.email=a@b commit "
-                    "-q --no-verify -m first", "echo >> tk_utils.py"):
-        subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment)
-        found.append(python("-c", "import tk_utils; print(tk_utils.git_revision())", cwd="/",
-                            env=environment).stdout.strip())
-    none, clean, edited = found
-    assert none == "None" and re.fullmatch("[0-9a-f]{7,}", clean) and edited == clean + "-dirty"
+def test_the_git_revision_is_that_of_the_files_own_checkout_or_none(tmp_path, monkeypatch):
+    file = tmp_path / "tk_utils.py"
+    file.touch()
+    monkeypatch.setattr(tk_utils, "__file__", str(file))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert tk_utils.git_revision() is None
+    subprocess.run("git init -q; git add .; git -c user.name=a -c user.email=a@b commit -q "
+                   "--no-verify -m first", shell=True, check=True, cwd=tmp_path)
+    clean = tk_utils.git_revision()
+    file.write_text("edited")
+    assert re.fullmatch("[0-9a-f]{7,}", clean) and tk_utils.git_revision() == clean + "-dirty"
 
 
 SCORES = {"rmse": 5.123, "mae": 4.0, "mead": 3.3, "bias": -0.25, "sd": 5.1, "r2": 0.87,

@@ -1,6 +1,6 @@
 """Commands that are killed: given again, they end in the same weights or the same file.
 
-    python tests/faults/test_kills.py 100 30 0      # kills of training, of the others, seed
+    python tests/faults/test_kills.py 99 30 0       # kills of training, of the others, seed
 
 SIGKILL arrives at a random moment of a real run (start, training, saving, scoring, drawing; or
 simulating, preparing, predicting), again and again, until the run ends by itself. Training saves
@@ -11,6 +11,7 @@ fall inside a write; of one process, every second kill arrives at a call that ch
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -40,34 +40,34 @@ import train_resnet  # noqa: E402
 import training_header as header  # noqa: E402
 
 OPTIONS = ["--data", "../d.h5", "--epochs", "3", "--batch-size", "4", "--device", "cpu"]
-KINDS = {"one process": [], "workers": ["--workers", "2"], "two ranks": []}
-# The last argument is the file that must come out the same.
-COMMANDS = {
+TRAINING = {"one process": [], "workers": ["--workers", "2"], "two ranks": []}
+COMMANDS = {        # the last argument of the others is the file that must come out the same
+    **{kind: [train_resnet, *OPTIONS, *more] for kind, more in TRAINING.items()},
     "simulating": [simulate, "--patients", "16", "--segments", "2", "--out", "out.h5"],
     "preparing": [prepare, "../records", "--workers", "2", "--out", "out.h5"],
     "predicting": [predict, "../m.pth", "../records", "--out", "out.csv"]}
 
 
 def work(kind, slow, kill_at):
-    """What a killed process does."""
-    module, *options = COMMANDS.get(kind) or [train_resnet, *OPTIONS, *KINDS[kind]]
-    sys.argv = ["script.py", *options]
-    if kind in COMMANDS:
-        return tk_utils.run_script(module.main, ValueError)
-    fsync, calls = os.fsync, []
-    if slow:
-        os.fsync = lambda file: (time.sleep(0.05), fsync(file))[1]
+    """Run a command; kill it at the `kill_at`-th of its calls that change files (0: never)."""
+    module, *sys.argv[1:] = COMMANDS[kind]
+    fsync, calls = os.fsync, itertools.count(1)
 
-    def killed_at(function):
+    def slow_fsync(file):
+        time.sleep(0.05)
+        fsync(file)
+
+    def killed(function):
         def call(*arguments, **options):
-            calls.append(function)
-            if len(calls) == kill_at:
+            if next(calls) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
         return call
 
+    if slow:
+        os.fsync = slow_fsync
     for name in ("fsync", "replace", "remove", "makedirs", "open", "rename", "unlink"):
-        setattr(os, name, killed_at(getattr(os, name)))
+        setattr(os, name, killed(getattr(os, name)))
     header.training_loop.__kwdefaults__["checkpoint_minutes"] = 0       # after each step
     with little_work():
         return tk_utils.run_script(module.main, ValueError)
@@ -80,24 +80,15 @@ def start(folder, kind, slow=False, kill_at=0):
 
 
 def fingerprint(folder, kind):
-    """Of the final weights, the normaliser and the trajectories, or of the file, to the bit."""
-    found = hashlib.sha256()
-    if kind in COMMANDS:
-        path = folder / COMMANDS[kind][-1]
-        if path.suffix == ".h5":
-            with h5py.File(path, "r") as file:
-                file.visititems(lambda name, item: found.update(name.encode() + (
-                    item[()].tobytes() if isinstance(item, h5py.Dataset) else b"")))
-        else:
-            found.update(path.read_bytes())
-        return found.hexdigest()
-    saved, trajectory = (torch.load(folder / "runs" / name, weights_only=True)
-                         for name in ("M1.5.pth", "M1.5/trajectory.pth"))
-    for tensors in (saved["model"], trajectory):
-        for name, values in tensors.items():
-            found.update(name.encode() + values.numpy().tobytes())
-    found.update(repr(sorted(saved["normaliser"].items())).encode())
-    return found.hexdigest()
+    """A hash of the final weights, normaliser and trajectories, or of the file that was made."""
+    if kind in TRAINING:
+        saved = torch.load(folder / "runs/M1.5.pth", weights_only=True)
+        weights = [values.numpy().tobytes() for values in saved["model"].values()]
+        made = repr((weights, sorted(saved["normaliser"].items()))).encode()
+        made += (folder / "runs/M1.5/trajectory.pth").read_bytes()
+    else:
+        made = (folder / COMMANDS[kind][-1]).read_bytes()
+    return hashlib.sha256(made).hexdigest()
 
 
 def kill(pid):
@@ -110,20 +101,14 @@ def kill(pid):
             kill(child)
 
 
-def run_to_the_end(folder, kind):
-    """The seconds that a run takes, unless it has ended before."""
-    begun = time.monotonic()
-    printed_by(start(folder, kind), folder, seconds=600)
-    return time.monotonic() - begun
-
-
 @functools.lru_cache(maxsize=None)
 def reference(base, kind):
-    """(the end of an unbroken run, its seconds)."""
+    """(the fingerprint of an unbroken run, the seconds that it takes)."""
     folder = base / f"unbroken {kind}"
     folder.mkdir()
-    seconds = run_to_the_end(folder, kind)
-    return fingerprint(folder, kind), seconds
+    begun = time.monotonic()
+    printed_by(start(folder, kind), folder, seconds=600)
+    return fingerprint(folder, kind), time.monotonic() - begun
 
 
 def check_files(folder):
@@ -142,14 +127,14 @@ def check_files(folder):
 
 
 def killed_runs(base, kind, kills, rng):
-    """So many kills of runs of this kind: (kills, runs that were completed between them)."""
+    """Kill runs of this kind so many times: (kills, runs completed in between)."""
     # loader workers change nothing, to the bit
     expected, usual_s = reference(base, "one process" if kind == "workers" else kind)
     done = completed = 0
     while done < kills:
         folder = base / f"{kind} {completed}"
         folder.mkdir()
-        while True:
+        while done < kills:
             at_call = kind == "one process" and done % 4 >= 2
             processes = start(folder, kind, done % 2 == 1, rng.randint(1, 150) if at_call else 0)
             processes[0].join(None if at_call else rng.uniform(0.0, 1.1 * usual_s))
@@ -163,14 +148,12 @@ def killed_runs(base, kind, kills, rng):
                 break
             done += 1
             check_files(folder)
-            if done >= kills:
-                run_to_the_end(folder, kind)
-                break
-        assert check_files(folder) > (0 if kind in COMMANDS else 5)
-        assert fingerprint(folder, kind) == expected, f"{kind}: another end after {done} kills"
-        left = [path for part in ("tmp", ".partial", "resume.pth")
-                for path in folder.rglob(f"*{part}*")]
-        assert not left, left
+        else:                           # no kill is left
+            printed_by(start(folder, kind), folder, seconds=600)
+        assert check_files(folder) > (5 if kind in TRAINING else 0)
+        assert fingerprint(folder, kind) == expected, f"{kind}: another result after {done} kills"
+        for leftover in ("*tmp*", "*.partial*", "*resume.pth*"):
+            assert not list(folder.rglob(leftover))
         shutil.rmtree(folder)
         completed += 1
     return done, completed
@@ -198,7 +181,7 @@ def base(tmp_path_factory):
 
 
 @needs_children
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINING)
 def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, base):
     kills = 2 if kind == "one process" else 1
     assert killed_runs(base, kind, kills, random.Random(len(kind)))[0] == kills
@@ -206,16 +189,14 @@ def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, base):
 
 def main(kills, others, seed):
     rng = random.Random(seed)
-    shares = {kind: kills // 2 if number == 0 else (kills + 3) // 4
-              for number, kind in enumerate(KINDS)}
-    shares.update(dict.fromkeys(COMMANDS, (others + 2) // 3))
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         make_inputs(base)
-        for kind, share in shares.items():
+        for kind in COMMANDS:
+            share = (kills if kind in TRAINING else others) // 3
             done, completed = killed_runs(base, kind, share, rng)
-            print(f"{kind}: {done} kills, {completed} runs completed, all with the end of the "
-                  "unbroken run, 0 half-written files", flush=True)
+            print(f"{kind}: {done} kills, {completed} runs completed, all with the result of the "
+                  "unbroken run, no half-written file", flush=True)
 
 
 if __name__ == "__main__":
