@@ -2,7 +2,8 @@
 
     from tk_utils import atomic_path, histogram_figure, print_table, save_figure
 
-Needs no other file of this project. matplotlib, tqdm and torch are imported where they are used.
+Needs no other file of this project. matplotlib, tqdm and torch are imported by the functions that
+use them.
 """
 import argparse
 import codecs
@@ -29,6 +30,7 @@ import time
 import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from importlib import metadata
+from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import filelock
@@ -44,9 +46,12 @@ def atomic_path(path) -> Iterator[str]:
     temporary file is hidden and ends in .tmp, so libraries that go by the suffix need the format.
     """
     path = os.path.realpath(path)               # follow a symlink, so that the link itself stays
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    remove_leftovers(path)
-    temporary = f"{_temporary_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    machine = zlib.crc32(platform.node().encode())
+    prefix = os.path.join(folder, f".{name[:60]}.{machine:08x}-")
+    _remove_leftovers(prefix)
+    temporary = f"{prefix}{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         yield temporary
         if os.path.exists(path):
@@ -55,7 +60,7 @@ def atomic_path(path) -> Iterator[str]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        full = shutil.disk_usage(os.path.dirname(path)).free < 2 ** 20
+        full = shutil.disk_usage(folder).free < 2 ** 20
         with contextlib.suppress(OSError):      # must not hide the first error
             os.remove(temporary)
         if full and isinstance(error, RuntimeError):    # how torch and h5py report a full disk
@@ -63,10 +68,17 @@ def atomic_path(path) -> Iterator[str]:
         raise
 
 
-def find_files(names) -> List[str]:
-    """The files of names and globs; '~' is expanded."""
-    names = [os.path.expanduser(name) for name in names]
-    return [path for name in names for path in sorted(glob.glob(name)) or [name]]
+def _remove_leftovers(prefix) -> None:
+    """Remove the temporary files that killed processes of this machine left behind (POSIX)."""
+    if os.name != "posix":                      # on Windows, signal 0 would end the process
+        return
+    for temporary in glob.glob(glob.escape(prefix) + "*.tmp"):
+        try:
+            os.kill(int(temporary.split("-")[-2]), 0)
+        except ProcessLookupError:
+            os.remove(temporary)
+        except PermissionError:                 # the process runs, under another user
+            pass
 
 
 @contextlib.contextmanager
@@ -77,23 +89,10 @@ def atomic_file(path, mode="w", **options):
         yield file
 
 
-def _temporary_prefix(path) -> str:
-    folder, name = os.path.split(os.path.realpath(path))
-    machine = zlib.crc32(platform.node().encode())
-    return os.path.join(folder, f".{name[:60]}.{machine:08x}-")
-
-
-def remove_leftovers(path) -> None:
-    """Remove the temporary files that killed writers of `atomic_path(path)` left behind (POSIX)."""
-    if os.name != "posix":                      # on Windows, signal 0 would end the process
-        return
-    for temporary in glob.glob(glob.escape(_temporary_prefix(path)) + "*.tmp"):
-        try:
-            os.kill(int(temporary.split("-")[-2]), 0)
-        except ProcessLookupError:
-            os.remove(temporary)
-        except PermissionError:                 # alive, of another user
-            pass
+def find_files(names) -> List[str]:
+    """The files that names and glob patterns stand for; '~' is expanded."""
+    names = [os.path.expanduser(name) for name in names]
+    return [path for name in names for path in sorted(glob.glob(name)) or [name]]
 
 
 def check_writable(path, inputs=()) -> None:
@@ -102,10 +101,8 @@ def check_writable(path, inputs=()) -> None:
         raise IsADirectoryError(f"{path}: expected a file to write, but this is a folder")
     if os.path.realpath(path) in {os.path.realpath(file) for file in inputs if file}:
         raise FileExistsError(f"{path}: is both an input and an output")
-    folder = os.path.dirname(os.path.realpath(path))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+    folder = next(one for one in Path(os.path.realpath(path)).parents if one.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise PermissionError(f"{path}: cannot be written here")
 
 
@@ -130,7 +127,7 @@ def write_json(path, obj) -> None:
 
 
 class RunFiles:
-    """Where the files of one training run are. base: runs/<name>, without a suffix."""
+    """The paths of one training run's files. base: runs/<name>, without a suffix."""
 
     def __init__(self, base: str):
         self.base, self.checkpoint = base, f"{base}.pth"
@@ -146,15 +143,13 @@ class RunFiles:
 # ---------------------------------------------------------------- scripts
 _REMEDIES = {errno.ENOSPC: "free some disk space and run the command again",
              errno.EMFILE: "raise the limit of open files: ulimit -n 8192"}
-
-
 PLAIN = {"±": "+/-", "²": "2", "≥": ">=", "–": "-", "−": "-", "…": "...", "×": "x", "₂": "2"}
 
 
 def _plain_characters(error):
-    """For consoles that lack our characters: others in their place, or their escapes."""
-    return "".join(PLAIN.get(one) or one.encode("ascii", "backslashreplace").decode()
-                   for one in error.object[error.start:error.end]), error.end
+    """An error handler that encodes what a console lacks as plain characters or as escapes."""
+    return "".join(PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode()
+                   for c in error.object[error.start:error.end]), error.end
 
 
 codecs.register_error("plain_characters", _plain_characters)
@@ -167,12 +162,12 @@ def run_script(main: Callable[[], Optional[int]], *error_classes) -> int:
     130 when interrupted from the keyboard. Any other exception is a bug and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):      # a notebook's cannot, and shows any character
+        if hasattr(stream, "reconfigure"):      # not in a notebook, which shows any character
             stream.reconfigure(errors="plain_characters")
     try:
         code = main()
-        sys.stdout.flush()                      # a closed pipe or a full disk shows here
-        return 0 if code is None else code
+        sys.stdout.flush()                      # fails here on a closed pipe or a full disk
+        return code or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -211,7 +206,7 @@ def printable(text) -> str:
 
 @contextlib.contextmanager
 def one_line(what: str, error_class):
-    """error_class('<what> (TypeError: …)') where code or files of others fail, in whatever way."""
+    """Turn any error of a user's code or file into error_class('<what> (TypeError: …)')."""
     try:
         yield
     except Exception as error:
@@ -268,7 +263,7 @@ def _cell(value) -> str:
 
 
 def simulated_note(origin: str, trained_on: str) -> Optional[str]:
-    """What console, figures and pages must say when simulated data are involved, or None."""
+    """The warning for console, figures and pages if data are or were simulated, else None."""
     if "simulated" in origin:
         return "SIMULATED PATIENTS: says nothing about real ones"
     if "simulated" in trained_on:
@@ -278,7 +273,7 @@ def simulated_note(origin: str, trained_on: str) -> Optional[str]:
 
 # ---------------------------------------------------------------- running
 def progress(iterable=None, **options):
-    """tqdm with its options; in a log file, which cannot show a bar, figures every 30 s."""
+    """tqdm with its options; a log file gets a plain line every 30 s instead of a bar."""
     from tqdm.auto import tqdm
     if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
         options.update(ncols=0, mininterval=30, delay=30, miniters=1)
@@ -294,12 +289,12 @@ def in_processes(function: Callable, jobs: Iterable, workers: int = 1) -> Iterat
 
     If a process is killed, its job's result is a ProcessDied. One worker: no process is started.
     """
+    jobs = list(jobs)
     if workers <= 1:
-        for job in jobs:
-            yield job, function(job)
+        yield from zip(jobs, map(function, jobs))
         return
     spawn = multiprocessing.get_context("spawn")    # fork is not safe with HDF5 and threads
-    own = threading.local()                         # each thread has a process
+    own = threading.local()                         # one process per thread
 
     def run(job):
         if not hasattr(own, "process"):
@@ -310,19 +305,18 @@ def in_processes(function: Callable, jobs: Iterable, workers: int = 1) -> Iterat
             del own.process
             return ProcessDied("its process was killed (out of memory?)")
 
-    jobs = list(jobs)
     with ThreadPoolExecutor(workers) as threads:
-        with contextlib.closing(threads.map(run, jobs)) as results:     # at an error, cancels
+        with contextlib.closing(threads.map(run, jobs)) as results:     # an error cancels the rest
             yield from zip(jobs, results)
 
 
 def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent handles Ctrl-C
     exit_when_parent_dies()
 
 
 def exit_when_parent_dies() -> None:
-    """End this process as soon as its parent is gone: a worker, or a rank of torchrun (POSIX)."""
+    """End this process (a worker, a rank of torchrun) as soon as its parent is dead (POSIX)."""
     parent = multiprocessing.parent_process()   # it may have ended while this process was starting
     pid = parent.pid if parent else os.getppid()
 
@@ -336,7 +330,7 @@ def exit_when_parent_dies() -> None:
 
 def reset_all_seeds(seed: int) -> None:
     """Seed the global random generators of Python, NumPy and torch (CPU and GPU)."""
-    import torch  # takes seconds; importing this module does without it
+    import torch  # slow to import
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
@@ -379,7 +373,7 @@ def save_figure(figure, path) -> None:
 
 
 def finish_figure(figure, note: Optional[str] = None):
-    """The figure with light grids, readable ticks and, above everything, the red note."""
+    """Add light grids, readable ticks and, on top, the note in red. Returns the figure."""
     for axes in figure.axes:
         if axes.get_label() != "<colorbar>":
             axes.grid(color="0.9", lw=0.6)
@@ -394,18 +388,11 @@ def finish_figure(figure, note: Optional[str] = None):
     return figure
 
 
-def density(axes, counts, x_edges, y_edges):
-    """Draw counts [x, y] in colours on a logarithmic scale; empty bins are left blank."""
-    from matplotlib.colors import LogNorm
-    return axes.pcolormesh(x_edges, y_edges, np.ma.masked_equal(counts.T, 0), cmap="viridis",
-                           norm=LogNorm(vmin=1, vmax=max(counts.max(), 2)), rasterized=True)
-
-
 def loss_lr_figure(trajectory, title_note: Optional[str] = None,
                    loss_label: str = "Loss, MSE (mmHg²)"):
     """Loss of train and tune patients and learning rate by epoch, with the best epoch marked.
 
-    trajectory: what training_loop returns; of it, `epoch_train_loss`, `epoch_val_loss` and `lr`,
+    trajectory: what training_loop returns; uses `epoch_train_loss`, `epoch_val_loss` and `lr`,
     [epochs] each. title_note: shown in a red field on top, e.g. 'SIMULATED DATA'.
     """
     train, tune, lr = (np.asarray(trajectory[key], float)
@@ -419,7 +406,7 @@ def loss_lr_figure(trajectory, title_note: Optional[str] = None,
                    label=f"best: epoch {best + 1}, {tune[best]:.4g}")
     lr_axes.plot(epochs, lr, "o-", ms=3, color="0.2", drawstyle="steps-mid")
     for axes, seen in ((loss_axes, np.concatenate([train, tune])), (lr_axes, lr)):
-        if seen.max() > 5 * seen.min() > 0:         # or the first epoch flattens all the others
+        if seen.max() > 5 * seen.min() > 0:         # else the first epoch flattens the others
             axes.set_yscale("log")
         axes.axvline(best + 1, color="0.55", lw=0.8, ls="--", zorder=0)
     loss_axes.set_ylabel(loss_label)
@@ -430,22 +417,23 @@ def loss_lr_figure(trajectory, title_note: Optional[str] = None,
 
 
 def histogram_figure(truth, prediction, scores, title_note: Optional[str] = None):
-    """2-D histogram of predicted against label values [N] (mmHg), equal axes, scores above it.
+    """2-D histogram of predicted against label values [N] (mmHg), with the scores above it.
 
     scores: what metrics.scores returns (n: segments), `p_crit_r2` (R² of Pcrit) and `n_patients`.
     title_note: shown in a red field on top, e.g. 'SIMULATED DATA'.
     """
-    truth, prediction = np.asarray(truth, float), np.asarray(prediction, float)
-    # Outliers must not shrink the picture to a dot: they are counted in the title.
-    both = np.stack([truth, prediction])
+    from matplotlib.colors import LogNorm
+    both = np.asarray([truth, prediction], float)
+    # The axes leave out extreme outliers, which would shrink the rest; the title counts them.
     low, high = np.percentile(both, [0.1, 99.9])
     low, high = 5 * math.floor(low / 5 - 1), 5 * math.ceil(high / 5 + 1)
     outside = ((both < low) | (both > high)).any(0).sum()
     bin_mmhg = 1 if len(truth) >= 3000 else 2
-    bins = np.arange(low, high + bin_mmhg, bin_mmhg)
     figure = new_figure(4.8, 4.7)
     axes = figure.subplots()
-    image = density(axes, np.histogram2d(truth, prediction, bins=(bins, bins))[0], bins, bins)
+    counts, _, _, image = axes.hist2d(*both, np.arange(low, high + bin_mmhg, bin_mmhg), cmin=1,
+                                      norm=LogNorm(), cmap="viridis", rasterized=True)
+    image.set_clim(1, max(np.nanmax(counts), 2))
     figure.colorbar(image, ax=axes, shrink=0.9, pad=0.03, format="{x:,.0f}",
                     ticks=[factor * 10 ** n for n in range(6) for factor in (1, 2, 5)],
                     label=f"Segments per {bin_mmhg} × {bin_mmhg} mmHg").minorticks_off()
@@ -456,7 +444,8 @@ def histogram_figure(truth, prediction, scores, title_note: Optional[str] = None
     title = ("RMSE {rmse:.2f}   MAE {mae:.2f}   MeAD {mead:.2f}   bias {bias:+.2f} ± {sd:.2f} mmHg"
              "\nR² {r2:.3f}   R² of Pcrit {p_crit_r2:.3f}\n").format(**scores)
     title += f"{counted(scores['n_patients'], 'patient')}   {counted(scores['n'], 'segment')}"
-    title += f"   {len(truth):,} predictions" * (len(truth) > scores["n"])
+    if len(truth) > scores["n"]:
+        title += f"   {len(truth):,} predictions"
     if outside:
         title += f" ({outside:,} beyond the axes)"
     axes.set_title(title, fontsize=FONT_POINTS, linespacing=1.4)

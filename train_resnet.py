@@ -1,14 +1,14 @@
-"""The main script: data -> trained network -> scores and figures.
+"""The main script: trains a network, scores it on the test patients and draws the figures.
 
-    python train_resnet.py                                  # simulates its data, trains, evaluates
+    python train_resnet.py                                  # simulates patients and uses them
     python train_resnet.py --data my.h5 --name mine         # your own data
-    python train_resnet.py --data my.h5 --folds 5           # cross-validated over patients
-    python train_resnet.py --data my.h5 --seeds 3 --ablate  # repeated; without PPG, without vitals
+    python train_resnet.py --data my.h5 --folds 5           # cross-validation over patients
+    python train_resnet.py --data my.h5 --seeds 3 --ablate  # three seeds; without PPG or vitals
     python train_resnet.py --model my_net.py:MyNet --loss my_losses.py:my_loss
     torchrun --nproc_per_node=2 train_resnet.py …           # several GPUs or processes
 
-Writes runs/<name>.pth (the checkpoint), runs/<name>/ and figures_resnet/<name>_*.png. After a kill
-the same command goes on where the run was saved, and ends in the same weights.
+Writes runs/<name>.pth (the checkpoint), runs/<name>/ and figures_resnet/<name>_*.png. If a run is
+killed, the same command continues it from its last saved state and ends in the same weights.
 """
 import argparse
 import contextlib
@@ -34,28 +34,28 @@ import training_header as header
 from tk_utils import RunFiles, counted
 
 # ------------------------------------------------------------------------------------- settings
-# What a recipe leaves out (a new entry changes no finished run); reasons: docs/training.md.
+# What a recipe does not set. A new entry must not change finished runs. Reasons: docs/training.md.
 NEUTRAL = {
     "model": "resnet_v3",           # a name in models.MODELS
     "optimizer": "adam",            # 'adam' (weight decay as L2) or 'adamw' (decoupled)
     "weight_decay": 0.0, "l1": 0.0,
-    "schedule": ["step", 1000, 1.0],    # or ["onecycle", share of the steps that rise, first rate]
+    "schedule": ["step", 1000, 1.0],    # or ["onecycle", share of rising steps, first rate / lr]
     "clip": None,                   # largest norm of the gradient, for a label of SD 1
-    "average_last": 0.0,            # share of all steps, the last ones, whose weights are averaged
+    "average_last": 0.0,            # share of the steps, at the end, whose weights are averaged
     "anchor": False,                # learn what the PPG adds to the ridge regression on the vitals
     "ppg_normalisation": "segment"}     # a name in training_header.PPG_NORMALISATIONS
 STEADY = {**NEUTRAL, "model": "resnet_spread", "lr": 2e-3, "schedule": ["onecycle", 0.3, 0.04],
           "optimizer": "adamw", "weight_decay": 0.01, "clip": 1.0, "average_last": 0.2,
           "anchor": True}
 RECIPES = {
-    # Few segments: small batches make enough steps. Six epochs score like eight on tune patients.
+    # Small batches, so that few segments make enough steps. Eight epochs do no better on tune.
     "small": {**STEADY, "epochs": 6, "batch_size": 16},
     "large": {**STEADY, "epochs": 10, "batch_size": 256},
     # As published, for a cohort of 64 million segments.
     "M1.5": {**NEUTRAL, "epochs": 10, "batch_size": 256, "lr": 1e-3, "schedule": ["step", 3, 0.2],
              "weight_decay": 0.1, "l1": 1e-4}}
-SMALL_SEGMENTS = 50_000         # train segments below which batches of 256 make under 2,000 steps
-# The default data. Many patients of few segments: segments of a patient differ little.
+SMALL_SEGMENTS = 50_000         # fewer train segments make under 2,000 steps of 256: recipe small
+# The default data: many patients with few segments, as the segments of a patient differ little.
 SIMULATED = {"patients": 1200, "segments": 3, "seed": 0}
 SIMULATED_FILE = "data/simulated_{patients}x{segments}_seed{seed}.h5".format(**SIMULATED)
 KEYS = ["ppg", "map", "dbp", "hr", "tpp"]
@@ -110,7 +110,8 @@ def parse_args(arguments=None):
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs a package: pip install tensorboard")
     options.own_network = None if options.model in (None, *header.MODELS) else options.model
-    options.fold, options.inputs = None, options.keys[:-1]
+    options.inputs, options.files = options.keys[:-1], RunFiles(f"runs/{options.name}")
+    options.fold, options.position = None, ""       # `main` sets them if there are several runs
     return options
 
 
@@ -119,33 +120,50 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     if options.threads:
         torch.set_num_threads(options.threads)
-    header.choose_loss(options.loss)        # whether these can be loaded, before the data are read
+    header.choose_loss(options.loss)        # a wrong name is an error before the data are read
     header.load_by_name(options.model or NEUTRAL["model"], header.MODELS, "--model")
     files = find_data(options)
-    if "RANK" in os.environ:            # torchrun's
+    if "RANK" in os.environ:                # set by torchrun
         join_processes(options.device)
     data = DataSet(options, files)
     note = tk_utils.simulated_note(data.provenance["origin"], "")
     if note and is_first():
         print(f"*** {note} ***")
-    runs, fitted = list_runs(options), {}
-    for number, one in enumerate(runs, 1):
-        nth = f" ({number} of {len(runs)})" if len(runs) > 1 else ""
-        train_and_score(one, data, fitted, nth)
+    runs = list_runs(options)
+    for number, run in enumerate(runs, 1):
+        run.position = f" ({number} of {len(runs)})" if len(runs) > 1 else ""
+        train_and_score(run, data)
     if (options.seeds or options.folds) and is_first():
-        summarise(options, [one for one in runs if one.keys == options.keys], fitted)
+        summarise(options, [run for run in runs if run.keys == options.keys], data)
     elif options.ablate and is_first():
-        show(options, RunFiles(f"runs/{options.name}"), "")
+        show(options)
 
 
-def train_and_score(options, data, fitted, nth):
-    """Trains and scores one network. nth: of several runs, ' (2 of 5)', else ''."""
-    files = RunFiles(f"runs/{options.name}")
+def list_runs(options):
+    """The options of each run that --seeds, --folds and --ablate ask for, in order."""
+    ppg, *vitals, label = options.keys
+    variants = [("", options.keys)]         # (ending of the name, keys)
+    if options.ablate:      # first, because the table of the run itself lists them
+        variants = [("_no_ppg", [*vitals, label]), ("_no_vitals", [ppg, label]), *variants]
+    seeds = range(options.seed, options.seed + (options.seeds or 1))
+    folds = range(options.folds) if options.folds else [None]
+    runs = []
+    for seed, fold, (ending, keys) in itertools.product(seeds, folds, variants):
+        name = options.name + (f"_seed{seed}" if options.seeds else "")
+        name += (f"_fold{fold}" if options.folds else "") + ending
+        runs.append(argparse.Namespace(**{**vars(options), "name": name, "seed": seed, "fold": fold,
+                                          "keys": keys, "files": RunFiles(f"runs/{name}")}))
+    return runs
+
+
+def train_and_score(options, data):
+    """Train one network and score it; show the scores if that is done already."""
+    files = options.files
     taken = f"{files.base}: another process is training under this name; use another --name"
     with tk_utils.locked(files.lock, taken) if is_first() else contextlib.nullcontext():
         parts, sets = data.split(options)
         recipe = choose_recipe(options, len(sets["train"]))
-        if is_first() and not nth:
+        if is_first() and not options.position:
             print(", ".join(f"{name}: {counted(len(part), 'segment')} of " + counted(
                 part.n_patients, "patient") for name, part in parts.items()))
             print("recipe {recipe}: batch size {batch_size}, epochs {epochs}".format(**recipe),
@@ -153,17 +171,18 @@ def train_and_score(options, data, fitted, nth):
         parent = open_parent(options, data, parts) if options.init_from else None
         model, network = build(options, recipe, sets["train"], parent)
         description = describe(options, recipe, data, parts, network, parent)
-        finished = [is_first() and show_if_finished(options, files, description, nth)]
+        finished = [is_first() and is_finished(options, description)]
         if header.distributed()[1] > 1:         # the first process tells the others
             torch.distributed.broadcast_object_list(finished)
         if finished[0]:
             return
         loaders = make_loaders(options, recipe, sets)
         try:
-            model, trajectory = train(options, recipe, model, loaders, files, description, nth)
+            model, trajectory = train(options, recipe, model, loaders, description)
             if is_first():
-                save(options, model, trajectory, files, description, parts, sets, data, fitted)
-                show(options, files, nth)
+                description["calibration"] = fit_blend_and_intervals(options, model, sets)
+                save(options, model, trajectory, description, parts, data)
+                show(options)
         except (header.Interrupted, KeyboardInterrupt):
             if not os.path.exists(files.resume):
                 raise
@@ -174,49 +193,30 @@ def train_and_score(options, data, fitted, nth):
                 f"{problem}. {patients_of(loaders[0], problem, data.salt)}") from None
 
 
-def list_runs(options):
-    """The options of each run that --seeds, --folds and --ablate ask for, in order."""
-    ppg, *vitals, label = options.keys
-    once = [("", {})]                   # (ending of the name, what differs)
-    seeds = [(f"_seed{options.seed + n}", {"seed": options.seed + n})
-             for n in range(options.seeds or 0)]
-    folds = [(f"_fold{n}", {"fold": n}) for n in range(options.folds or 0)]
-    # before the run itself, whose table lists them (evaluate.ABLATIONS)
-    ablations = [("_no_ppg", {"keys": [*vitals, label]}), ("_no_vitals", {"keys": [ppg, label]})]
-    runs = []
-    for differences in itertools.product(seeds or once, folds or once,
-                                         ablations + once if options.ablate else once):
-        run = argparse.Namespace(**vars(options))
-        for ending, changes in differences:
-            vars(run).update(changes, name=run.name + ending)
-        runs.append(run)
-    return runs
-
-
 # --------------------------------------------------------------------------------- setup and data
 def find_data(options):
-    """The data files: those named (globs expanded), or the default ones, simulated once."""
+    """The data files: those named (globs expanded), or the default file, simulated once."""
     if options.data:
         return tk_utils.find_files(options.data)
-    if os.environ.get("RANK", "0") == "0":      # torchrun's other processes wait to be joined
+    if is_first():
         print("no --data: training on SIMULATED patients")
         if not os.path.exists(SIMULATED_FILE):
             simulate.simulate_file(SIMULATED_FILE, workers=os.cpu_count() or 1, **SIMULATED)
     return [SIMULATED_FILE]
 
 
+def is_first() -> bool:
+    """Whether this process prints and writes: the only process, or torchrun's rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def join_processes(device):
-    """Joins the other processes of the run (nccl on CUDA, gloo on CPU)."""
-    tk_utils.exit_when_parent_dies()            # it would wait for the others forever
+    """Join the other processes of torchrun (nccl on CUDA, gloo on CPU)."""
+    tk_utils.exit_when_parent_dies()            # else it would wait for the others forever
     on_cuda = torch.cuda.is_available() and device != "cpu"
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
-
-
-def is_first() -> bool:
-    """Whether this process is the only one of the run, or the one that prints and writes."""
-    return header.distributed()[0] == 0
 
 
 class DataSet:
@@ -225,9 +225,10 @@ class DataSet:
     def __init__(self, options, files):
         self.files, self.salt_path = files, checkpoint.default_salt_path(files[0])
         self.index = header.create_dataset_index(condition=options.condition, path=files)
-        # A field that only scoring needs, or only a test patient lacks, is missed before training.
+        # Raises if a field is missing, even a field that only the scores of test patients need.
         header.TPP_PPG_dataset(self.index, "segment", [*options.keys, *evaluate.SCORED])
         self.salt = header.read_salt(self.salt_path)
+        self.baselines = {}         # fitted once for each set of train patients
         self.provenance = {
             "origin": datasets.origin_of(files), "beats": datasets.origin_of(files, "beats"),
             "label_method": datasets.origin_of(files, "label_method"),
@@ -245,7 +246,7 @@ class DataSet:
 
 
 def choose_recipe(options, n_segments) -> dict:
-    """The recipe of a run, with the command line's changes."""
+    """The recipe of a run, changed as the command line asks."""
     name = options.recipe or ("small" if n_segments < SMALL_SEGMENTS else "large")
     changes = {key: value for key, value in vars(options).items()
                if key in RECIPES[name] and value is not None}
@@ -253,11 +254,11 @@ def choose_recipe(options, n_segments) -> dict:
 
 
 def open_parent(options, data, parts):
-    """The checkpoint of --init-from; none of its patients may be tuned or tested on."""
+    """The checkpoint of --init-from. Raises if its patients would be tuned or tested on here."""
     parent = header.load_checkpoint(options.init_from)
     if parent["keys"] != options.keys:
         raise header.DataError(f"{options.init_from}: its --keys are {' '.join(parent['keys'])}")
-    for name in ("tune", "test"):       # a warning where the parent's salt is not here
+    for name in ("tune", "test"):       # without the parent's salt this only warns
         known = checkpoint.patient_parts(parts[name], parent, data.salt_path)
         if np.isin(known, checkpoint.SEEN).any():
             raise header.DataError(f"{options.init_from}: trained or tuned on patients that would "
@@ -266,7 +267,7 @@ def open_parent(options, data, parts):
 
 
 def describe(options, recipe, data, parts, network, parent):
-    """What the checkpoint says of the run: options, hashed split, provenance; no paths or names."""
+    """What the checkpoint records about the run: options, hashed split, provenance; no names."""
     config = {**recipe, **{name: getattr(options, name) for name in (
         "keys", "split_seed", "fold", "folds", "seed", "precision")},
         "condition": data.index.condition, "model": network["spec"],
@@ -278,19 +279,19 @@ def describe(options, recipe, data, parts, network, parent):
         **data.provenance, "parent": checkpoint.weights_fingerprint(parent) if parent else None}}
 
 
-def show_if_finished(options, files, description, nth) -> bool:
-    """Whether this very run is finished; then shows its scores. Refuses a run of other options."""
-    path = files.checkpoint             # read also with --fresh: raises where it is not ours
-    saved = header.load_checkpoint(path) if os.path.exists(path) else None
+def is_finished(options, description) -> bool:
+    """Whether this very run is finished; then shows its scores. Raises if its options differ."""
+    path, resume = options.files.checkpoint, options.files.resume
+    saved = header.load_checkpoint(path) if os.path.exists(path) else None  # raises if not ours
     if options.fresh:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(files.resume)
+            os.remove(resume)
         return False
-    if os.path.exists(files.resume):
-        path, saved = files.resume, header.load_tensors(files.resume)["experiment"]
+    if os.path.exists(resume):
+        path, saved = resume, header.load_tensors(resume)["experiment"]
     if saved is None:
         return False
-    # an option or entry that is newer than the saved run was at its default
+    # An option or setting that is newer than the saved run had its default value in it.
     had = {**vars(parse_args([])), **NEUTRAL, **saved["config"], **saved["provenance"]}
     now = {**description["config"], "parent": description["provenance"]["parent"]}
     other = [f"{name.replace('_', '-')} {had.get(name)} (now {value})"
@@ -303,17 +304,17 @@ def show_if_finished(options, files, description, nth) -> bool:
     if other:
         raise header.DataError(f"{path}: a run with other options: {', '.join(other)}. --fresh "
                                "replaces it, --name OTHER keeps both")
-    if path == files.resume:
+    if path == resume:
         print(f"going on from {path}", flush=True)
         return False
-    show(options, files, nth)
+    show(options)
     print("this run is finished; --fresh trains it again, --name OTHER keeps both")
     return True
 
 
 # ------------------------------------------------------------------------------------- the model
 def build(options, recipe, train, parent):
-    """(the normalised model, fresh or the parent's; what the checkpoint says of its network)."""
+    """(the normalised model, new or the parent's; how the checkpoint describes its network)."""
     loss = header.choose_loss(options.loss)
     header.reset_all_seeds(options.seed)
     if parent:
@@ -322,7 +323,7 @@ def build(options, recipe, train, parent):
         described = {key: parent[key] for key in ("spec", "model_args")}
     else:
         vitals = datasets.vitals_of(options.keys)
-        # without an input (--ablate), your own network gets zeros; others are built without it
+        # with --ablate, your own network gets zeros for an input; others are built without it
         inputs = options.inputs if options.own_network else options.keys[:-1]
         network, spec, arguments = checkpoint.new_network(
             recipe["model"], num_discrete=len(inputs) - ("ppg" in inputs),
@@ -339,7 +340,7 @@ def build(options, recipe, train, parent):
 
 
 def make_loaders(options, recipe, sets):
-    """Train and tune loaders."""
+    """The train and the tune loader."""
     rank, world = header.distributed()
     device = header.choose_device(options.device)
     on_cuda = device.type == "cuda"
@@ -374,40 +375,34 @@ def loop_arguments(recipe, loader, model, loss=header.LOSSES["mse"]) -> dict:
             "gradient_clipping": clip}
 
 
-def train(options, recipe, model, loaders, files, description, nth):
-    """(the model with its best weights, trajectories); a row of the log after each epoch."""
+def train(options, recipe, model, loaders, description):
+    """(the model with its best weights, the trajectories). Writes the log after each epoch."""
     loss = header.choose_loss(options.loss)
 
     def on_epoch(log):
         for loader in loaders:
             datasets.check_unchanged(loader.dataset.index)
-        with tk_utils.atomic_file(files.log, newline="") as file:
+        with tk_utils.atomic_file(options.files.log, newline="") as file:
             pd.DataFrame(log).to_csv(file, index=False, float_format="%.6g")
         if options.tensorboard:
-            log_to_tensorboard(files, recipe, loss, log)
+            log_to_tensorboard(options.files.tensorboard, recipe, loss, log)
         busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() + 0.5
-        if busy and len(log) == 1 and torch.get_num_threads() > 1 and not nth:
+        if busy and len(log) == 1 and torch.get_num_threads() > 1 and not options.position:
             print("other programs keep this machine's cores busy: --threads 1 may be faster")
 
-    model, trajectory = header.training_loop(
+    return header.training_loop(
         model, *loaders, criterion=loss, device=options.device, precision=options.precision,
-        on_epoch=on_epoch, resume_path=files.resume, experiment=description, verbose=not nth,
-        **loop_arguments(recipe, loaders[0], model, loss))
-    if model.anchor and model.outputs == 1 and is_first():  # an own spread is of what was trained
-        header.fit_blend(model, *(loader.dataset for loader in loaders), device=options.device)
-        if not nth:
-            n_patients = loaders[1].dataset.index.n_patients
-            print(report.shares_text(header.kept_shares(model.anchor), n_patients), flush=True)
-    return model, trajectory
+        on_epoch=on_epoch, resume_path=options.files.resume, experiment=description,
+        verbose=not options.position, **loop_arguments(recipe, loaders[0], model, loss))
 
 
-def log_to_tensorboard(files, recipe, loss, log):
-    """Losses and rate of the last epoch, their figure so far and, at the end, the recipe."""
+def log_to_tensorboard(folder, recipe, loss, log):
+    """Log the last epoch's losses and rate, the loss figure and, at the end, the recipe."""
     from torch.utils.tensorboard import SummaryWriter
     epoch, row = len(log), log[-1]
     curves = pd.DataFrame(log).rename(columns={"train_loss": "epoch_train_loss",
                                                "tune_loss": "epoch_val_loss"})
-    with SummaryWriter(files.tensorboard, purge_step=epoch) as writer:
+    with SummaryWriter(folder, purge_step=epoch) as writer:
         for name in ("train_loss", "tune_loss", "lr", "seconds"):
             writer.add_scalar(name, row[name], epoch)
         writer.add_figure("losses", tk_utils.loss_lr_figure(curves, loss_label=loss.label), epoch)
@@ -417,7 +412,7 @@ def log_to_tensorboard(files, recipe, loss, log):
 
 
 def patients_of(loader, problem, salt) -> str:
-    """The hashed patients of the batches of a loss that is not finite, in a sentence."""
+    """A sentence that names (hashed) the patients of the batches whose loss is not finite."""
     index, items = loader.dataset.index, []
     for number in problem.batches:
         loader.sampler.set_epoch(problem.epoch, number)
@@ -428,54 +423,65 @@ def patients_of(loader, problem, salt) -> str:
 
 
 # --------------------------------------------------------------------------------------- results
-def save(options, model, trajectory, files, description, parts, sets, data, fitted):
-    """Writes the checkpoint and the figures; the scores, as `evaluate.py` computes them."""
+def fit_blend_and_intervals(options, model, sets) -> dict:
+    """Blend the network with the ridges; returns the calibration of the prediction intervals."""
+    if model.anchor and model.outputs == 1:     # a predicted spread holds for the network alone
+        header.fit_blend(model, sets["train"], sets["tune"], device=options.device)
+        if not options.position:
+            print(report.shares_text(header.kept_shares(model.anchor),
+                                     sets["tune"].index.n_patients), flush=True)
+    calibration = evaluate.make_calibration(model, sets["tune"], options.device)
+    if header.kept_shares(model.anchor):
+        header.refit_anchor(model, sets["train"], sets["tune"])
+    return calibration
+
+
+def save(options, model, trajectory, description, parts, data):
+    """Score the model as `evaluate.py` does; write the checkpoint, the scores and the figures."""
+    files = options.files
     tk_utils.write_json(files.run, {"_": "PRIVATE: paths of this machine; do not share",
                                     "data": [os.path.realpath(path) for path in data.files],
                                     "salt_file": os.path.realpath(data.salt_path)})
     header.save_tensors(files.trajectory, {name: torch.from_numpy(values)
                                            for name, values in trajectory.items()})
-    calibration = evaluate.make_calibration(model, sets["tune"], options.device)
-    if header.kept_shares(model.anchor):
-        header.refit_anchor(model, sets["train"], sets["tune"])
-    header.save_checkpoint(files.checkpoint, model, **description, calibration=calibration)
+    header.save_checkpoint(files.checkpoint, model, **description)
     results, arrays = evaluate.evaluate_with_arrays(
         files.checkpoint, parts["test"], split="test", train=parts["train"], tune=parts["tune"],
-        fitted=fitted, device=options.device, network=options.own_network)
-    saved = header.save_checkpoint(files.checkpoint, model, **description,
-                                   calibration=calibration, metrics=results)
+        fitted=data.baselines, device=options.device, network=options.own_network)
+    saved = header.save_checkpoint(files.checkpoint, model, **description, metrics=results)
     tk_utils.write_json(files.metrics, results)
     with tk_utils.atomic_file(files.card) as file:
         file.write(report.model_card(results, saved))
     tk_utils.save_figure(tk_utils.loss_lr_figure(
         trajectory, results["note"], header.choose_loss(options.loss).label), files.loss_plot)
     tk_utils.save_figure(report.histogram(results, arrays)[0], files.histogram)
-    if options.name == DEFAULT_NAME:        # the names that the published project gives them
+    if options.name == DEFAULT_NAME:        # also under the published project's file names
         for path in (files.loss_plot, files.histogram):
             shutil.copyfile(path, path.replace(f"{DEFAULT_NAME}_", ""))
-    os.remove(files.resume)     # last: until here the same command would go on
+    os.remove(files.resume)     # last: a run that is killed before this continues from it
 
 
-def show(options, files, nth):
-    """Prints the scores of a finished run: in a line if it is one of several, else as a table."""
+def show(options):
+    """Print the scores of a finished run: a table, or a line if it is one of several runs."""
+    files = options.files
     results = header.load_checkpoint(files.checkpoint)["metrics"]
-    if nth:
-        print(f"{options.name}{nth}: RMSE {results['tpp']['rmse']:.2f} mmHg, "
+    if options.position:
+        print(f"{options.name}{options.position}: RMSE {results['tpp']['rmse']:.2f} mmHg, "
               f"{counted(results['n_patients'], 'test patient')}", flush=True)
     else:
         report.print_results(results)
         print(f"{files.checkpoint}, {files.base}/, {files.loss_plot}, {files.histogram}")
 
 
-def summarise(options, runs, fitted):
-    """The table of several runs, runs/<name>/summary.json, and the histogram of all together."""
-    files = RunFiles(f"runs/{options.name}")
+def summarise(options, runs, data):
+    """Compare several runs: a table, runs/<name>/summary.json and a histogram of all of them."""
     results, arrays = evaluate.compare_runs(
-        [f"runs/{one.name}.pth" for one in runs], device=options.device, fitted=fitted,
+        [run.files.checkpoint for run in runs], device=options.device, fitted=data.baselines,
         network=options.own_network)
-    tk_utils.write_json(f"{files.base}/summary.json", results)
-    tk_utils.save_figure(report.histogram(results["together"], arrays)[0], files.histogram)
-    print(f"wrote {files.base}/summary.json and {files.histogram}")
+    summary, histogram = f"{options.files.base}/summary.json", options.files.histogram
+    tk_utils.write_json(summary, results)
+    tk_utils.save_figure(report.histogram(results["together"], arrays)[0], histogram)
+    print(f"wrote {summary} and {histogram}")
 
 
 if __name__ == "__main__":
