@@ -65,10 +65,10 @@ DEFAULT_NAME = "M1.5"
 def parse_args(arguments=None):
     parser = tk_utils.ScriptParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", metavar="FILE", help="HDF5 files; default: simulated ones")
+    add("--data", nargs="+", metavar="FILE", help="HDF5 files; default: simulated patients")
     add("--keys", nargs="+", default=KEYS, help="ppg, vitals, label; default " + " ".join(KEYS))
     add("--condition", nargs="+", default=["default"], help="quality gate (docs/labels.md)")
-    add("--split-seed", type=int, default=0, help="who is train, tune and test; default 0")
+    add("--split-seed", type=int, default=0, help="which patients train, tune and test; default 0")
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=tuple(RECIPES), help="hyper-parameters; default: by size of the data")
     add("--epochs", type=int, help="passes over the train segments, instead of the recipe's")
@@ -78,10 +78,10 @@ def parse_args(arguments=None):
     add("--model", help=f"network: {', '.join(header.MODELS)}, or my_net.py:MyNet")
     add("--loss", default="mse", help=f"{', '.join(header.LOSSES)}, or my_losses.py:name")
     add("--init-from", metavar="CHECKPOINT", help="fine-tune these weights on the data")
-    add("--seed", type=int, default=0, help="of initial weights and order; default 0")
-    add("--precision", choices=("tf32", "float32", "bf16"), help="of products: bf16 for speed")
+    add("--seed", type=int, default=0, help="of the initial weights and the order; default 0")
+    add("--precision", choices=("tf32", "float32", "bf16"), help="of products; bf16 is fastest")
     add = parser.add_argument_group("repeating").add_argument
-    add("--seeds", type=int, metavar="K", help="K runs, <name>_seed<n>, of seeds from --seed on")
+    add("--seeds", type=int, metavar="K", help="K runs, <name>_seed<n>, with seeds from --seed on")
     add("--folds", type=int, metavar="K", help="K runs, <name>_fold<n>, each tests other patients")
     add("--ablate", action="store_true", help="first train <name>_no_ppg and <name>_no_vitals")
     add = parser.add_argument_group("running").add_argument
@@ -89,8 +89,8 @@ def parse_args(arguments=None):
     add("--device", help="cpu, cuda, cuda:1, …; default: CUDA if present")
     add("--workers", type=int, help="loader processes; default: 0 on CPU, 4 on CUDA")
     add("--threads", type=int, help="threads on CPU; default: PyTorch's choice")
-    add("--device-cache", choices=("auto", "off"), default="auto", help="data in the GPU's memory")
-    add("--fresh", action="store_true", help="start again where a run of this name is there")
+    add("--device-cache", choices=("auto", "off"), default="auto", help="keep data in GPU memory")
+    add("--fresh", action="store_true", help="start again even if a run of this name exists")
     add("--tensorboard", action="store_true", help="also log to runs/<name>/tensorboard")
     options = parser.parse_args(arguments)
     if options.lr is not None and not options.lr > 0:
@@ -186,7 +186,7 @@ def train_and_score(options, data):
         except (header.Interrupted, KeyboardInterrupt):
             if not os.path.exists(files.resume):
                 raise
-            print("interrupted; saved: the same command goes on from here", file=sys.stderr)
+            print("interrupted; saved: the same command continues from here", file=sys.stderr)
             sys.exit(3)
         except header.NonFiniteLoss as problem:
             raise header.TrainingError(
@@ -240,9 +240,9 @@ class DataSet:
     def split(self, options):
         """({part: index}, {'train', 'tune': dataset}) of one run."""
         parts = header.split_index(self.index, options.split_seed, options.fold, options.folds)
-        return parts, {name: header.TPP_PPG_dataset(parts[name], "segment", options.keys,
-                                                    seed=options.seed)
-                       for name in ("train", "tune")}
+        sets = {name: header.TPP_PPG_dataset(parts[name], "segment", options.keys,
+                                             seed=options.seed) for name in ("train", "tune")}
+        return parts, sets
 
 
 def choose_recipe(options, n_segments) -> dict:
@@ -257,7 +257,7 @@ def open_parent(options, data, parts):
     """The checkpoint of --init-from. Raises if its patients would be tuned or tested on here."""
     parent = header.load_checkpoint(options.init_from)
     if parent["keys"] != options.keys:
-        raise header.DataError(f"{options.init_from}: its --keys are {' '.join(parent['keys'])}")
+        raise header.DataError(f"{options.init_from}: needs --keys {' '.join(parent['keys'])}")
     for name in ("tune", "test"):       # without the parent's salt this only warns
         known = checkpoint.patient_parts(parts[name], parent, data.salt_path)
         if np.isin(known, checkpoint.SEEN).any():
@@ -305,7 +305,7 @@ def is_finished(options, description) -> bool:
         raise header.DataError(f"{path}: a run with other options: {', '.join(other)}. --fresh "
                                "replaces it, --name OTHER keeps both")
     if path == resume:
-        print(f"going on from {path}", flush=True)
+        print(f"continuing from {path}", flush=True)
         return False
     show(options)
     print("this run is finished; --fresh trains it again, --name OTHER keeps both")

@@ -21,7 +21,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("module", OPTIONS)
-def test_help_explains_each_of_the_options_and_there_are_no_others(module):
+def test_help_explains_every_option_in_words(module):
     text = run(f"{module}.py", "--help", check=0).stdout
     entries = {re.match(r"--([\w-]+)", entry).group(1): entry
                for entry in re.split(r"^  (?=-)", text, flags=re.M)[1:] if entry.startswith("--")}
@@ -82,7 +82,7 @@ def test_seeds_are_trained_and_scored_on_a_console_of_ascii(tmp_path):
 
 
 def needed(module):
-    """The files of ours that a module imports anywhere, and those that these import."""
+    """Our modules that a module imports, directly or through others."""
     nodes = list(ast.walk(ast.parse(read_ours(f"{module}.py"))))
     names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -96,7 +96,7 @@ def needed(module):
     ("tk_utils", ()), ("checkpoint", ("models", "datasets", "tk_utils")), ("training_header", (
         "anchor", "checkpoint", "models", "datasets", "loaders", "tk_utils", "kernels",
         "cuda_graph"))])
-def test_a_module_imports_those_that_its_docstring_names_and_no_others(module, others):
+def test_a_module_imports_only_the_modules_that_its_docstring_names(module, others):
     assert needed(module) == set(others)
     says = ast.get_docstring(ast.parse(read_ours(f"{module}.py")))
     if others:

@@ -22,7 +22,7 @@ WITH_ROOT = dict(os.environ, PYTHONPATH=ROOT)
 
 
 def python(*arguments, **options):
-    """A new interpreter that finds our modules, and has ended."""
+    """Run a new interpreter that finds our modules."""
     options = {"env": WITH_ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.run([sys.executable, *arguments], timeout=120, text=True, **options)
 
@@ -65,7 +65,7 @@ def test_a_private_file_stays_private_and_a_link_stays_a_link(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o600
 
 
-def test_json_has_sorted_keys_plain_numbers_and_null_for_what_is_not_finite(tmp_path):
+def test_json_has_sorted_keys_plain_numbers_and_null_for_nan_and_infinity(tmp_path):
     tk_utils.write_json(tmp_path / "m.json", {
         "b": np.float32(0.5), "a": [np.nan, float("inf"), np.int64(3)], 2: np.array([1.0, np.nan])})
     text = (tmp_path / "m.json").read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ def test_json_has_sorted_keys_plain_numbers_and_null_for_what_is_not_finite(tmp_
         ("2", [1.0, None]), ("a", [None, None, 3]), ("b", 0.5)]
 
 
-def test_what_cannot_be_written_is_found_before_the_work(tmp_path):
+def test_an_output_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path):
     path = tmp_path / "new" / "a.json"
     tk_utils.check_writable(path, ["other.json", None])
     assert not os.listdir(tmp_path)
@@ -159,7 +159,7 @@ def test_no_table_is_wider_than_the_terminal_and_nothing_is_lost(columns, capsys
     assert all(text.count(word) == 3 for word in (*words.split(), *map("1,00{}".format, range(6))))
 
 
-def test_progress_is_a_bar_in_a_terminal_and_says_nothing_yet_in_a_log_file():
+def test_progress_is_a_bar_in_a_terminal_and_silent_at_first_in_a_log_file():
     pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
     main, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, np.array([24, 80, 0, 0], "u2").tobytes())
@@ -167,7 +167,7 @@ def test_progress_is_a_bar_in_a_terminal_and_says_nothing_yet_in_a_log_file():
     assert python("-c", code, stderr=slave).returncode == 0
     os.close(slave)
     shown = b""
-    with contextlib.suppress(OSError), os.fdopen(main, "rb", 0) as terminal:    # how it closes
+    with contextlib.suppress(OSError), os.fdopen(main, "rb", 0) as terminal:    # at its end
         while piece := terminal.read(4096):
             shown += piece
     assert shown.count(b"\r") > 2 and b"5/5" in shown
@@ -219,7 +219,7 @@ def test_the_same_seed_gives_the_same_random_numbers_everywhere():
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_the_git_revision_is_that_of_the_files_own_checkout_or_none(tmp_path, monkeypatch):
+def test_the_git_revision_describes_the_checkout_of_the_file_or_is_none(tmp_path, monkeypatch):
     file = tmp_path / "tk_utils.py"
     file.touch()
     monkeypatch.setattr(tk_utils, "__file__", str(file))
@@ -237,7 +237,7 @@ SCORES = {"rmse": 5.123, "mae": 4.0, "mead": 3.3, "bias": -0.25, "sd": 5.1, "r2"
 
 
 def drawn(figure, tmp_path):
-    """(the texts of a figure, how many of its pixels have the red of a note)."""
+    """(the texts of a figure, the number of its pixels in the red of a note)."""
     from matplotlib.image import imread
     for suffix in ("svg", "png", "pdf"):
         tk_utils.save_figure(figure, tmp_path / f"f.{suffix}")
@@ -260,7 +260,7 @@ def test_the_loss_figure_names_its_axes_units_and_best_epoch(tmp_path, epochs):
     assert red > 3000
 
 
-def test_the_histogram_shows_units_scores_and_counts_also_of_what_lies_beyond_its_axes(tmp_path):
+def test_the_histogram_shows_units_scores_and_counts_and_how_many_lie_outside(tmp_path):
     truth = np.random.default_rng(0).normal(36, 14, 1234)
     text, red = drawn(tk_utils.histogram_figure(truth, [5000, *truth[1:]], SCORES), tmp_path)
     for expected in ("Label TPP (mmHg)", "Predicted TPP (mmHg)", "RMSE 5.12", "MAE 4.00",

@@ -47,7 +47,7 @@ def same_weights(one, other):
 
 
 def train(folder, *options, code=0):
-    """What a run prints that must end with this exit code: its results, or its messages."""
+    """Run train_resnet.py; returns its stdout, or its stderr if it must fail with this code."""
     done = call(train_resnet, *OPTIONS, *options, cwd=folder, check=code)
     return done.stderr if code else done.stdout
 
@@ -67,15 +67,15 @@ def trained(simulated, tmp_path_factory):
     return folder
 
 
-def test_the_metrics_are_those_of_the_checkpoint_and_name_the_test_patients(trained):
+def test_metrics_json_agrees_with_the_checkpoint_and_counts_the_test_patients(trained):
     found = read_json(trained / "runs/M1.5/metrics.json")
     assert (found["origin"], found["split"], found["n_patients"]) == ("simulated", "test", 3)
     saved = load_checkpoint(trained / "runs/M1.5.pth")["metrics"]
-    # TPP = MAP - Pcrit, and MAP is known: the two errors are one.
+    # TPP = MAP - Pcrit, and MAP is known, so both have the same error.
     assert saved["tpp"]["rmse"] == found["tpp"]["rmse"] == pytest.approx(found["p_crit"]["rmse"])
 
 
-def test_simulated_data_are_called_so_on_console_in_json_and_in_figures(trained):
+def test_simulated_data_are_labelled_on_console_in_json_and_in_figures(trained):
     from matplotlib.image import imread
     found = read_json(trained / "runs/M1.5/metrics.json")
     assert "SIMULATED" in (trained / "printed.txt").read_text(encoding="utf-8")
@@ -115,11 +115,11 @@ def test_patients_are_split_by_hash_and_normalised_by_the_train_patients_alone(t
     assert saved["normaliser"]["tpp"]["sd"] == pytest.approx(column.std(unbiased=False).item())
 
 
-def test_without_data_default_patients_are_simulated_once_and_called_so(monkeypatch, tmp_path):
+def test_without_data_default_patients_are_simulated_once(monkeypatch, tmp_path):
     path = "data/simulated_12x2_seed3.h5"
     monkeypatch.setattr(train_resnet, "SIMULATED", {"patients": 12, "segments": 2, "seed": 3})
     monkeypatch.setattr(train_resnet, "SIMULATED_FILE", path)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)     # or processes start to simulate
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)     # so that this process simulates
     out = call(train_resnet, "--epochs", 1, "--device", "cpu", cwd=tmp_path, check=0).stdout
     assert "training on SIMULATED patients" in out and "recipe small" in out
     assert re.search(r"\nkept of the network \d\.\d\d, of .* \(chosen on \d+ tune patient", out)
@@ -130,13 +130,13 @@ def test_without_data_default_patients_are_simulated_once_and_called_so(monkeypa
     assert (tmp_path / path).stat().st_mtime_ns == before
 
 
-def test_a_network_of_pcrit_without_vitals_with_its_own_spread_is_scored_as_tpp(folder):
+def test_a_network_of_pcrit_and_its_spread_without_vitals_is_scored_as_tpp(folder):
     assert "nats" in train(folder, "--keys", "ppg", "p_crit", "--loss", "nll", "--name", "P")
     found = read_json(folder / "runs/P/metrics.json")
     assert found["tpp"]["rmse"] == pytest.approx(found["p_crit"]["rmse"])
     model = load_model(folder / "runs/P.pth")
     assert model.keys == ["ppg", "p_crit"] and model.outputs == 2
-    assert not (folder / "figures_resnet/loss_lr_plot.png").exists()        # only the default run
+    assert not (folder / "figures_resnet/loss_lr_plot.png").exists()    # of the default name
 
 
 @pytest.mark.parametrize("arguments, segments, expected", [
@@ -181,7 +181,7 @@ def my_loss(prediction, label):
 """
 
 
-def test_a_network_and_a_loss_of_your_own_go_all_the_way(folder):
+def test_your_own_network_and_loss_are_trained_and_scored_in_every_fold(folder):
     (folder / "mine").mkdir()
     (folder / "mine/my_net.py").write_text(MY_NET)
     folds = ["--folds", "3", "--ablate", "--name", "own"]
@@ -197,13 +197,13 @@ def test_a_network_and_a_loss_of_your_own_go_all_the_way(folder):
 
 
 def run_script(*options):
-    """What train_resnet.py does with these options, for a fork."""
+    """Run train_resnet.py with these options in a fork."""
     sys.argv[1:] = [*OPTIONS, *options]
     return tk_utils.run_script(train_resnet.main, CheckpointError, DataError, TrainingError)
 
 
 def started(folder, *options, work=None):
-    """A run of many epochs in a process of its own, once the first is over."""
+    """Start a long run in a fork; returns the process after its first epoch."""
     (folder / ".printed").touch()
     process = fork(work or partial(run_script, "--epochs", "500", *options), folder)
     while "epoch 1/" not in (printed := (folder / ".printed").read_text()):
@@ -213,21 +213,21 @@ def started(folder, *options, work=None):
 
 
 @pytest.mark.parametrize("number, epochs", [
-    (signal.SIGINT, 500), (signal.SIGTERM, 500), (signal.SIGTERM, 1)])     # 1: fits the baselines
+    (signal.SIGINT, 500), (signal.SIGTERM, 500), (signal.SIGTERM, 1)])     # 1: while it is scored
 def test_a_signal_saves_and_ends_with_exit_code_3(folder, number, epochs):
     process = started(folder, "--epochs", str(epochs))
     err = train(folder, code=2)
     assert "another process is training under this name" in err and "--name" in err
     os.kill(process.pid, number)
     text = printed_by([process], folder, code=3)
-    assert "the same command goes on from here" in text and "Traceback" not in text
+    assert "the same command continues from here" in text and "Traceback" not in text
     err = train(folder, "--lr", "0.01", code=2)
     assert f"epochs {epochs} (now 2)" in err and "(now 0.01)" in err
     assert "--fresh" in err and "--name" in err
     if epochs == 1:
-        assert "going on from" in train(folder, "--epochs", "1")
+        assert "continuing from" in train(folder, "--epochs", "1")
     else:
-        assert "going on from" not in train(folder, "--fresh")
+        assert "continuing from" not in train(folder, "--fresh")
     assert not os.path.exists(folder / "runs/M1.5/resume.pth")
 
 
@@ -239,18 +239,18 @@ def test_a_finished_run_is_never_overwritten(trained, tmp_path):
     err = train(copied, *same, "--seed", "3", code=2)
     assert "seed 0 (now 3)" in err and "--fresh" in err and "--name" in err
     assert path.read_bytes() == before
-    # an option that the run does not know, as it is newer, was at its default
+    # an option that is newer than the saved run had its default value
     saved = load_checkpoint(path)
     for key in ("anchor", "precision", "loss"):
         del saved["config"][key]
     torch.save(saved, path)
     assert "this run is finished" in train(copied, *same)
     assert "loss mse (now l1)" in train(copied, *same, "--loss", "l1", code=2)
-    saved["split"]["test"] = saved["split"]["train"]    # as an edited `split_index` would have it
+    saved["split"]["test"] = saved["split"]["train"]    # as if `split_index` had changed
     del saved["metrics"]["tpp"]["sd"]                   # as if this score were newer
     torch.save(saved, path)
     assert "other train, tune or test patients" in train(copied, *same, code=2)
-    saved["provenance"]["salt"] = "another"             # then this cannot be told
+    saved["provenance"]["salt"] = "another"             # then a changed split cannot be detected
     torch.save(saved, path)
     assert "this run is finished" in train(copied, *same)
     with h5py.File(copied / "d.h5", "a") as file:       # changed data are another experiment
@@ -286,7 +286,7 @@ def test_fine_tuning_takes_the_parents_weights_and_remembers_its_patients(traine
 def test_a_parent_that_does_not_fit_or_knows_the_patients_is_refused(trained, other_patients):
     for options, message in (
             (["--loss", "nll"], "the network has 1 output, --loss nll needs 2"),
-            (["--keys", "ppg", "map", "tpp"], "its --keys are ppg map dbp hr tpp"),
+            (["--keys", "ppg", "map", "tpp"], "M1.5.pth: needs --keys ppg map dbp hr tpp"),
             (["--data", trained / "d.h5", "--split-seed", 1],
              "trained or tuned on patients that would be tune patients here; fine-tuning needs")):
         assert message in train(other_patients, "--init-from", trained / "runs/M1.5.pth", *options,
@@ -333,7 +333,7 @@ def test_the_summary_scores_all_folds_together_and_each_run_lists_its_ablations(
     assert compared["model without the PPG"]["rmse"] == pytest.approx(alone["tpp"]["rmse"])
 
 
-def test_started_again_finished_runs_are_kept_and_the_missing_one_is_trained_the_same(folded):
+def test_the_same_command_keeps_finished_runs_and_trains_a_missing_one_to_the_same_bits(folded):
     before = (folded / "runs/x_fold0.pth").read_bytes()
     shutil.move(folded / "runs/x_fold1.pth", folded / "first.pth")
     assert train(folded, *FOLDED).count("this run is finished") == 8
@@ -341,8 +341,8 @@ def test_started_again_finished_runs_are_kept_and_the_missing_one_is_trained_the
     assert (folded / "runs/x_fold0.pth").read_bytes() == before
 
 
-def test_two_processes_at_half_the_batch_do_what_one_does_and_one_writes(folder):
-    # (test_training_header.py has the loop's equality to 1e-9; here Adam amplifies rounding.)
+def test_two_processes_at_half_the_batch_learn_the_same_and_one_of_them_writes(folder):
+    # (test_training_header.py compares the loop to 1e-9; here Adam amplifies rounding.)
     train(folder, "--epochs", "1", "--batch-size", "4", "--name", "one")
     both = partial(run_script, "--epochs", "1", "--batch-size", "2", "--name", "two")
     text = printed_by(fork_ranks(both, folder), folder)
@@ -404,7 +404,7 @@ def change(process, folder):
     (0, lambda process, folder: os.truncate(folder / "d.h5", 2000), "d.h5"),
     (2, lambda process, folder: os.kill(children(process.pid)[-1], signal.SIGKILL),
      "a loader worker")])
-def test_what_happens_to_a_run_ends_in_one_line(folder, workers, harm, message):
+def test_damaged_data_and_a_killed_worker_end_a_run_in_one_line(folder, workers, harm, message):
     process = started(folder, "--workers", str(workers))
     harm(process, folder)
     text = printed_by([process], folder, code=2)
@@ -415,7 +415,7 @@ def test_what_happens_to_a_run_ends_in_one_line(folder, workers, harm, message):
 @needs_children
 @pytest.mark.parametrize("victim", ["a rank", "the launcher"])
 def test_when_a_rank_or_its_launcher_dies_all_end_within_a_minute(folder, victim):
-    def launch():       # as torchrun, but it leaves the other rank alone
+    def launch():       # like torchrun, but it does not end the other rank
         for process in fork_ranks(partial(run_script, "--epochs", "500"), folder):
             process.join()
 
@@ -424,7 +424,7 @@ def test_when_a_rank_or_its_launcher_dies_all_end_within_a_minute(folder, victim
     os.close(writing)
     killed = children(launcher.pid)[-1] if victim == "a rank" else launcher.pid
     os.kill(killed, signal.SIGKILL)
-    ended, _, _ = select.select([reading], [], [], 60)      # closed by the last that ends
+    ended, _, _ = select.select([reading], [], [], 60)      # closed when the last has ended
     os.close(reading)
     launcher.join()
     assert ended, (folder / ".printed").read_text()
@@ -439,7 +439,7 @@ def test_when_a_rank_or_its_launcher_dies_all_end_within_a_minute(folder, victim
     (("--keys", "tpp"), "--keys: expected ppg"),
     (("--device", "toaster"), "device 'toaster'"),
     (("--model", "absent.py:Net"), "--model absent.py:Net: expected resnet_v3"),
-    (("--data", "absent.h5", "--loss", "hubris"), "--loss hubris: expected mse"),   # said first
+    (("--data", "absent.h5", "--loss", "hubris"), "--loss hubris: expected mse"),   # checked first
     (("--data", "absent.h5", "--model", "resnet_v9"), "--model resnet_v9: expected resnet_v3"),
     (("--batch-size", "-3"), "--batch-size -3: expected at least 1"),
     (("--lr", "nan"), "--lr nan: expected more than 0"),

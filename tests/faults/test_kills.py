@@ -1,11 +1,11 @@
-"""Commands that are killed: given again, they end in the same weights or the same file.
+"""Commands that are killed and repeated end in the same weights or the same file.
 
-    python tests/faults/test_kills.py 99 30 0       # kills of training, of the others, seed
+    python tests/faults/test_kills.py 99 30 0       # kills of training, of the others; seed
 
 SIGKILL arrives at a random moment of a real run (start, training, saving, scoring, drawing; or
-simulating, preparing, predicting), again and again, until the run ends by itself. Training saves
-its state after each step; every second run also writes slowly (each sync waits), so that many kills
-fall inside a write; of one process, every second kill arrives at a call that changes files.
+simulating, preparing, predicting), again and again, until a run ends by itself. Training saves its
+state after each step. Every second run also syncs slowly, so that many kills fall inside a write.
+Half of the kills of a single training process arrive at a call that changes files.
 """
 # ruff: noqa: I001
 import contextlib
@@ -41,7 +41,7 @@ import training_header as header  # noqa: E402
 
 OPTIONS = ["--data", "../d.h5", "--epochs", "3", "--batch-size", "4", "--device", "cpu"]
 TRAINING = {"one process": [], "workers": ["--workers", "2"], "two ranks": []}
-COMMANDS = {        # the last argument of the others is the file that must come out the same
+COMMANDS = {        # outside TRAINING, the last argument is the file that is compared
     **{kind: [train_resnet, *OPTIONS, *more] for kind, more in TRAINING.items()},
     "simulating": [simulate, "--patients", "16", "--segments", "2", "--out", "out.h5"],
     "preparing": [prepare, "../records", "--workers", "2", "--out", "out.h5"],
@@ -92,12 +92,12 @@ def fingerprint(folder, kind):
 
 
 def kill(pid):
-    """A process and all that it started, as when the machine loses power."""
-    os.kill(pid, signal.SIGSTOP)                # it starts no more while we look
+    """Kill a process and all that it started, as if the machine lost power."""
+    os.kill(pid, signal.SIGSTOP)                # so that it starts no more meanwhile
     started = children(pid)
     os.kill(pid, signal.SIGKILL)
     for child in started:
-        with contextlib.suppress(OSError):      # ended by itself
+        with contextlib.suppress(OSError):      # it has ended by itself
             kill(child)
 
 
@@ -112,7 +112,7 @@ def reference(base, kind):
 
 
 def check_files(folder):
-    """Raises where a file that a reader could find is not whole; returns how many there are."""
+    """Check that every visible file is complete; returns how many there are."""
     paths = [path for path in folder.rglob("[!.]*") if path.is_file()]      # no locks, temporaries
     for path in paths:
         if path.suffix == ".pth":
@@ -127,8 +127,8 @@ def check_files(folder):
 
 
 def killed_runs(base, kind, kills, rng):
-    """Kill runs of this kind so many times: (kills, runs completed in between)."""
-    # loader workers change nothing, to the bit
+    """Kill runs of a kind until there were `kills` kills: (kills, completed runs)."""
+    # workers do not change a bit of the result
     expected, usual_s = reference(base, "one process" if kind == "workers" else kind)
     done = completed = 0
     while done < kills:
@@ -160,7 +160,7 @@ def killed_runs(base, kind, kills, rng):
 
 
 def make_inputs(folder):
-    """Data to train on, recordings, and a model that predicts."""
+    """Make data to train on, recordings, and a model that predicts."""
     make_file(folder / "d.h5", patients=6, encounters=1, rows=8)
     (folder / "records").mkdir()
     for number in range(4):
