@@ -73,12 +73,11 @@ def _remove_leftovers(prefix) -> None:
     if os.name != "posix":                      # on Windows, signal 0 would end the process
         return
     for temporary in glob.glob(glob.escape(prefix) + "*.tmp"):
-        try:
-            os.kill(int(temporary.split("-")[-2]), 0)
-        except ProcessLookupError:
-            os.remove(temporary)
-        except PermissionError:                 # the process runs, under another user
-            pass
+        with contextlib.suppress(PermissionError, FileNotFoundError):   # another user's; or gone
+            try:
+                os.kill(int(temporary.split("-")[-2]), 0)
+            except ProcessLookupError:
+                os.remove(temporary)
 
 
 @contextlib.contextmanager
@@ -367,9 +366,8 @@ def new_figure(width_inches: float, height_inches: float):
 def save_figure(figure, path) -> None:
     """Write a figure atomically, in the format of the suffix (.png at 200 dpi, .pdf, .svg)."""
     from matplotlib import rc_context
-    suffix = os.path.splitext(path)[1].lstrip(".").lower() or "png"
-    with atomic_path(path) as temporary, rc_context({"pdf.fonttype": 42}):
-        figure.savefig(temporary, format=suffix, dpi=200, facecolor="white")
+    with atomic_path(path) as temporary, rc_context({"pdf.fonttype": 42}):     # editable text
+        figure.savefig(temporary, format=os.path.splitext(path)[1][1:], dpi=200, facecolor="white")
 
 
 def finish_figure(figure, note: Optional[str] = None):

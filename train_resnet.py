@@ -358,13 +358,12 @@ def make_loaders(options, recipe, sets):
 # -------------------------------------------------------------------------------------- training
 def loop_arguments(recipe, loader, model, loss=header.LOSSES["mse"]) -> dict:
     """The arguments of `training_loop` that a recipe stands for."""
-    kind, *numbers = recipe["schedule"]
-    if kind == "step":
-        scheduler = [header.StepLR, {"step_size": numbers[0], "gamma": numbers[1]}]
-    else:
+    kind, first, second = recipe["schedule"]
+    scheduler = [header.StepLR, {"step_size": first, "gamma": second}]
+    if kind == "onecycle":
         scheduler = [header.OneCycleLR, {
             "max_lr": recipe["lr"], "total_steps": recipe["epochs"] * len(loader) + 1,
-            "pct_start": numbers[0], "div_factor": 1 / numbers[1], "final_div_factor": 1e4,
+            "pct_start": first, "div_factor": 1 / second, "final_div_factor": 1e4,
             "cycle_momentum": False}]
     optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     clip = recipe["clip"] and recipe["clip"] * float(model.scale) ** loss.power
