@@ -20,7 +20,7 @@ from conftest import KEYS, call, children, fork, fork_ranks, make_file, needs_ch
 
 import tk_utils
 import train_resnet
-from checkpoint import CheckpointError, hash_split, load_checkpoint, read_salt
+from checkpoint import CheckpointError, hash_patients, load_checkpoint, read_salt
 from datasets import DataError, TPP_PPG_dataset, create_dataset_index, split_index
 from training_header import TrainingError, load_model
 
@@ -109,7 +109,8 @@ def test_patients_are_split_by_hash_and_normalised_by_the_train_patients_alone(t
     saved, index = load_checkpoint(trained / "runs/M1.5.pth"), create_dataset_index(
         path=trained / "d.h5")
     salt, parts = read_salt(trained / "tpp_ppg.salt"), split_index(index, 0)
-    assert saved["split"] == hash_split(parts, salt)
+    assert saved["split"] == {name: hash_patients(part.patients.tolist(), salt)
+                              for name, part in parts.items()}
     column = TPP_PPG_dataset(parts["train"], "segment", ["ppg", "tpp"]).column("tpp").double()
     assert saved["normaliser"]["tpp"]["mean"] == pytest.approx(column.mean().item())
     assert saved["normaliser"]["tpp"]["sd"] == pytest.approx(column.std(unbiased=False).item())

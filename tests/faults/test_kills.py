@@ -160,7 +160,7 @@ def killed_runs(base, kind, kills, rng):
 
 
 def make_inputs(folder):
-    """Make data to train on, recordings, and a model that predicts."""
+    """A folder with data to train on, recordings, and a model that predicts."""
     make_file(folder / "d.h5", patients=6, encounters=1, rows=8)
     (folder / "records").mkdir()
     for number in range(4):
@@ -171,13 +171,12 @@ def make_inputs(folder):
     model = header.NormalisedModel(header.get_model_v3(3, widths=(4, 4, 8)), KEYS, {
         key: {"mean": 60.0, "sd": 10.0} for key in KEYS[1:]})
     header.save_checkpoint(folder / "m.pth", model)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    base = tmp_path_factory.mktemp("kills")
-    make_inputs(base)
-    return base
+    return make_inputs(tmp_path_factory.mktemp("kills"))
 
 
 @needs_children
@@ -190,8 +189,7 @@ def test_a_killed_run_ends_in_the_same_weights_to_the_last_bit(kind, base):
 def main(kills, others, seed):
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        make_inputs(base)
+        base = make_inputs(Path(folder))
         for kind in COMMANDS:
             share = (kills if kind in TRAINING else others) // 3
             done, completed = killed_runs(base, kind, share, rng)
