@@ -328,6 +328,8 @@ def build(options, recipe, train, parent):
         network, spec, arguments = checkpoint.new_network(
             recipe["model"], num_discrete=len(inputs) - ("ppg" in inputs),
             num_outputs=loss.outputs, in_channels=int("ppg" in inputs))
+        if "ppg" not in inputs and "in_channels" not in arguments:
+            inputs = options.inputs     # it cannot be built without the PPG, so it gets zeros
         described = {"spec": spec, "model_args": arguments}
         anchor = header.fit_anchor(train, options.keys) if recipe["anchor"] and vitals else None
         normaliser = header.fit_normaliser(train, [*vitals, options.keys[-1]])

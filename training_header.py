@@ -411,8 +411,8 @@ def errors_in_one_line():
     except RuntimeError as error:
         if distributed()[1] == 1:
             raise
-        raise TrainingError("this process cannot go on; if another one of the run has ended, its "
-                            f"message says why ({printable(error)[:200]})") from error
+        raise TrainingError("this process cannot continue; if another process of the run ended, "
+                            f"its message says why ({printable(error)[:200]})") from error
 
 
 @contextmanager
@@ -568,7 +568,7 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
     losses = torch.zeros(2, n_batches, dtype=torch.float64, device=device)
     resumable = hasattr(getattr(train_loader, "sampler", None), "first_batch")
     place = "here" if resumable else "its last epoch"
-    saved = f"saved: the same command goes on from {place}" if resume_path else "nothing is saved"
+    saved = f"saved: the same command continues from {place}" if resume_path else "nothing is saved"
     if resume_path:
         load_state(resume_path, run, losses, parts)
     started = time.monotonic() - run.seconds

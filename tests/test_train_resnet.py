@@ -22,6 +22,7 @@ import tk_utils
 import train_resnet
 from checkpoint import CheckpointError, hash_patients, load_checkpoint, read_salt
 from datasets import DataError, TPP_PPG_dataset, create_dataset_index, split_index
+from models import MODELS, MyFirstResNet
 from training_header import TrainingError, load_model
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -195,6 +196,14 @@ def test_your_own_network_and_loss_are_trained_and_scored_in_every_fold(folder):
     assert {*read_json(folder / "runs/own_fold0/metrics.json")["compared"]} == {
         "model without the PPG", "model without vitals"}
     assert "model my_net.py:MyNet (now resnet_" in train(folder, *folds, code=2)
+
+
+def test_an_architecture_of_the_table_that_needs_a_ppg_gets_zeros_without_it(folder, monkeypatch):
+    monkeypatch.setitem(MODELS, "mine", lambda num_discrete: MyFirstResNet(
+        num_discrete=num_discrete, widths=(4, 4, 8)))
+    train(folder, "--model", "mine", "--ablate", "--name", "mine")
+    without = load_checkpoint(folder / "runs/mine_no_ppg.pth")
+    assert (without["keys"], without["inputs"]) == (KEYS[1:], KEYS[:-1])
 
 
 def run_script(*options):
