@@ -1,12 +1,12 @@
 """Scores, confidence intervals over patients, and prediction intervals.
 
-    from metrics import scores, confidence_intervals, skill     # how good is a model?
-    from metrics import fit_calibration, interval               # how sure is one prediction?
+    from metrics import scores, confidence_intervals, skill     # of a model
+    from metrics import fit_calibration, interval               # of one prediction
 
-Pressures are in mmHg; error = prediction - truth. The independent unit is the patient, not the 60-s
-segment, in confidence and in prediction intervals. `patients` are identifiers [N] or a
-`PatientBootstrap` of them, which keeps its draws for the next score. An *estimate* is a score with
-its 95 % interval, {'value', 'low', 'high'}. The module can be copied out alone.
+Pressures are in mmHg; error = prediction - truth. All intervals treat the patient, not the 60-s
+segment, as the independent unit. `patients` are identifiers [N] or a `PatientBootstrap` of them,
+which keeps its draws for the next score. An *estimate* is a score with its 95 % interval:
+{'value', 'low', 'high'}. This module can be copied out alone.
 """
 from functools import cached_property
 from typing import Callable, Dict, NamedTuple, Optional
@@ -14,27 +14,26 @@ from typing import Callable, Dict, NamedTuple, Optional
 import numpy as np
 import sklearn.metrics as sk
 from scipy.optimize import brentq
-from scipy.sparse import coo_matrix
 from scipy.special import expit, logit, ndtr, stdtrit
 from sklearn.utils import check_consistent_length
 
-FEW_PATIENTS = 30       # below it intervals are too narrow (benchmarks/evaluation.py coverage)
-LEAST_PATIENTS = 5      # no confidence interval below it
-MIN_VARIANCE = 1e-9     # mmHg²; float32 truths that vary less are constant, and R² is undefined
+FEW_PATIENTS = 30       # intervals of fewer are too narrow (benchmarks/evaluation.py coverage)
+LEAST_PATIENTS = 5      # no confidence interval for fewer
+MIN_VARIANCE = 1e-9     # mmHg²; truths (float32) that vary less are constant: R² is undefined
 LOW_TPP = 34.0          # mmHg, the published system's cut-off for risk
-MAX_TPP = 500.0         # mmHg; a larger answer is not a perfusion pressure
-TREND_ZONE = 5.0        # mmHg, smaller changes do not count: the label's own SD between minutes
+MAX_TPP = 500.0         # mmHg; a larger prediction is not a perfusion pressure
+TREND_ZONE = 5.0        # mmHg; smaller changes are ignored: the label's own SD between minutes
 
 
 # ---------------------------------------------------------------- scores
 
 class Score(NamedTuple):
-    """An entry of SCORES. scale: of SCALES, on which its bootstrap draws are about symmetric."""
+    """An entry of SCORES."""
     function: Callable                          # (truth [N], prediction [N]) -> float
     title: str                                  # with its unit
-    scale: str
-    of_sums: Optional[Callable] = None          # the same from sums over segments: fast
-    draws: Optional[Callable] = None            # (bootstrap, truth, prediction) -> [n_boot]: fast
+    scale: str                                  # a key of SCALES
+    of_sums: Optional[Callable] = None          # the same from sums over segments, faster
+    draws: Optional[Callable] = None            # (bootstrap, truth, prediction) -> [n_boot], faster
 
 
 def _r2(truth, prediction):
@@ -46,9 +45,9 @@ def _r2_of_sums(n, e, ee, ae, y, yy):
     return np.where(spread > MIN_VARIANCE * n, 1 - ee / spread, np.nan)
 
 
-# Add a score here: console, JSON and page follow. Without of_sums or draws, each draw of the
-# bootstrap is scored from its segments, which is slow. of_sums takes the sums n, e, ee, ae, y, yy
-# of 1, error, error², |error|, y and y², y = truth - mean.
+# A score added here appears on the console, in the JSON and on the page. Without of_sums or draws,
+# each draw of the bootstrap is scored segment by segment, which is slow. of_sums takes the sums
+# n, e, ee, ae, y, yy of 1, error, error², |error|, y and y², where y = truth - mean.
 SCORES = {
     "rmse": Score(lambda truth, prediction: sk.mean_squared_error(truth, prediction) ** 0.5,
                   "RMSE, mmHg", "log", lambda n, e, ee, *_: np.sqrt(ee / n)),
@@ -63,18 +62,18 @@ SCORES = {
                 if len(truth) > 1 else float("nan"), "SD, mmHg", "log",
                 lambda n, e, ee, *_: np.sqrt(np.maximum(ee - e ** 2 / n, 0) / (n - 1))),
 }
-BY_PATIENT = ("rmse", "mae", "r2", "bias")      # also with each patient weighing the same
+BY_PATIENT = ("rmse", "mae", "r2", "bias")      # also computed with equal weight per patient
 
 
 def scores(truth: np.ndarray, prediction: np.ndarray) -> Dict[str, float]:
-    """SCORES and `n`, the number of segments; arrays [N] in mmHg. NaN where undefined."""
+    """All SCORES, and `n`, the number of segments. Arrays [N] in mmHg; NaN where undefined."""
     truth, prediction = _finite(truth=truth, prediction=prediction)
     return {"n": len(truth),
             **{name: float(score.function(truth, prediction)) for name, score in SCORES.items()}}
 
 
 def _finite(**arrays):
-    """The arrays as float64 [N]; raises ValueError with the name of one that is not finite."""
+    """The arrays [N] as float64. Raises ValueError if one of them is not finite."""
     check_consistent_length(*arrays.values())
     for name, values in arrays.items():
         arrays[name] = np.asarray(values, np.float64)
@@ -85,8 +84,8 @@ def _finite(**arrays):
 
 # ---------------------------------------------------------------- intervals over patients
 
-# The scale on which the draws of a statistic are about symmetric: logarithms of spreads and of what
-# R² and skill leave unexplained, Fisher's z of correlations, log-odds of shares.
+# Scales on which the draws of a statistic are about symmetric: logarithms of spreads and of what R²
+# and skill leave unexplained, Fisher's z of correlations, log-odds of shares.
 SCALES = {
     "plain": (lambda x: x, lambda x: x),
     "log": (np.log, np.exp),
@@ -97,10 +96,10 @@ SCALES = {
 
 
 class PatientBootstrap:
-    """Draws of patients with replacement; the same patients, n_boot and seed: the same draws.
+    """Draws of patients with replacement; the same patients, n_boot and seed give the same draws.
 
-    It works on sums per patient, so that a draw needs no pass over the segments: a million segments
-    of 2,000 patients take seconds. patients: [N], any sortable identifiers.
+    patients: [N], any sortable identifiers. Most scores follow from sums per patient. Medians and
+    ROC areas pass over the segments in every draw: for a million segments, 3 and 7 seconds.
     """
 
     def __init__(self, patients, n_boot: int = 2000, seed: int = 0):
@@ -112,16 +111,9 @@ class PatientBootstrap:
     @cached_property
     def drawn(self) -> np.ndarray:
         """How often each patient is drawn: [n_boot, n_patients]."""
-        rng = np.random.default_rng(self.seed)
         share = np.full(self.n_patients, 1 / self.n_patients)
-        return np.stack([rng.multinomial(self.n_patients, share).astype(np.uint16)
-                         for _ in range(self.n_boot)])
-
-    def weights(self, width: int = 0):
-        """Yield `drawn` as float64, in blocks of which [draws, width] takes 80 MB at most."""
-        block = max(1, 10_000_000 // max(self.n_patients, width))
-        for start in range(0, self.n_boot, block):
-            yield self.drawn[start:start + block].astype(np.float64)
+        draws = np.random.default_rng(self.seed).multinomial(self.n_patients, share, self.n_boot)
+        return draws.astype(np.int32)
 
     def per_patient(self, column: np.ndarray) -> np.ndarray:
         """[n_patients]: the sums of a column [N] over each patient's segments."""
@@ -129,71 +121,58 @@ class PatientBootstrap:
 
     def estimate(self, function: Callable, columns, scale: str = "plain",
                  by_patient: bool = False) -> Dict[str, float]:
-        """A function of the sums of columns, [N] each or with by_patient [n_patients], as an
-        estimate. It is called with numbers, and with the sums in the draws, [n_boot] each."""
+        """A function of the sums of columns, as an estimate. Columns: [N] each, or [n_patients]
+        with by_patient. The function takes the sums as numbers, and those of the draws, [n_boot].
+        """
         if not by_patient:
             columns = [self.per_patient(column) for column in columns]
         columns = np.stack(columns, axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             value = float(function(*[column.sum() for column in columns.T]))
-            draws = function(*np.concatenate([weights @ columns for weights in self.weights()]).T)
+            draws = function(*(self.drawn @ columns).T)
         return self.with_interval(value, draws, scale)
 
     def share(self, part, whole=None, by_patient: bool = False) -> Dict[str, float]:
-        """The sum of a column over that of another (default: their number), as an estimate."""
+        """The sum of `part` over the sum of `whole` (default: all ones), as an estimate."""
         whole = np.ones(len(part)) if whole is None else whole
         return self.estimate(np.divide, (part, whole), "share", by_patient)
 
     def of_each_draw(self, function: Callable, *columns: np.ndarray) -> np.ndarray:
-        """[n_boot]: a function of the drawn segments of the columns [N]; slow, for any function."""
+        """Any function of columns [N], called with the segments of each draw: [n_boot]. Slow."""
         rows = (np.repeat(np.arange(len(self.owner)), draw[self.owner]) for draw in self.drawn)
         return np.array([function(*(column[drawn] for column in columns)) for drawn in rows])
 
-    def counts_by_level(self, values: np.ndarray, *masks: np.ndarray):
-        """(levels, [n_patients, levels] segments of each mask [N] at each level, for each mask).
-
-        The levels are the distinct values [N]; beyond 5 million / n_patients neighbours share one.
-        """
-        levels, level = np.unique(values, return_inverse=True)
-        most = max(1, 5_000_000 // self.n_patients)
-        if len(levels) > most:
-            shared = np.arange(len(levels)) * most // len(levels)
-            levels, level = levels[np.searchsorted(shared, np.arange(most))], shared[level]
-        shape = (self.n_patients, len(levels))
-        return (levels, *[coo_matrix((mask.astype(float), (self.owner, level)), shape).toarray()
-                          for mask in masks])
-
     def medians(self, values: np.ndarray) -> np.ndarray:
-        """The median of `values` [N] over the segments of each draw: [n_boot]."""
-        # Only levels near the median matter: within ten standard errors and more.
-        near = np.clip(0.5 + np.array([-10, 10]) / np.sqrt(self.n_patients), 0, 1)
-        levels, counts = self.counts_by_level(np.clip(values, *np.quantile(values, near)),
-                                              np.full(len(values), True))
-        found = []
-        for weights in self.weights(len(levels)):
-            upto = np.cumsum(weights @ counts, axis=1)
-            n = upto[:, -1:]
-            found.append((levels[np.sum(upto <= (n - 1) // 2, axis=1)]
-                          + levels[np.sum(upto <= n // 2, axis=1)]) / 2)
-        return np.concatenate(found)
+        """The median of values [N] over the segments of each draw: [n_boot]."""
+        order = np.argsort(values)
+        values, owner = values[order], self.owner[order]
+        medians = []
+        for draw in self.drawn:
+            upto = np.cumsum(draw[owner], dtype=np.int32)       # segments up to each value
+            middle = (upto[-1] - 1) // 2, upto[-1] // 2
+            medians.append(values[np.searchsorted(upto, middle, "right")].mean())
+        return np.array(medians)
 
     def areas_under_roc(self, event: np.ndarray, score: np.ndarray) -> np.ndarray:
-        """The area under the ROC curve of a score [N] for an event [N] (bool) in each draw."""
-        _, hits, others = self.counts_by_level(score, event, ~event)
-        below = np.cumsum(others, axis=1) - others / 2
-        areas = []
-        for weights in self.weights(len(below.T)):
-            of_hits, of_others = weights @ hits, weights @ others
+        """The area under the ROC curve of a score [N] for an event [N] (bool) in each draw: the
+        share of pairs in which the event has the higher score, ties counted half."""
+        order = np.argsort(score)
+        event, score, owner = event[order], score[order], self.owner[order]
+        first, last = (np.searchsorted(score[~event], score[event], side)
+                       for side in ("left", "right"))
+        of_hits, of_others, areas = owner[event], owner[~event], []
+        for draw in self.drawn:
+            hits = draw[of_hits]
+            others = np.cumsum(np.append(0, draw[of_others]), dtype=np.int64)
             with np.errstate(invalid="ignore"):
-                areas.append((of_hits * (weights @ below)).sum(axis=1)
-                             / (of_hits.sum(axis=1) * of_others.sum(axis=1)))
-        return np.concatenate(areas)
+                areas.append(hits @ (others[first] + others[last]) / (2 * hits.sum() * others[-1]))
+        return np.array(areas)
 
     def with_interval(self, value: float, draws: np.ndarray, scale: str) -> Dict[str, float]:
-        """A statistic as an estimate, from its value and its values in the draws [n_boot].
+        """The estimate of a statistic from its value and its values in the draws [n_boot].
 
-        On its scale: value ± Student's t x SD of the draws x sqrt(n / (n - 1)). Where the scale
-        cannot hold a draw (a share of 0 or 1): percentiles of the draws at the levels that
+        On its scale: value ± Student's t x SD of the draws x sqrt(n / (n - 1)). If a draw is
+        infinite on that scale (a share of 0 or 1): percentiles of the draws at the levels that
         correspond to t (Hesterberg 2015, doi 10.1080/00031305.2015.1089789).
         """
         draws = np.asarray(draws)[~np.isnan(draws)]
@@ -217,9 +196,9 @@ def bootstrap_of(patients) -> PatientBootstrap:
 
 
 def confidence_intervals(patients, truth, prediction, by_patient: bool = False) -> Dict[str, dict]:
-    """The SCORES as estimates, {score: {'value', 'low', 'high'}}. truth, prediction: [N].
+    """The SCORES as estimates, {score: {'value', 'low', 'high'}}. truth, prediction: [N] mmHg.
 
-    by_patient: those of BY_PATIENT, each patient weighing the same however many its segments.
+    by_patient: only those of BY_PATIENT, with equal weight for each patient.
     """
     truth, prediction = _finite(truth=truth, prediction=prediction)
     bootstrap, error = bootstrap_of(patients), prediction - truth
@@ -248,16 +227,16 @@ def rmse(patients, error: np.ndarray) -> Dict[str, float]:
 
 def skill(truth, prediction, baseline_prediction, patients, by_patient: bool = False
           ) -> Dict[str, float]:
-    """1 - MSE / MSE(baseline), as an estimate; all [N]. 0: no better; 1: perfect.
+    """1 - MSE / MSE(baseline), as an estimate; all [N]. 0: no gain; 1: perfect.
 
-    The bootstrap is paired: each draw scores both on the same patients. by_patient: each patient
-    weighs the same. NaN where the baseline is free of error.
+    The bootstrap is paired: each draw scores both on the same patients. by_patient: with equal
+    weight for each patient. NaN if the baseline has no error.
     """
     truth, prediction, baseline_prediction = _finite(
         truth=truth, prediction=prediction, baseline_prediction=baseline_prediction)
     bootstrap = bootstrap_of(patients)
-    columns = [bootstrap.per_patient((one - truth) ** 2) / (bootstrap.counts if by_patient else 1)
-               for one in (prediction, baseline_prediction)]
+    columns = [bootstrap.per_patient((tpp - truth) ** 2) / (bootstrap.counts if by_patient else 1)
+               for tpp in (prediction, baseline_prediction)]
     return bootstrap.estimate(
         lambda ours, theirs: np.where(theirs > 0, 1 - ours / theirs, np.nan),
         columns, "unexplained", by_patient=True)
@@ -279,7 +258,7 @@ def within_patient_correlation(patients, truth, prediction) -> Dict[str, float]:
 
 
 def changes(series, *columns):
-    """(rows whose previous row is of the same series [N], the changes of columns [N] there)."""
+    """(rows that follow another row of their series [N], the changes of columns [N] there)."""
     later = np.flatnonzero(series[1:] == series[:-1]) + 1
     return (later, *[column[later] - column[later - 1] for column in columns])
 
@@ -287,8 +266,8 @@ def changes(series, *columns):
 def trend_concordance(patients, truth, prediction, series) -> dict:
     """Four-quadrant concordance: the share of changes whose direction is predicted correctly.
 
-    Of the 'n_changes' from one segment of a series to the next, the 'n' that exceed TREND_ZONE in
-    truth or prediction count (Critchley 2010, doi 10.1213/ANE.0b013e3181f08a5b).
+    Of the 'n_changes' from one segment of a series to the next, it counts the 'n' that exceed
+    TREND_ZONE in truth or prediction (Critchley 2010, doi 10.1213/ANE.0b013e3181f08a5b).
     """
     later, true_change, change = changes(series, truth, prediction)
     counted = np.maximum(np.abs(true_change), np.abs(change)) >= TREND_ZONE
@@ -299,10 +278,10 @@ def trend_concordance(patients, truth, prediction, series) -> dict:
 
 
 def detection(patients, truth, prediction) -> dict:
-    """How well prediction < LOW_TPP detects truth < LOW_TPP: estimates, NaN where undefined."""
+    """Detection of truth < LOW_TPP by prediction < LOW_TPP: estimates, NaN where undefined."""
     bootstrap = bootstrap_of(patients)
     event, alarm = truth < LOW_TPP, prediction < LOW_TPP
-    shares = {"prevalence": (event, np.ones_like(event)), "sensitivity": (event & alarm, event),
+    shares = {"prevalence": (event,), "sensitivity": (event & alarm, event),
               "specificity": (~event & ~alarm, ~event), "ppv": (event & alarm, alarm),
               "npv": (~event & ~alarm, ~alarm)}
     area = float(sk.roc_auc_score(event, -prediction)) if 0 < event.sum() < len(event) else np.nan
@@ -313,7 +292,7 @@ def detection(patients, truth, prediction) -> dict:
 
 
 # Standards for blood pressure
-STANDARD_PATIENTS = 85      # at least, in ISO 81060-2, BHS 1993 and IEEE 1708a-2019
+STANDARD_PATIENTS = 85      # minimum of ISO 81060-2, BHS 1993 and IEEE 1708a-2019
 BHS_LIMITS = (5, 10, 15)                        # mmHg
 BHS_GRADES = {"A": (60, 85, 95), "B": (50, 75, 90), "C": (40, 65, 85)}     # cumulative %
 IEEE_1708_GRADES = {"A": 5, "B": 6, "C": 7}     # mean absolute difference up to, mmHg; below 7
@@ -329,8 +308,8 @@ def aami_limit(mean_error: float) -> float:
 
 
 def standards(patients, truth, prediction) -> Dict[str, dict]:
-    """Criteria made for blood pressure (there are none for TPP): numbers, and 'passed' or 'grade',
-    which are None below STANDARD_PATIENTS."""
+    """Criteria for blood pressure monitors (there are none for TPP): numbers, and 'passed' or
+    'grade', which are None below STANDARD_PATIENTS."""
     bootstrap, error = bootstrap_of(patients), prediction - truth
     means = bootstrap.per_patient(error) / bootstrap.counts
     sd, sd_of_means = (float(np.std(x, ddof=1)) if len(x) > 1 else float("nan")
@@ -380,10 +359,10 @@ LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
 def patient_quantile(values: np.ndarray, patients, level: float) -> float:
-    """The `level` quantile of values [N], with each of the K patients weighing 1 / (K + 1).
+    """The `level` quantile of values [N], where each of the K patients has weight 1 / (K + 1).
 
-    The last 1 / (K + 1) stands for the next patient, whose values may be arbitrarily large: so they
-    lie at or below it with probability `level` or more (Lee, Barber & Willett 2023, arXiv
+    The remaining weight stands for the next patient, whose values may be arbitrarily large: they
+    are at or below the quantile with probability `level` or more (Lee, Barber & Willett 2023, arXiv
     2306.06342).
     """
     bootstrap, order = bootstrap_of(patients), np.argsort(values, kind="stable")
@@ -393,10 +372,10 @@ def patient_quantile(values: np.ndarray, patients, level: float) -> float:
 
 
 def fit_calibration(errors: np.ndarray, patients, spread: Optional[np.ndarray] = None) -> dict:
-    """Prediction intervals from the errors of patients not trained on (conformal): a plain dict.
+    """Conformal prediction intervals from the errors of patients not trained on: a plain dict.
 
-    errors: [N] mmHg. spread: [N] mmHg, the SD that the network predicts, if it does: the unit of
-    the intervals. A half width is None where there are too few patients (`patient_quantile`).
+    errors: [N] mmHg. spread: [N] mmHg, the SD that the network predicts, if it does; half widths
+    are then in units of it. A half width is None if there are too few patients.
     """
     errors, = _finite(errors=errors)
     scaled = errors / (1.0 if spread is None else np.asarray(spread, np.float64))
@@ -409,10 +388,8 @@ def fit_calibration(errors: np.ndarray, patients, spread: Optional[np.ndarray] =
 
 def interval(prediction: np.ndarray, calibration: dict, level: float = 0.9,
              spread: Optional[np.ndarray] = None):
-    """(low, high), mmHg, [N] each: covers the truth of a new patient's segment with `level`.
-
-    Raises ValueError where the calibration had too few patients for that level.
-    """
+    """(low, high), [N] mmHg each: holds the truth of a new patient's segment with probability
+    `level`. Raises ValueError if the calibration had too few patients for that level."""
     half = calibration["half_widths"][calibration["levels"].index(level)]
     if half is None:
         needed = np.ceil(level / (1 - level) - 1e-9)
@@ -425,7 +402,7 @@ def interval(prediction: np.ndarray, calibration: dict, level: float = 0.9,
 
 
 def coverage(patients, truth, low, high) -> dict:
-    """Share of the truths [N] inside [low, high], by segment and each patient weighing the same."""
+    """Share of the truths [N] inside [low, high], by segment and with equal weight per patient."""
     bootstrap, inside = bootstrap_of(patients), (low <= truth) & (truth <= high)
     shares = bootstrap.per_patient(inside) / bootstrap.counts
     return {"segments": bootstrap.share(inside),

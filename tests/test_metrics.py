@@ -114,6 +114,8 @@ def test_where_the_scale_cannot_hold_a_draw_the_interval_is_made_of_percentiles(
     found = bootstrap.share(hit)
     draws = bootstrap.drawn @ hit / 40
     reach = stats.t.ppf(0.975, 39) * np.sqrt(40 / 39)
+    np.testing.assert_array_equal(
+        bootstrap.drawn, np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), 1000))
     assert (draws == 1).mean() > 0.2 and found["value"] == 39 / 40
     assert (found["low"], found["high"]) == pytest.approx(
         tuple(np.quantile(draws, stats.norm.cdf([-reach, reach]))))
@@ -136,14 +138,6 @@ def test_draws_do_not_depend_on_the_order_of_the_segments_nor_on_the_kind_of_ide
     shuffled = metrics.confidence_intervals(named, truth[order], prediction[order])
     for name in metrics.SCORES:
         assert found[name] == pytest.approx(shuffled[name], rel=1e-12)
-
-
-def test_blocks_of_draws_are_the_same_draws_as_one_block():
-    bootstrap = metrics.PatientBootstrap(np.arange(3000), n_boot=7, seed=2)
-    blocks = list(bootstrap.weights(3_000_000))
-    assert [len(block) for block in blocks] == [3, 3, 1]
-    whole = np.random.default_rng(2).multinomial(3000, np.full(3000, 1 / 3000), size=7)
-    np.testing.assert_array_equal(np.concatenate(blocks), whole)
 
 
 @pytest.mark.parametrize("patients", [[4, 4, 4, 4], [0, 1, 2, 3]])
