@@ -1,7 +1,6 @@
 """Baselines: what their names say, chosen by patients, and left out where a field is missing."""
 import numpy as np
 import pytest
-from sklearn.linear_model import LinearRegression
 
 import baselines
 import metrics
@@ -51,14 +50,10 @@ def test_baselines_recover_a_linear_truth_on_unseen_patients():
 
 def test_each_linear_baseline_is_what_its_name_says():
     patients, train = cohort(noise=0.01)
-    inputs = np.stack([train[name] for name in ("map", "dbp", "hr")], axis=1)
     fitted = baselines.fit_baselines(train, patients, ["map", "dbp", "hr"], BOOSTING)
     np.testing.assert_allclose(fitted["mean_tpp"].predict(train), train["tpp"].mean())
     map_minus_pcrit = fitted["map_minus_mean_pcrit"].predict(train)
     np.testing.assert_allclose(map_minus_pcrit, train["map"] - train["p_crit"].mean())
-    least_squares = LinearRegression().fit(inputs, train["tpp"])
-    np.testing.assert_allclose(
-        fitted["ridge"].predict(train), least_squares.predict(inputs), atol=0.2)
     train["tpp"] = 0.005 * train["pp"] * train["hr"]
     rmse = rmse_of(baselines.fit_baselines(train, patients, ["map", "pp", "hr"], BOOSTING), train)
     assert rmse["ridge_all"] < 0.2 < 0.3 < rmse["ridge"]        # it sees the product of PP and HR

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import KEYS, little_work, make_file
+from conftest import KEYS, call, little_work, make_file
 
 import checkpoint as checkpoints
 import evaluate
@@ -85,12 +85,10 @@ def test_the_results_hold_every_score_of_the_test_patients(scored, run_a, data):
     strata = pd.DataFrame(results["strata"]).groupby("of")["n_segments"].sum()
     assert {"TPP", "MAP", "Heart rate"} <= set(strata.index)
     assert (strata == results["n_segments"]).all()      # together they hold every segment once
-    index = create_dataset_index(path=str(data))
-    parts = checkpoints.patient_parts(index, load_checkpoint(run_a), data.parent / "tpp_ppg.salt")
-    test = index.select((parts == "test")[index.encounter_patient])
-    found = predict_dataset(load_model(run_a), TPP_PPG_dataset(test, "segment", KEYS))
+    parts = split_index(create_dataset_index(path=str(data)))
+    found = predict_dataset(load_model(run_a), TPP_PPG_dataset(parts["test"], "segment", KEYS))
     assert segments.tpp == pytest.approx(found.astype(float))
-    assert results["n_train_patients"] == (parts == "train").sum()
+    assert results["n_train_patients"] == parts["train"].n_patients
 
 
 def test_training_hands_over_its_parts_and_gets_the_same_numbers(run_a, data):
@@ -185,11 +183,10 @@ def test_a_checkpoint_without_calibration_is_calibrated_on_the_tune_patients(dat
 def test_a_constant_output_and_one_that_ignores_the_ppg_are_named():
     patients = np.repeat(np.arange(20), 10)
     map_, tpp = np.random.default_rng(0).normal([[78], [36]], 10, (2, 200))
-    segments = evaluate.Segments({"map": map_, "tpp": tpp, "p_crit": map_ - tpp}, patients,
-                                 patients, patients.astype(str), tpp=tpp + 1)
-    for swapped, predicted, said in ((tpp, tpp + 1, ""), (tpp, tpp, "IGNORES THE PPG"),
-                                     (tpp, np.full(200, 41.0), "CONSTANT OUTPUT")):
-        segments.fields["swapped"], segments.tpp = swapped, predicted
+    fields = {"map": map_, "tpp": tpp, "p_crit": map_ - tpp, "swapped": tpp}
+    segments = evaluate.Segments(fields, patients, patients, patients.astype(str))
+    for segments.tpp, said in ((tpp + 1, ""), (tpp, "IGNORES THE PPG"),
+                               (np.full(200, 41.0), "CONSTANT OUTPUT")):
         found = evaluate.problems(evaluate.score_all(segments, full=True)["checks"])
         assert len(found) == bool(said) and said in " ".join(found)
 
@@ -241,19 +238,11 @@ def test_patients_seen_in_training_and_missing_salts_are_said(run_a, data, tmp_p
         evaluate.evaluate(str(alone), data=other, split="test")
 
 
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
-    evaluate.main()
-
-
-def test_several_runs_are_scored_each_and_together(data, run_a, capsys, monkeypatch):
+def test_several_runs_are_scored_each_and_together(data, run_a):
     save_run(data, "b", seed=1)
     save_run(data, "a_no_ppg", seed=2)
-    monkeypatch.chdir(data.parent)
-    call(monkeypatch, "runs/a.pth", "runs/b.pth", "--json", "all.json")
-    out = capsys.readouterr().out
-    assert "these runs differ" not in out
-    assert "SIMULATED" in out and "\nSD " in out
+    out = call(evaluate, run_a, "runs/b.pth", "--json", "all.json", cwd=data.parent, check=0).stdout
+    assert "these runs differ" not in out and "SIMULATED" in out and "\nSD " in out
     assert max(map(len, out.splitlines())) <= 100 and "nan" not in out
     found = json.loads((data.parent / "all.json").read_text())
     first, second, pooled = *found["runs"], found["together"]
@@ -266,50 +255,35 @@ def test_several_runs_are_scored_each_and_together(data, run_a, capsys, monkeypa
     assert "model without the PPG" in first["compared"]       # of --ablate, listed
 
 
-def test_runs_that_are_no_repeats_of_each_other_are_named(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    saved = load_checkpoint(save_run(data, "r"))
-    saved["config"] = {"epochs": 40, "seed": 0, "fold": 0, "keys": KEYS, "l1": 0.0}
-    other = dict(saved, keys=KEYS[1:], config=dict(saved["config"], epochs=1, seed=1, fold=1))
-    for name, one in (("a", saved), ("b", other), ("c", dict(saved, spec="mine.py:Net"))):
-        torch.save(one, tmp_path / f"{name}.pth")
-    said = "these runs differ in {}: their mean says nothing about any of them"
-    assert evaluate.differences(["a.pth", "b.pth"]) == [said.format("inputs, epochs")]
-    assert evaluate.differences(["a.pth", "c.pth"]) == [said.format("model")]
-    assert evaluate.differences(["a.pth", "a.pth"]) == []
-    monkeypatch.chdir(data.parent)
-    shutil.copy("runs/r.pth", "runs/q.pth")
-    shutil.copytree("runs/r", "runs/q")
-    saved = load_checkpoint("runs/q.pth")
-    saved["config"]["lr"] = 1.0
-    checkpoints.save_tensors("runs/q.pth", saved)
-    call(monkeypatch, "runs/r.pth", "runs/q.pth", "--json", "all.json", "--report", "all.html")
-    found = json.loads((data.parent / "all.json").read_text())["together"]["problems"]
-    page = (data.parent / "all.html").read_text(encoding="utf-8")
-    assert said.format("lr") in found and said.format("lr") in page
-    assert said.format("lr") in " ".join(capsys.readouterr().out.split())
+def test_runs_that_are_no_repeats_of_each_other_are_named(data):
+    paths = [save_run(data, name) for name in "rq"]
+    config = {"epochs": 40, "seed": 0, "fold": 0, "keys": KEYS, "l1": 0.0}
+    saved = dict(load_checkpoint(paths[0]), config=config)
+    checkpoints.save_tensors(paths[0], saved)
+    other = dict(config, seed=1, fold=1)
+    for changes, names in (({"config": other}, None), ({"spec": "mine.py:Net"}, "model"),
+                           ({"keys": KEYS[1:], "config": dict(other, epochs=1)}, "inputs, epochs"),
+                           ({"config": dict(other, lr=1.0)}, "lr")):
+        checkpoints.save_tensors(paths[1], dict(saved, **changes))
+        said = [f"these runs differ in {names}: their mean says nothing about any of them"]
+        assert evaluate.differences(paths) == (said if names else [])
+    assert said[0] in evaluate.compare_runs(paths)[0]["together"]["problems"]
 
 
-def test_the_command_line_refuses_before_any_work(data, capsys, monkeypatch):
-    monkeypatch.chdir(data.parent)
+def test_the_command_line_refuses_before_any_work(data):
     for arguments, said in ((["runs/a.pth", "--report", "x.pdf"], "ends in .html"),
                             (["runs/a.pth", "--json", "runs/a.pth"], "ends in .json"),
-                            (["runs/a.pth", "--json", "/proc/version/a.json"], "/proc/version")):
-        with pytest.raises((SystemExit, OSError)) as refused:
-            call(monkeypatch, *arguments)
-        assert said in capsys.readouterr().err + str(refused.value)
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
-        call(monkeypatch, "runs/none.pth")
+                            (["runs/a.pth", "--json", "/proc/version/a.json"], "/proc/version"),
+                            (["runs/none.pth"], "no such checkpoint")):
+        assert said in call(evaluate, *arguments, cwd=data.parent, check=2).stderr
 
 
 def test_a_series_of_minutes_ends_at_a_refused_minute_and_at_a_gap_in_time(tmp_path):
     path = make_file(tmp_path / "f.h5", 3, 1, 8)
     with h5py.File(path, "r+") as file:
-        group = file["MRN001/CSN0010"]
-        group["r2"][3] = 0.1
-        for one in file.values():
-            for encounter in one.values():
-                start_s = 60.0 * np.arange(8)
-                encounter["start_s"] = start_s + 3600 * (np.arange(8) >= 6)
+        file["MRN001/CSN0010/r2"][3] = 0.1
+        for patient in file.values():
+            for encounter in patient.values():
+                encounter["start_s"] = 60.0 * np.arange(8) + 3600 * (np.arange(8) >= 6)
     segments = evaluate.read_segments(create_dataset_index(path=path), KEYS)
     assert np.bincount(segments.series).tolist() == [6, 2, 3, 2, 2, 6, 2]
