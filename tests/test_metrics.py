@@ -44,8 +44,8 @@ def test_what_is_undefined_is_nan():
     found = metrics.detection(range(6), np.full(6, 50.), np.full(6, 40.))
     assert found["n_low"] == 0 and found["specificity"]["value"] == 1
     assert all(np.isnan(found[name]["value"]) for name in ("sensitivity", "ppv", "auc"))
-    found = metrics.trend_concordance(*map(np.array, ([0, 0, 1], [30., 31, 50], [30., 31, 50],
-                                                      [0, 0, 1])))
+    series, tpp = np.array([0, 0, 1]), np.array([30.0, 31, 50])
+    found = metrics.trend_concordance(series, tpp, tpp, series)
     assert found["n"] == 0 and found["n_changes"] == 1 and np.isnan(found["value"])
     patients, truth, prediction = noisy_predictions(9)
     means = np.array([truth[patients == p].mean() for p in range(9)])[patients]
@@ -88,9 +88,8 @@ UNEXPLAINED = (lambda x: np.log1p(-np.array(x)), lambda x: -np.expm1(x))
 
 
 @pytest.mark.parametrize("score, scale", [
-    *((lambda *a, name=name: metrics.confidence_intervals(*a)[name], scale) for name, scale in (
-        ("rmse", LOG), ("mae", LOG), ("mead", LOG), ("r2", UNEXPLAINED), ("bias", PLAIN),
-        ("sd", LOG))),
+    *((lambda *a, name=name: metrics.confidence_intervals(*a)[name], scale) for name, scale in zip(
+        ("rmse", "mae", "mead", "r2", "bias", "sd"), (LOG, LOG, LOG, UNEXPLAINED, PLAIN, LOG))),
     (lambda *a: metrics.confidence_intervals(*a, by_patient=True)["rmse"], LOG),
     (lambda p, y, x: metrics.rmse(p, x - y), LOG),
     (lambda p, y, x: metrics.skill(y, x, np.full_like(y, 36), p), UNEXPLAINED),
@@ -138,10 +137,9 @@ def test_draws_do_not_depend_on_the_order_of_the_segments_nor_on_the_kind_of_ide
     patients, truth, prediction = noisy_predictions()
     order = np.random.default_rng(0).permutation(len(truth))
     found = metrics.confidence_intervals(patients, truth, prediction)
-    named = np.array([f"p{patient:04d}" for patient in patients])[order]
+    named = np.char.mod("p%04d", patients[order])
     shuffled = metrics.confidence_intervals(named, truth[order], prediction[order])
-    for name in metrics.SCORES:
-        assert found[name] == pytest.approx(shuffled[name], rel=1e-12)
+    assert all(found[name] == pytest.approx(shuffled[name], rel=1e-12) for name in found)
 
 
 @pytest.mark.parametrize("patients", [[4, 4, 4, 4], [0, 1, 2, 3]])
