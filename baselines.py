@@ -1,12 +1,12 @@
-"""Predictors of TPP that a network must beat, fitted on the train and tune patients.
+"""Predictors of TPP that a network must beat, fitted to the train and tune patients.
 
     baselines = fit_baselines(fields, patients, ['map', 'dbp', 'hr'])
     best = choose_best(baselines)                               # by cross-validation over patients
     tpp = baselines[best].predict(test_fields)                  # [N] mmHg
 
 Fields are dicts of arrays [N] with the layout's names and units, and `anchor.PULSE_STATISTICS`. The
-ridges are fitted as those that a model stands on (anchor.py); the number of boosting rounds is
-chosen by cross-validation. Copy anchor.py and datasets.py with it.
+ridges are fitted as in anchor.py; the number of boosting rounds is chosen by cross-validation.
+Copy anchor.py and datasets.py with it.
 """
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Optional, Sequence, Tuple
@@ -22,7 +22,7 @@ from anchor import PULSE_STATISTICS, estimate, fit_rows
 # Med 2023, doi 10.1038/s41591-023-02474-6).
 ALL_INPUTS = ("map", "sbp", "dbp", "pp", "hr", "pp*hr")
 FOLDS = 5
-BOOSTING_ROUNDS = 200     # at most; the number is chosen by cross-validation
+BOOSTING_ROUNDS = 200     # maximum
 
 
 @dataclass
@@ -33,12 +33,12 @@ class Baseline:
     cv_rmse: float                                  # cross-validated over patients, mmHg
 
     def predict(self, fields: Dict[str, np.ndarray]) -> np.ndarray:
-        """TPP in mmHg, [N], from a dict of fields [N]. Raises ValueError for one not finite."""
+        """TPP, [N] mmHg, from a dict of fields [N]. Raises ValueError if an input is not finite."""
         return self.function(_columns(fields, self.inputs))
 
 
 def _baseline_inputs(vitals):
-    """{baseline: names of its input columns}, in the order of the tables."""
+    """{baseline: names of its input columns}, in the order in which tables list them."""
     vitals = tuple(vitals)
     return {"mean_tpp": (), "map_minus_mean_pcrit": ("map",),
             "ridge": vitals, "gradient_boosting": vitals,
@@ -48,8 +48,8 @@ def _baseline_inputs(vitals):
 
 
 def left_out_baselines(vitals: Iterable[str], *parts: Dict[str, np.ndarray]) -> Dict[str, str]:
-    """{baseline: reason} for those that cannot be fitted: a field is absent or not finite in one of
-    the `parts`, dicts of fields [N] such as train, tune and test. vitals: what the network gets."""
+    """{baseline: reason} for baselines that need a field that is absent or not finite in one of the
+    `parts`, dicts of fields [N] such as train, tune and test. vitals: the network's inputs."""
     reasons = {}
     for name, inputs in _baseline_inputs(vitals).items():
         if name.startswith(("ridge", "gradient")) and not inputs:
@@ -66,12 +66,11 @@ def left_out_baselines(vitals: Iterable[str], *parts: Dict[str, np.ndarray]) -> 
 
 def fit_baselines(fields: Dict[str, np.ndarray], patients: np.ndarray, vitals: Sequence[str],
                   left_out: Optional[Iterable[str]] = None) -> Dict[str, Baseline]:
-    """Fit the baselines: {name: Baseline}, without those in `left_out`.
+    """Fit all baselines but those in `left_out`: {name: Baseline}.
 
-    fields: dict of fields [N] of the train and tune patients, with `tpp` (the target) and what
-    there is of map, sbp, dbp, pp, hr and PULSE_STATISTICS. patients: [N]. vitals: the vitals that
-    the network gets, e.g. ['map', 'dbp', 'hr']. left_out: names; by default
-    left_out_baselines(vitals, fields).
+    fields: dict of fields [N] of the train and tune patients: `tpp` (the target) and, as far as
+    they exist, map, sbp, dbp, pp, hr and PULSE_STATISTICS. patients: [N]. vitals: the network's
+    inputs, e.g. ['map', 'dbp', 'hr']. left_out: names; default left_out_baselines(vitals, fields).
     """
     target = np.asarray(fields["tpp"], np.float64)
     if left_out is None:
@@ -96,13 +95,13 @@ def fit_baselines(fields: Dict[str, np.ndarray], patients: np.ndarray, vitals: S
 
 
 def choose_best(baselines: Dict[str, Baseline]) -> str:
-    """The name of the baseline with the lowest cross-validated RMSE. (Boosting is favoured a bit:
-    its rounds are chosen on the same folds.)"""
+    """The name of the baseline with the lowest cross-validated RMSE. This favours boosting a bit,
+    as its rounds are chosen on the same folds."""
     return min(baselines, key=lambda name: baselines[name].cv_rmse)
 
 
 def _columns(fields, inputs):
-    """[N, inputs] float64; pp*hr is the product of two fields."""
+    """The input columns, [N, inputs] float64; pp*hr is the product of two fields."""
     columns = np.empty((len(next(iter(fields.values()))), len(inputs)))
     for i, name in enumerate(inputs):
         columns[:, i] = np.prod([fields[field] for field in name.split("*")], axis=0, dtype=float)
@@ -113,7 +112,7 @@ def _columns(fields, inputs):
 
 
 def _fit_constant(inputs, columns, target):
-    """The sum of the inputs (none, or MAP) and the best constant."""
+    """The sum of the inputs (none, or MAP) plus the best constant."""
     constant = np.mean(target - columns.sum(axis=1))
     return lambda columns: columns.sum(axis=1) + constant
 
@@ -126,17 +125,17 @@ def _fit_ridge(inputs, columns, target):
 
 
 def _fit_boosting(columns, target, folds):
-    # scikit-learn's own early stopping would hold out segments of the patients that it fits
+    # scikit-learn's early stopping would hold out segments, not patients
     def fit(rows, rounds):
         return HistGradientBoostingRegressor(
             max_iter=rounds, learning_rate=0.1, max_leaf_nodes=15, early_stopping=False,
             random_state=0).fit(columns[rows], target[rows])
 
-    def squared_errors(fit_rows, left_rows):            # [rounds]
-        stages = fit(fit_rows, BOOSTING_ROUNDS).staged_predict(columns[left_rows])
-        return [np.sum((stage - target[left_rows]) ** 2) for stage in stages]
+    def squared_errors(rows, left):                     # [rounds]
+        stages = fit(rows, BOOSTING_ROUNDS).staged_predict(columns[left])
+        return [np.sum((stage - target[left]) ** 2) for stage in stages]
 
-    # On so few rows OpenMP costs more than it gains, ten times as much where cores are shared.
+    # on so few rows threads cost more than they gain, ten times as much on shared cores
     with threadpool_limits(1):
         errors = np.sum([squared_errors(*fold) for fold in folds], axis=0)
         rounds = int(np.argmin(errors)) + 1 if folds else BOOSTING_ROUNDS

@@ -1,13 +1,13 @@
-"""A trained network and data -> scores with intervals, baselines, JSON, report page, model card.
+"""Score a trained network: scores with intervals, baselines, JSON, report page, model card.
 
     python evaluate.py runs/M1.5.pth                        # the run's own data, its test patients
     python evaluate.py runs/M1.5.pth --report report.html   # everything, as one page
-    python evaluate.py runs/M1.5.pth --data FILE…           # other data: all of its patients
+    python evaluate.py runs/M1.5.pth --data FILE…           # other data: all patients
     python evaluate.py runs/icu_fold?.pth --report icu.html # several runs: each, and all together
     python evaluate.py runs/M1.5.pth --calibrate FILE…      # prediction intervals for other data
 
 From Python: `evaluate(model_or_path, index)` returns the results as a dictionary. MAP is an input
-and part of TPP, so the error of TPP is that of Pcrit, and R² of TPP is inflated. Needs metrics.py,
+and part of TPP, so TPP has the same error as Pcrit, and R² of TPP is inflated. Needs metrics.py,
 baselines.py, report.py, templates/, training_header.py and what that needs.
 """
 import json
@@ -34,18 +34,18 @@ from report import percent
 from tk_utils import counted
 from training_header import LOSSES, TrainingError, choose_device, load_model, predict_with_spread
 
-SCORED = ["map", "p_crit", "tpp"]           # fields without which there are no scores
-MAX_BASELINE_SEGMENTS = 100_000             # of each part for the baselines: more adds nothing
-MAX_HASHED_SEGMENTS = 200_000               # segments of a part searched for shared seconds
+SCORED = ["map", "p_crit", "tpp"]           # fields that scoring needs
+MAX_BASELINE_SEGMENTS = 100_000             # of each part, to fit baselines to: more adds nothing
+MAX_HASHED_SEGMENTS = 200_000               # of each part, to search for shared seconds
 MIN_CHANGE_MMHG = 0.01                      # predictions that vary by less are constant
 # Runs that train_resnet.py --ablate trains in addition, by the endings of their names.
 ABLATIONS = {"_no_ppg": "model without the PPG", "_no_vitals": "model without vitals"}
-PROBLEMS = {    # checks, in words
+PROBLEMS = {    # messages of failed checks
     "patients_in_two_parts": "{:,} patients are in two parts of the split: these scores are leaked",
     "constant_output": "CONSTANT OUTPUT: the model predicts the same TPP for every segment",
     "ignores_ppg": "IGNORES THE PPG: it predicts the same with another patient's PPG"}
-OF_A_REPEAT = ("seed", "split_seed", "fold", "folds", "processes", "keys")   # may differ
-STRATA = (      # field, name, unit, inner edges or None for quarters
+OF_A_REPEAT = ("seed", "split_seed", "fold", "folds", "processes", "keys")  # differ in repeats
+STRATA = (      # field, name, unit, inner edges (None: quartiles)
     ("tpp", "TPP", "mmHg", (20, 34, 50)), ("map", "MAP", "mmHg", (65, 74, 90)),
     ("hr", "Heart rate", "/min", (60, 80, 100)), ("pp", "Pulse pressure", "mmHg", (40, 60, 80)),
     ("r2", "Label's r²", "", (0.7, 0.8, 0.9)), ("ppg_quality", "PPG quality", "", None),
@@ -56,7 +56,7 @@ STRATA = (      # field, name, unit, inner edges or None for quarters
 def parse_args(arguments=None):
     parser = tk_utils.ScriptParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoints", nargs="+", metavar="checkpoint",
-                        help="runs/<name>.pth; several (seeds, folds): each, and all together")
+                        help="runs/<name>.pth; several (seeds, folds): scored each and together")
     add = parser.add_argument_group("what is scored").add_argument
     add("--data", nargs="+", metavar="FILE",
         help="HDF5 files; default: those of the run, from runs/<name>/run.json")
@@ -65,8 +65,8 @@ def parse_args(arguments=None):
     add("--condition", nargs="+", metavar="GATE", help="quality gate; default: that of the run")
     add("--model", metavar="FILE.py:NAME", help="your own network, as in train_resnet.py --model")
     add("--calibrate", nargs="+", metavar="FILE",
-        help="fit the prediction intervals on those of these patients that the run has not used, "
-             "and store them in the checkpoint")
+        help="fit the prediction intervals to the patients here that the run has not used, and "
+             "store them in the checkpoint")
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE.json", help="also write the scores here")
     add("--report", metavar="FILE.html",
@@ -106,18 +106,18 @@ def main() -> None:
 
 @dataclass
 class Segments:
-    """N segments and what is predicted of them: arrays [N], in mmHg."""
-    fields: Dict[str, np.ndarray]           # also the network's own 'spread', 'swapped' PPG's TPP
+    """N segments and their predictions: arrays [N], in mmHg."""
+    fields: Dict[str, np.ndarray]           # also 'spread' (predicted SD), 'swapped' (other PPG)
     patients: np.ndarray                    # numbers
     series: np.ndarray                      # numbers of uninterrupted series of minutes
-    names: np.ndarray                       # of patients, to recognise them in several runs
+    names: np.ndarray                       # patients' names, the same in all runs
     dataset: Any = None
-    tpp: Optional[np.ndarray] = None        # the predictions
-    baselines: Dict[str, np.ndarray] = field(default_factory=dict)
-    compared: Dict[str, np.ndarray] = field(default_factory=dict)       # runs of --ablate
-    best: Optional[str] = None              # of the baselines, by cross-validation
-    minutes: Optional[np.ndarray] = None    # numbers, where several runs may predict the same one
-    intervals: Dict[float, Any] = field(default_factory=dict)   # by level: (low, high), or why not
+    tpp: Optional[np.ndarray] = None        # predictions of the model
+    baselines: Dict[str, np.ndarray] = field(default_factory=dict)      # predictions, by name
+    compared: Dict[str, np.ndarray] = field(default_factory=dict)       # of the runs of --ablate
+    best: Optional[str] = None              # name of the best baseline, by cross-validation
+    minutes: Optional[np.ndarray] = None    # numbers, if several runs may predict the same minute
+    intervals: Dict[float, Any] = field(default_factory=dict)   # by level: (low, high) or a reason
 
     def __len__(self):
         return len(self.patients)
@@ -127,13 +127,14 @@ class Segments:
         return self.fields["tpp"]
 
     def count(self, rows) -> int:
-        """The number of minutes in some rows, a mask [N]."""
+        """The number of different minutes in rows, a mask [N]."""
         return int(rows.sum()) if self.minutes is None else len(np.unique(self.minutes[rows]))
 
 
 def choose_segments(path, checkpoint, data, split, condition):
-    """[the index to score, those of the run's train and tune patients or None], what to say about
-    them, how many --calibrate used. data: the files; None: those of the run."""
+    """([index to score, index of the train patients, index of the tune patients], {'split',
+    'problems'}, number of patients that --calibrate used). The last two indices are None if the
+    run's data are not here. data: the files; None: those of the run."""
     run, problems = read_run(path), []
     if data is None and not run:
         raise DataError(f"{path}: no record here of its data; name them with --data")
@@ -165,7 +166,7 @@ def choose_segments(path, checkpoint, data, split, condition):
 
 
 def read_parts(path, checkpoint, files, condition=None):
-    """(index of the files, the part of the run in which each patient was or None, the salt)."""
+    """(index of the files, the part of the run that each patient was in or None, the salt)."""
     condition = condition or checkpoints.run_of(checkpoint).condition
     index = create_dataset_index(condition=condition, path=files)
     salt_path = read_run(path).get("salt_file") or checkpoints.default_salt_path(files[0])
@@ -173,18 +174,18 @@ def read_parts(path, checkpoint, files, condition=None):
 
 
 def read_run(path) -> dict:
-    """What is private to this machine about a checkpoint's run (where its data are), or {}."""
+    """The record of a checkpoint's run on this machine (private: where its data are), or {}."""
     record = Path(tk_utils.RunFiles(os.path.splitext(path)[0]).run)
     return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
 
 
 def subsample(most: float, index: DatasetIndex, keys) -> TPP_PPG_dataset:
-    """A dataset of at most so many segments of an index, drawn at random if there are more."""
+    """A dataset of at most `most` segments of an index, drawn at random if there are more."""
     return TPP_PPG_dataset(index, "segment", keys, min(100, 100 * most / len(index)))
 
 
 def read_segments(index: DatasetIndex, keys, most=np.inf) -> Segments:
-    """The fields of an index that baselines, strata and scores need, pulse statistics included."""
+    """Read what baselines, strata and scores need, including the pulse statistics."""
     dataset = subsample(most, index, keys)
     index, fields = dataset.index, {}
     for key in dict.fromkeys((*datasets.VITALS, *datasets.LABELS, *datasets.vitals_of(keys),
@@ -206,7 +207,7 @@ def read_segments(index: DatasetIndex, keys, most=np.inf) -> Segments:
 
 
 def joined(dicts: List[Dict[str, np.ndarray]]) -> Dict[str, np.ndarray]:
-    """The arrays that all have, one after the other."""
+    """Concatenate the arrays whose key is in all dictionaries."""
     return {key: np.concatenate([one[key] for one in dicts]) for key in dicts[0]
             if all(key in one for one in dicts)}
 
@@ -214,7 +215,7 @@ def joined(dicts: List[Dict[str, np.ndarray]]) -> Dict[str, np.ndarray]:
 # ---------------------------------------------------------------- what the network predicts
 
 def predict_tpp(model, dataset, device=None):
-    """(TPP [N], the network's own SD [N] or None), in mmHg."""
+    """(TPP [N], predicted SD [N] or None), in mmHg."""
     estimate, spread = predict_with_spread(model, dataset, device=device)
     tpp = estimate.astype(np.float64)
     if model.keys[-1] == "p_crit":
@@ -227,7 +228,7 @@ def predict_tpp(model, dataset, device=None):
 
 
 def predict_segments(model, segments: Segments, calibration, device) -> None:
-    """Add predictions to segments, with intervals."""
+    """Add predictions and their intervals to segments."""
     refusal = report.domain_refusal(calibration, **domain_of(segments.dataset.index))
     segments.tpp, spread = predict_tpp(model, segments.dataset, device)
     if spread is not None:
@@ -241,15 +242,15 @@ def predict_segments(model, segments: Segments, calibration, device) -> None:
 
 
 def predict_with_swapped_ppg(model, segments: Segments, device) -> None:
-    """Add 'swapped' to the fields: predictions where each segment keeps its vitals and gets the PPG
-    of another patient. Impossible where one patient has more than half of the segments."""
+    """Add 'swapped' to the fields: predictions from each segment's vitals and another patient's
+    PPG. Does nothing if one patient has more than half of the segments."""
     count, most = len(segments), np.bincount(segments.patients).max()
     if 2 * most > count:
         return
     order = np.random.default_rng(0).permutation(count)
     order = order[np.argsort(segments.patients[order], kind="stable")]
     donor = np.empty(count, np.int64)
-    donor[order] = np.roll(order, most)     # sorted by patient and shifted by the longest of them
+    donor[order] = np.roll(order, most)     # sorted by patient, shifted by the longest patient
 
     class SwappedPPG(TPP_PPG_dataset):
         def waveform(self, key, segments):
@@ -260,8 +261,7 @@ def predict_with_swapped_ppg(model, segments: Segments, device) -> None:
 
 
 def predict_ablations(path, split, index, device, network) -> Dict[str, np.ndarray]:
-    """{name in tables: TPP [N]} of the runs that --ablate trained in addition to this one, on the
-    same split."""
+    """{name in tables: TPP [N]} by the runs that --ablate trained on the same split."""
     found = {}
     for ending, name in ABLATIONS.items():
         other = os.path.splitext(path)[0] + ending + ".pth"
@@ -275,24 +275,23 @@ def predict_ablations(path, split, index, device, network) -> Dict[str, np.ndarr
 
 
 def domain_of(index: DatasetIndex) -> Dict[str, str]:
-    """Where the data of an index come from: prediction intervals hold only for such data."""
+    """Origin and label method of an index: prediction intervals hold only for such data."""
     return {"origin": datasets.origin_of(index.paths),
             "label_method": datasets.origin_of(index.paths, "label_method")}
 
 
 def make_calibration(model, tune, device=None) -> dict:
-    """What a checkpoint keeps for prediction intervals: plain numbers and lists. tune: a
-    `TPP_PPG_dataset` with the model's keys."""
+    """Calibration of the prediction intervals, to store in a checkpoint: plain numbers and lists.
+    tune: a `TPP_PPG_dataset` with the model's keys."""
     estimate, spread = predict_with_spread(model, tune, device=device)
-    error, patients = estimate - tune.column(model.keys[-1]).numpy(), tune.index.segment_patients()
-    found = metrics.fit_calibration(-error if model.keys[-1] == "p_crit" else error, patients,
-                                    spread)
+    error = estimate - tune.column(model.keys[-1]).numpy()      # TPP and Pcrit: same size
+    found = metrics.fit_calibration(error, tune.index.segment_patients(), spread)
     return dict(found, **domain_of(tune.index))
 
 
 def calibrate(path, data, condition=None, network=None, device=None) -> dict:
-    """Fit the intervals of a checkpoint on the patients of `data` that it was neither fitted nor
-    tested on, and store them in it. Returns the new calibration."""
+    """Fit a checkpoint's prediction intervals to the patients of `data` that it was neither trained
+    nor tested on, and store them in it. Returns the new calibration."""
     saved, files = checkpoints.load_checkpoint(path), tk_utils.find_files(data)
     model, split = load_model(saved, device, network), dict(checkpoints.run_of(saved).split)
     index, parts, salt_path = read_parts(path, saved, files, condition)
@@ -314,7 +313,7 @@ def calibrate(path, data, condition=None, network=None, device=None) -> dict:
 # ---------------------------------------------------------------- the evaluation
 
 def evaluate(model_or_path, index=None, **options) -> dict:
-    """The results of `evaluate_with_arrays`; docs/python.md explains them. Warns on stderr."""
+    """The results of `evaluate_with_arrays`. Prints its problems as warnings on stderr."""
     results = evaluate_with_arrays(model_or_path, index, **options)[0]
     for line in results["problems"]:
         print(f"WARNING: {line}", file=sys.stderr)
@@ -324,14 +323,13 @@ def evaluate(model_or_path, index=None, **options) -> dict:
 def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, condition=None,
                          train=None, tune=None, fitted: Optional[dict] = None, device=None,
                          full=False, network=None) -> Tuple[dict, Segments]:
-    """Score a model: (results for the JSON, the scored segments for figures).
+    """Score a model: (results for the JSON, scored segments for the figures).
 
-    model_or_path: a `NormalisedModel` or the path of a checkpoint (network: its architecture where
-    it is your own). index: what to score, a `DatasetIndex` or dataset; without it, the patients
+    model_or_path: a `NormalisedModel` or the path of a checkpoint (network: its architecture, if it
+    is your own). index: the segments to score, a `DatasetIndex` or dataset; by default the patients
     `split` of the files `data` (default: of the run) that pass the gate `condition`. train, tune:
-    the run's own parts, for baselines, calibration and checks. fitted: a dict that keeps baselines
-    and results; with the same one in several calls, none is computed twice. full: also what only
-    the report shows.
+    the run's own parts, for baselines, calibration and checks. fitted: a dict that caches baselines
+    and results; pass the same one to several calls. full: also compute what only the report shows.
     """
     fitted, device = {} if fitted is None else fitted, choose_device(device)
     path = None if hasattr(model_or_path, "keys") else os.fspath(model_or_path)
@@ -356,8 +354,7 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     if full and model.with_ppg:
         predict_with_swapped_ppg(model, segments, device)
 
-    domain = domain_of(scored)
-    origin, method = domain["origin"], domain["label_method"]
+    origin, method = domain_of(scored).values()
     if len({*run.label_method.split(", "), *method.split(", ")} - {"unknown"}) > 1:
         about["problems"].append(
             f"labels by the method {method}, but the model was trained on {run.label_method}")
@@ -383,7 +380,8 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
 
 
 def add_baselines(segments: Segments, train, tune, keys, fitted: dict) -> None:
-    """Predictions of the baselines, fitted on train and tune patients or taken from `fitted`."""
+    """Add the baselines' predictions. `fitted` caches the baselines of these train and tune data.
+    """
     if train is None or tune is None:
         print("no baselines: the data of the train patients are not here")
         return
@@ -406,7 +404,7 @@ def add_baselines(segments: Segments, train, tune, keys, fitted: dict) -> None:
 # ---------------------------------------------------------------- scores
 
 def score_all(scored: Segments, full: bool = False) -> dict:
-    """Everything that follows from the predictions. full: also what only the page shows."""
+    """All scores of the predictions. full: also what only the report shows."""
     patients = metrics.PatientBootstrap(scored.patients)
     fields, truth, tpp = scored.fields, scored.truth, scored.tpp
     both = {"tpp": (truth, tpp), "p_crit": (fields["p_crit"], fields["map"] - tpp)}
@@ -455,10 +453,10 @@ def score_all(scored: Segments, full: bool = False) -> dict:
 
 
 def scores_with_intervals(patients, truth, prediction) -> dict:
-    """`metrics.scores`, and their 95 % intervals over patients as `ci95`."""
-    intervals = metrics.confidence_intervals(patients, truth, prediction)
+    """`metrics.scores`, and `ci95`, their 95 % intervals over patients."""
+    found = metrics.confidence_intervals(patients, truth, prediction)
     return dict(metrics.scores(truth, prediction),
-                ci95={name: (one["low"], one["high"]) for name, one in intervals.items()})
+                ci95={name: (score["low"], score["high"]) for name, score in found.items()})
 
 
 def score_other(scored: Segments, prediction, patients) -> dict:
@@ -474,8 +472,8 @@ def score_other(scored: Segments, prediction, patients) -> dict:
 def strata(scored: Segments) -> List[dict]:
     """RMSE, bias and coverage of the 90 % interval by ranges of the fields."""
     error, interval, found = scored.tpp - scored.truth, scored.intervals.get(0.9), []
-    held = (None if interval is None or isinstance(interval, str) else
-            (interval[0] <= scored.truth) & (scored.truth <= interval[1]))
+    held = (interval[0] <= scored.truth) & (scored.truth <= interval[1]) if isinstance(
+        interval, tuple) else None
     for key, name, unit, edges in STRATA:
         values = scored.fields.get(key)
         if values is None or not np.isfinite(values).any():
@@ -498,12 +496,13 @@ def strata(scored: Segments) -> List[dict]:
 
 
 def check_parts(split, scored, train, tune) -> dict:
-    """Patients in two parts of a split, and segments of which another part has a second."""
+    """Count patients in two parts of the split, and scored segments that share a second of PPG
+    with train or tune segments."""
     found = {}
     if split:
-        sets = {part: set(split.get(part, ())) for part in ("train", "tune", "test", "ancestors")}
-        seen = set().union(*(sets[part] for part in checkpoints.SEEN))
-        found["patients_in_two_parts"] = len(sets["train"] & sets["tune"] | sets["test"] & seen)
+        of_train, of_tune, of_test = (set(split.get(part, ())) for part in datasets.PARTS)
+        seen = checkpoints.seen_by({"split": split})
+        found["patients_in_two_parts"] = len(of_train & of_tune | of_test & seen)
     if train is not None:
         ours = second_hashes(scored)
         found["shared_seconds"] = {
@@ -513,7 +512,7 @@ def check_parts(split, scored, train, tune) -> dict:
 
 
 def second_hashes(index: DatasetIndex) -> np.ndarray:
-    """[S, seconds]: a hash of each second of PPG, which overlapping windows share; 0 where flat."""
+    """[S, seconds]: a hash of each second of PPG, the same in overlapping windows; 0 if flat."""
     factors = np.random.default_rng(1).integers(1, 2 ** 63, datasets.FS).astype(np.uint64) * 2 + 1
     dataset, hashes = subsample(MAX_HASHED_SEGMENTS, index, ["ppg"]), []
     blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 512))
@@ -527,18 +526,18 @@ def second_hashes(index: DatasetIndex) -> np.ndarray:
 
 
 def problems(checks: dict, shares: Optional[dict] = None) -> List[str]:
-    """Lines on what is wrong with the scores, and on a network that the blend left out."""
+    """Messages of failed checks, and a warning if the blend left the network out."""
     return report.influence_lines(shares) + [
         text.format(checks[key]) for key, text in PROBLEMS.items() if checks.get(key)] + [
-        f"{counted(number, 'segment')} with seconds of PPG that {name} segments have, too: these "
+        f"{counted(number, 'segment')} with seconds of PPG that are also in {name} segments: these "
         "scores are leaked" for name, number in checks.get("shared_seconds", {}).items() if number]
 
 
 # ---------------------------------------------------------------- several runs
 
 def compare_runs(paths, **options) -> Tuple[dict, Segments]:
-    """Several runs, such as seeds or folds: ({'runs', 'together'}, all segments). options: of
-    `evaluate_with_arrays`; runs that `fitted` has are not scored again."""
+    """Score several runs, such as seeds or folds: ({'runs', 'together'}, all segments). options: of
+    `evaluate_with_arrays`; runs that `fitted` holds are not scored again."""
     fitted, full = options.setdefault("fitted", {}), options.get("full", False)
     found = [fitted.get((path, full)) or evaluate_with_arrays(path, **options) for path in paths]
     runs = [results for results, _ in found]
@@ -560,7 +559,7 @@ def compare_runs(paths, **options) -> Tuple[dict, Segments]:
 
 
 def differences(paths) -> List[str]:
-    """A warning that names what differs between runs, apart from seeds and folds, or nothing."""
+    """[A warning that names what differs between runs, apart from seeds and folds], or []."""
     recipes = [{"inputs": one["keys"][:-1], "label": one["keys"][-1], "model": one["spec"],
                 "data": one["provenance"].get("data_fingerprint"), **one["config"]}
                for one in map(checkpoints.load_checkpoint, paths)]
@@ -571,7 +570,7 @@ def differences(paths) -> List[str]:
 
 
 def pool(runs: List[Segments]) -> Segments:
-    """All predictions of several runs; a patient is the same one in whichever run."""
+    """Put the predictions of several runs together; patients are matched by name."""
     names = np.concatenate([run.names for run in runs])
     begins = np.cumsum([0] + [run.series.max() + 1 for run in runs])
     pooled = Segments(

@@ -1,11 +1,11 @@
-"""Results of evaluate.py -> console table, figures, one HTML page, model card.
+"""Show the results of evaluate.py: console table, figures, one HTML page, model card.
 
     report.print_results(results)
     report.write_report(results, arrays, 'report.html', {'runs/M1.5.pth': checkpoint})
     report.write_page('page.html', 'quality.html', title='Quality', …)     # any page of templates/
 
-A figure is a function in `FIGURES`; a score is an entry of `metrics.SCORES`. Needs metrics.py,
-datasets.py, tk_utils.py and the folder templates/.
+To add a figure, add a function to `FIGURES`; to add a score, an entry to `metrics.SCORES`. Needs
+metrics.py, datasets.py, tk_utils.py and the folder templates/.
 """
 import html
 import io
@@ -25,7 +25,7 @@ import tk_utils
 from datasets import FIELDS
 from tk_utils import FONT_POINTS, TRAIN_COLOUR, TUNE_COLOUR, counted, new_figure, print_table
 
-MIN_SHARE = 0.05        # of the network, below which its influence is not worth the name
+MIN_SHARE = 0.05        # a network kept to a smaller share has almost no influence
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 NAMES = {"mean_tpp": "mean TPP of other patients", "map_minus_mean_pcrit": "MAP - mean Pcrit",
          "ridge": "ridge, network's vitals",
@@ -37,15 +37,15 @@ NAMES = {"mean_tpp": "mean TPP of other patients", "map_minus_mean_pcrit": "MAP 
 
 
 def named(name: str) -> str:
-    """The plain name of a baseline, the same in tables, figures and on the page."""
+    """The name of a baseline in tables and figures."""
     return NAMES.get(name, name)
 
 
 # ---------------------------------------------------------------- numbers as text
 
 def shown(estimate, digits=2, unit="") -> str:
-    """'4.72 (4.27 to 5.21)', only the value where there is no interval, a dash without a value
-    (NaN, or None: JSON has no NaN)."""
+    """'4.72 (4.27 to 5.21)'; '4.72' without an interval; a dash without a value. Missing numbers
+    are NaN, or None in results read from JSON."""
     if estimate is None or estimate["value"] is None or not np.isfinite(estimate["value"]):
         return "–"
     text = f"{estimate['value']:.{digits}f}{unit}"
@@ -55,27 +55,27 @@ def shown(estimate, digits=2, unit="") -> str:
 
 
 def percent(share) -> str:
-    """'94 % (91 to 96)' of an estimate, '94 %' of a number, a dash of None or NaN."""
+    """'94 % (91 to 96)' for an estimate, '94 %' for a number, a dash for None or NaN."""
     if not isinstance(share, dict):
         return "–" if share is None or np.isnan(share) else f"{100 * share:.0f} %"
     return shown({key: 100 * share[key] for key in ("value", "low", "high")}, 0, " %")
 
 
 def of_ci95(scores, name) -> dict:
-    """A score with its interval as an estimate."""
+    """A score and its entry of 'ci95' as an estimate."""
     low, high = scores["ci95"][name]
     return {"value": scores[name], "low": low, "high": high}
 
 
 def of_95(results, text=" (95 %)") -> str:
-    """The text, which says that there are 95 % intervals, or '' where there are none."""
+    """The text, or '' if there are too few patients for 95 % intervals."""
     return text * (results["n_patients"] >= metrics.LEAST_PATIENTS)
 
 
 # ---------------------------------------------------------------- words
 
 def domain_refusal(calibration: dict, origin: str, label_method: str = "unknown") -> Optional[str]:
-    """Why a calibration's prediction intervals do not hold for data of this origin, or None.
+    """Why prediction intervals do not hold for data of this origin and label method, or None.
 
     Published files do not state their origin: 'unknown' counts as real data of any kind.
     """
@@ -93,14 +93,14 @@ def domain_refusal(calibration: dict, origin: str, label_method: str = "unknown"
 
 
 def shares_text(shares, n_tune_patients=None) -> str:
-    """What a model keeps of the network and of the pulse statistics, of `anchor.kept_shares`."""
+    """The shares of network and pulse statistics that a model keeps, from `anchor.kept_shares`."""
     chosen = f" (chosen on {counted(n_tune_patients, 'tune patient')})" if n_tune_patients else ""
     return ("kept of the network {network:.2f}, of the pulse statistics {pulse_statistics:.2f}"
             .format(**shares) + chosen)
 
 
 def influence_lines(shares) -> list:
-    """The warning that a model is its ridge alone, or nothing."""
+    """[The warning that a model is little more than its ridge], or []."""
     if not shares or shares["network"] >= MIN_SHARE:
         return []
     return [f"the network has {'almost ' if shares['network'] else ''}no influence on these "
@@ -109,31 +109,31 @@ def influence_lines(shares) -> list:
 
 
 def headline(results) -> list:
-    """The sentences to read first: error, on whom, against what, uncertainty, low TPP."""
-    found, low = results["tpp"], results["detection"]
+    """The main results in sentences: error, patients, model, skill, interval, low TPP."""
+    tpp, skill, low = results["tpp"], results["skill"], results["detection"]
     own = shown(results["per_patient"]["tpp"]["rmse"], 1)
-    lines = [f"RMSE {shown(of_ci95(found, 'rmse'), 1)} mmHg{of_95(results, ' (95 % interval)')}; "
-             f"half of the predictions are off by less than {found['mead']:.1f} mmHg. With equal "
+    lines = [f"RMSE {shown(of_ci95(tpp, 'rmse'), 1)} mmHg{of_95(results, ' (95 % interval)')}; "
+             f"half of the predictions are off by less than {tpp['mead']:.1f} mmHg. With equal "
              f"weight for each patient: {own} mmHg.", scored_text(results)]
     if results["shares"]:
         text = shares_text(results["shares"], results["n_tune_patients"])
         lines.append(f"The model is a ridge to which a network adds: {text}.")
-    if results["skill"]:
-        own = results["baselines"][results["skill"]["over"]]["skill_per_patient"]
-        lines.append(skill_text(results["skill"], own, results["skill_in_hindsight"]))
+    if skill:
+        own = results["baselines"][skill["over"]]["skill_per_patient"]
+        lines.append(skill_text(skill, own, results["skill_in_hindsight"]))
     return [*lines, interval_text(results),
             f"TPP below {low['threshold']:g} mmHg: sensitivity {percent(low['sensitivity'])}, "
             f"specificity {percent(low['specificity'])}, ROC area {shown(low['auc'])}."]
 
 
 def scored_text(results) -> str:
-    n = results["n_patients"]
-    kind = "SIMULATED patient" if results["simulated"] else "patient"
-    n_runs = results["n_predictions"] / results["n_segments"]
-    each = f", each predicted by {n_runs:.3g} runs" if n_runs > 1 else ""
-    text = f"Scored on {counted(results['n_segments'], 'minute')} of {counted(n, kind)}{each}" + (
-        ", none of them seen in training" if results["split"] == "test" else
-        f" ({results['split']})")
+    n, n_runs = results["n_patients"], results["n_predictions"] / results["n_segments"]
+    text = (f"Scored on {counted(results['n_segments'], 'minute')} of "
+            f"{counted(n, 'SIMULATED patient' if results['simulated'] else 'patient')}")
+    if n_runs > 1:
+        text += f", each predicted by {n_runs:.3g} runs"
+    text += (", none of them seen in training" if results["split"] == "test" else
+             f" ({results['split']})")
     if n < metrics.FEW_PATIENTS:
         text += (f": too few; intervals are too narrow below {metrics.FEW_PATIENTS} patients, and "
                  f"there are none below {metrics.LEAST_PATIENTS}")
@@ -141,15 +141,14 @@ def scored_text(results) -> str:
 
 
 def skill_text(skill, own, here) -> str:
-    """skill: over the best baseline (cross-validated); own: with each patient weighing the same;
+    """skill: over the best baseline (cross-validated); own: with equal weight for each patient;
     here: over the best baseline on these patients."""
-    low, high = (np.nan if skill[end] is None else skill[end] for end in ("low", "high"))
-    better = ("better than" if low > 0 else "WORSE than" if high < 0 else
-              "NOT shown to be better than")
+    better = ("better than" if (skill["low"] or 0) > 0 else
+              "WORSE than" if (skill["high"] or 0) < 0 else "NOT shown to be better than")
     other = "the best baseline (cross-validated), " * (skill["over"] in NAMES)
     text = (f"The model is {better} {other}{named(skill['over'])}: skill {shown(skill)}, with "
             f"equal weight for each patient {shown(own)} (0: no gain, 1: perfect).")
-    if here["value"] == skill["value"]:         # over the same
+    if here["value"] == skill["value"]:         # the same baseline
         return text
     worse = "It does WORSE than" if (here["high"] or 0) < 0 else "Over"
     return f"{text} {worse} the best baseline here, {named(here['over'])}: skill {shown(here)}."
@@ -162,7 +161,7 @@ def true_text(true) -> str:
 
 
 def interval_90(results) -> dict:
-    """What is known of the 90 % prediction interval, or {}."""
+    """The results about the 90 % prediction interval, or {}."""
     return results["uncertainty"]["levels"].get("90 %", {})
 
 
@@ -179,7 +178,7 @@ def interval_text(results) -> str:
 # ---------------------------------------------------------------- tables
 
 def print_results(results) -> None:
-    """The table that a person reads first, and the headline."""
+    """Print the warnings, the table of scores and the headline."""
     for line in filter(None, [results["note"], *results["problems"]]):
         print(textwrap.fill(f"*** {line} ***", 100))
     print_table(*score_table(results))
@@ -189,7 +188,7 @@ def print_results(results) -> None:
 
 
 def runs_table(runs):
-    """(rows, headers) of several runs' results: a row for each, and their mean and SD."""
+    """(rows, headers): a row for each run, then mean and SD."""
     names, shares = ("rmse", "mae", "bias", "r2"), ("network", "pulse_statistics")
     table = pd.DataFrame(
         [[one["tpp"][name] for name in names]
@@ -209,7 +208,7 @@ def runs_table(runs):
 
 
 def all_scores(results):
-    """(name, scores) of the model and of everything that is compared with it."""
+    """Yield (name, scores) of the model and of everything that it is compared with."""
     yield "model", dict(results["tpp"], p_crit_r2=results["p_crit"]["r2"], skill=None)
     for name, scores in (*results["baselines"].items(), *results["compared"].items()):
         yield named(name), scores
@@ -255,7 +254,7 @@ def strata_rows(results):
 # ---------------------------------------------------------------- figures
 
 def histogram(results, arrays):
-    """Predicted against label TPP as a 2-D histogram."""
+    """2-D histogram of predicted against label TPP."""
     box = dict(results["tpp"], n=results["n_segments"], n_patients=results["n_patients"],
                p_crit_r2=results["p_crit"]["r2"])
     figure = tk_utils.histogram_figure(arrays.truth, arrays.tpp, box, results["note"])
@@ -263,7 +262,7 @@ def histogram(results, arrays):
 
 
 def compared(results, arrays):
-    """RMSE of the model and of everything that is compared with it."""
+    """RMSE of the model and of everything that it is compared with."""
     rows = [(name, of_ci95(scores, "rmse")) for name, scores in all_scores(results)]
     axes = new_figure(4.8, 0.9 + 0.42 * len(rows)).subplots()
     for y, (name, estimate) in enumerate(rows):
@@ -337,19 +336,18 @@ def detection(results, arrays):
 
 
 def loss(results, arrays):
-    """The loss curve of a run whose log is here."""
-    log = results.get("log")
-    if log is None:
+    """The loss curve, if the run's log is here."""
+    if "log" not in results:
         return None
-    trajectory = {"epoch_train_loss": log["train_loss"], "epoch_val_loss": log["tune_loss"],
-                  "lr": log["lr"]}
-    return tk_utils.loss_lr_figure(trajectory, results["note"], results["loss_label"]), (
+    log = results["log"].rename(
+        columns={"train_loss": "epoch_train_loss", "tune_loss": "epoch_val_loss"})
+    return tk_utils.loss_lr_figure(log, results["note"], results["loss_label"]), (
         "Loss on train and tune patients and learning rate by epoch. The weights of the best epoch "
         "on the tune patients are kept.")
 
 
 def worst(results, arrays):
-    """The PPG of the segments with the largest errors; not of several runs."""
+    """The PPG of the segments with the largest errors; none for several runs."""
     if arrays.dataset is None:
         return None
     rows = np.argsort(-np.abs(arrays.tpp - arrays.truth), kind="stable")[:8]
@@ -364,7 +362,7 @@ def worst(results, arrays):
 
 
 def traces(waves, titles, seconds):
-    """A figure of the first `seconds` of waves of a minute, one below the other."""
+    """A figure of the first `seconds` of one-minute waveforms, one below the other."""
     figure = new_figure(4.8, 0.5 + 0.72 * len(waves))
     all_axes = figure.subplots(len(waves), 1, sharex=True, squeeze=False)[:, 0]
     for axes, wave, title in zip(all_axes, waves, titles):
@@ -383,7 +381,7 @@ FIGURES = {"compared": compared, "histogram_plot": histogram, "bland_altman": bl
 
 
 def cloud(axes, x, y):
-    """Points; where there are many, their density."""
+    """Draw points, or their density if there are many."""
     if len(x) > 3000:
         axes.hexbin(x, y, gridsize=80, mincnt=1, bins="log", cmap="viridis", rasterized=True)
     else:
@@ -394,8 +392,8 @@ def cloud(axes, x, y):
 # ---------------------------------------------------------------- pages
 
 def page_figure(figure, caption: str) -> dict:
-    """A figure as inline SVG for `figure` of macros.html. The `gid` of an artist that begins with
-    'hover:' is shown under the pointer."""
+    """A figure as inline SVG, for the macro `figure` of macros.html. An artist with the gid
+    'hover:TEXT' shows TEXT under the pointer."""
     from matplotlib import rc_context
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):
@@ -412,7 +410,7 @@ def page_figure(figure, caption: str) -> dict:
 
 
 def render(template: str, **context) -> str:
-    """A template of templates/ as text; it may call the functions of this module. HTML is escaped,
+    """Fill a template of templates/, which may call the functions of this module. HTML is escaped,
     Markdown is not."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined,
@@ -423,13 +421,13 @@ def render(template: str, **context) -> str:
 
 
 def write_page(path, template: str, **context) -> None:
-    """Write a page that stands alone, atomically. context: title and what the template names."""
+    """Write a self-contained page atomically. context: title and the template's variables."""
     with tk_utils.atomic_file(path) as file:
         file.write(render(template, **context))
 
 
 def write_report(results, arrays, path, checkpoints: dict) -> None:
-    """Writes the page, its figures as PNG and PDF and, for one run's test patients, the model card.
+    """Write the page, its figures as PNG and PDF and, for one run's test patients, the model card.
 
     results, arrays: of `evaluate_with_arrays(full=True)` or `compare_runs(full=True)`.
     checkpoints: {path: checkpoint}.
@@ -463,8 +461,8 @@ def write_report(results, arrays, path, checkpoints: dict) -> None:
 
 
 def model_card(results, checkpoint) -> str:
-    """The model card in Markdown: the TRIPOD+AI items a program can fill, and a list of the others.
-    results: of `evaluate`, with or without full=True."""
+    """The model card in Markdown: the TRIPOD+AI items that a program can fill, and a list of the
+    others. results: of `evaluate`, with or without full=True."""
     return render("card.md", results=results, checkpoint=checkpoint, warnings=results["problems"])
 
 
@@ -477,7 +475,7 @@ PUBLISHED_COHORT = {"map": (76.7, 11.2), "sbp": (118.1, 19.5), "dbp": (56.1, 10.
 
 
 def quality_lines(found) -> list:
-    """What passes the gate, from how many patients; the PPG's delay; what was dropped."""
+    """Sentences: segments that pass the gate, the PPG's delay, dropped minutes, copies."""
     segments, delay_s = found["segments"], found["delays_s"]
     counts = segments["patient"][segments["passed"]].value_counts()
     passes = f"{counts.sum():,} of {len(segments):,} segments pass the default gate"
@@ -491,16 +489,18 @@ def quality_lines(found) -> list:
         delay = (f"PPG behind ABP, per record: median {middle:.2f} s (5th to 95th percentile "
                  f"{low:.2f} to {high:.2f} s); certain in {len(delay_s):,} of "
                  f"{counted(found['n_records'], 'record')}")
+    lines = [passes, delay, f"{found['minutes_dropped']:.1f} minutes left over at ends and gaps"]
     same = segments.dropna(subset=["map"]).groupby(["map", "dbp", "hr", "r2"])["patient"].nunique()
     n_same = int((same > 1).sum())
-    twice = [f"*** {counted(n_same, 'minute')} in the recordings of several patients: copies? Give "
-             "them one group (--groups), or leave them out ***"] if n_same else []
-    return [passes, delay,
-            f"{found['minutes_dropped']:.1f} minutes left over at ends and gaps", *twice]
+    if n_same:
+        lines.append(f"*** {counted(n_same, 'minute')} in the recordings of several patients: "
+                     "copies? Give them one group (--groups), or leave them out ***")
+    return lines
 
 
 def quality_tables(found) -> list:
-    """[(title, rows, headers)]: gate by rule, reasons, and labels with the published cohort's."""
+    """[(title, rows, headers)]: gate by rule, reasons, labels compared with the published cohort.
+    """
     segments = found["segments"]
     passing = segments[segments["passed"]]
     labels = []
@@ -526,7 +526,7 @@ def print_quality(found) -> None:
 
 
 def write_quality(path, found, tables) -> None:
-    """The quality page. tables: [(title, rows, headers)] besides those of `quality_tables`."""
+    """Write the quality page. tables: more tables than those of `quality_tables`."""
     segments = found["segments"]
     counts = segments["patient"][segments["passed"]].value_counts()
     axes = new_figure(4.8, 2.2).subplots()

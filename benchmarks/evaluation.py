@@ -1,8 +1,8 @@
-"""How well the evaluation's own statements hold, and what it costs.
+"""Coverage of the evaluation's intervals, and the cost of an evaluation.
 
-    python benchmarks/evaluation.py coverage [--repeats 1000]   # of 95 % intervals, by patients
+    python benchmarks/evaluation.py coverage [--repeats 1000]   # of 95 % intervals over patients
     python benchmarks/evaluation.py conformal                   # of prediction intervals
-    python benchmarks/evaluation.py scale                       # 1 million predictions
+    python benchmarks/evaluation.py scale                       # cost of 1 million predictions
 """
 import argparse
 import os
@@ -23,7 +23,7 @@ SHOWN = ("rmse", "mae", "mead", "r2", "bias", "sd", "skill", "limit", "within", 
 
 
 def virtual_patients(rng, n_patients):
-    """patients, truth, prediction, baseline: each patient with a level, bias, spread of its own."""
+    """patients, truth, prediction, baseline. Each patient has its own level, bias and spread."""
     patients = np.repeat(np.arange(n_patients), rng.integers(3, 25, n_patients))
     n, spread = len(patients), 5 * np.exp(rng.normal(0, 0.4, n_patients))
     truth = rng.normal(36, 8, n_patients)[patients] + rng.normal(0, 9, n)
@@ -72,9 +72,8 @@ def conformal(options):
             for level, half in zip(metrics.LEVELS, calibration["half_widths"]):
                 if half is not None:
                     inside = (np.abs(prediction - truth) <= half)[~tune]
-                    _, owner, counts = np.unique(patients[~tune], return_inverse=True,
-                                                 return_counts=True)
-                    held[level].append(np.mean(np.bincount(owner, inside) / counts))
+                    new = metrics.PatientBootstrap(patients[~tune])
+                    held[level].append(np.mean(new.per_patient(inside) / new.counts))
         rows.append([n_tune, *(f"{100 * np.mean(held[level]):.1f}" if held[level] else "none"
                                for level in metrics.LEVELS)])
     print("% of a new patient's segments in the prediction interval, mean over 200 data sets")
@@ -82,14 +81,14 @@ def conformal(options):
 
 
 class Waves:
-    """Stands for the dataset of a million segments, of which only some waveforms are drawn."""
+    """Stand-in for a dataset: figures show the waveforms of a few segments."""
 
     def waveform(self, key, segments):
         return np.sin(np.arange(3600) / 8 + np.asarray(segments)[:, None]).astype(np.float32)
 
 
 def scale(options):
-    """All scores, intervals and figures of many predictions, 500 to a patient."""
+    """All scores, intervals and figures of many predictions, 500 per patient."""
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(max(40, options.predictions // 500)), 500)
     n = len(patients)
@@ -123,9 +122,9 @@ def scale(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("coverage", "conformal", "scale"))
-    parser.add_argument("--repeats", type=int, default=1000, help="synthetic data sets")
-    parser.add_argument("--predictions", type=int, default=1_000_000, help="of scale")
-    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws of each")
+    parser.add_argument("--repeats", type=int, default=1000, help="number of synthetic data sets")
+    parser.add_argument("--predictions", type=int, default=1_000_000, help="for scale")
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws of each data set")
     options = parser.parse_args()
     {"coverage": coverage, "conformal": conformal, "scale": scale}[options.what](options)
 

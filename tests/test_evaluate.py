@@ -200,7 +200,7 @@ def test_segments_shared_between_parts_are_found_also_where_windows_overlap(tmp_
                                (("clean", "flat", "p"), 0, 0)):
         found = evaluate.check_parts(None, *(part[name] for name in names))
         assert found == {"shared_seconds": {"train": train, "tune": tune}}
-    assert "3 segments with seconds of PPG that train" in evaluate.problems(
+    assert "3 segments with seconds of PPG that are also in train" in evaluate.problems(
         {"shared_seconds": {"train": 3, "tune": 0}})[0]
 
 
