@@ -44,7 +44,7 @@ PROBLEMS = {    # messages of failed checks
     "patients_in_two_parts": "{:,} patients are in two parts of the split: these scores are leaked",
     "constant_output": "CONSTANT OUTPUT: the model predicts the same TPP for every segment",
     "ignores_ppg": "IGNORES THE PPG: it predicts the same with another patient's PPG"}
-OF_A_REPEAT = ("seed", "split_seed", "fold", "folds", "processes", "keys")  # differ in repeats
+MAY_DIFFER = ("seed", "split_seed", "fold", "folds", "processes", "keys")   # between repeats
 STRATA = (      # field, name, unit, inner edges (None: quartiles)
     ("tpp", "TPP", "mmHg", (20, 34, 50)), ("map", "MAP", "mmHg", (65, 74, 90)),
     ("hr", "Heart rate", "/min", (60, 80, 100)), ("pp", "Pulse pressure", "mmHg", (40, 60, 80)),
@@ -141,12 +141,12 @@ def choose_segments(path, checkpoint, data, split, condition):
     files = tk_utils.find_files(data or run["data"])
     own_data = data is None or {*map(os.path.realpath, files)} == {*run.get("data", ())}
     index, parts, salt_path = read_parts(path, checkpoint, files, condition)
+    split = split or ("test" if own_data else "all")
     if parts is None:
-        if own_data or split not in (None, "all"):
+        if own_data or split != "all":
             raise DataError(f"{salt_path}: cannot identify the patients without this run's salt")
         problems = ["overlap with the training data NOT CHECKED"]
         parts = np.full(index.n_patients, "")
-    split = split or ("test" if own_data else "all")
     chosen = (parts == split) | (split == "all")
     if not chosen.any():
         raise DataError(f"no {split} patient of the checkpoint is in these data; try --split all")
@@ -564,7 +564,7 @@ def differences(paths) -> List[str]:
                 "data": one["provenance"].get("data_fingerprint"), **one["config"]}
                for one in map(checkpoints.load_checkpoint, paths)]
     names = [key for key in dict.fromkeys(key for one in recipes for key in one)
-             if key not in OF_A_REPEAT and len({str(one.get(key)) for one in recipes}) > 1]
+             if key not in MAY_DIFFER and len({str(one.get(key)) for one in recipes}) > 1]
     return [f"these runs differ in {', '.join(names).replace('_', ' ')}: their mean says nothing "
             "about any of them"] * bool(names)
 

@@ -182,10 +182,10 @@ class PatientBootstrap:
         reach = (stdtrit(self.n_patients - 1, 0.975)
                  * np.sqrt(self.n_patients / (self.n_patients - 1)))
         with np.errstate(divide="ignore", invalid="ignore"):
-            there = to(np.append(value, draws))
-        if np.isfinite(there).all():
-            width = reach * np.std(there[1:])
-            low, high = sorted((back(there[0] - width), back(there[0] + width)))
+            scaled = to(np.append(value, draws))
+        if np.isfinite(scaled).all():
+            width = reach * np.std(scaled[1:])
+            low, high = sorted((back(scaled[0] - width), back(scaled[0] + width)))
         else:
             low, high = np.quantile(draws, [ndtr(-reach), ndtr(reach)])
         return {"value": value, "low": float(low), "high": float(high)}

@@ -67,7 +67,7 @@ def of_ci95(scores, name) -> dict:
     return {"value": scores[name], "low": low, "high": high}
 
 
-def of_95(results, text=" (95 %)") -> str:
+def if_intervals(results, text=" (95 %)") -> str:
     """The text, or '' if there are too few patients for 95 % intervals."""
     return text * (results["n_patients"] >= metrics.LEAST_PATIENTS)
 
@@ -111,10 +111,10 @@ def influence_lines(shares) -> list:
 def headline(results) -> list:
     """The main results in sentences: error, patients, model, skill, interval, low TPP."""
     tpp, skill, low = results["tpp"], results["skill"], results["detection"]
-    own = shown(results["per_patient"]["tpp"]["rmse"], 1)
-    lines = [f"RMSE {shown(of_ci95(tpp, 'rmse'), 1)} mmHg{of_95(results, ' (95 % interval)')}; "
-             f"half of the predictions are off by less than {tpp['mead']:.1f} mmHg. With equal "
-             f"weight for each patient: {own} mmHg.", scored_text(results)]
+    rmse, own = shown(of_ci95(tpp, "rmse"), 1), shown(results["per_patient"]["tpp"]["rmse"], 1)
+    lines = [f"RMSE {rmse} mmHg{if_intervals(results, ' (95 % interval)')}; half of the "
+             f"predictions are off by less than {tpp['mead']:.1f} mmHg. With equal weight for each "
+             f"patient: {own} mmHg.", scored_text(results)]
     if results["shares"]:
         text = shares_text(results["shares"], results["n_tune_patients"])
         lines.append(f"The model is a ridge to which a network adds: {text}.")
@@ -222,7 +222,7 @@ def score_table(results):
     rows = [[name, shown(of_ci95(scores, "rmse")), *map(scores.get, others),
              scores["p_crit_r2"], scores["skill"] and scores["skill"]["value"]]
             for name, scores in all_scores(results)]
-    return rows, ["TPP by", f"RMSE, mmHg{of_95(results)}", *others.values(), "R² of Pcrit",
+    return rows, ["TPP by", f"RMSE, mmHg{if_intervals(results)}", *others.values(), "R² of Pcrit",
                   "model's skill over it"]
 
 
@@ -272,11 +272,11 @@ def compared(results, arrays):
                   gid=f"hover:{name}: RMSE {shown(estimate)} mmHg")
     axes.axvline(rows[0][1]["value"], color="0.4", lw=0.9, ls="--", zorder=0)
     axes.set_yticks(range(len(rows)), [textwrap.fill(name, 27) for name, _ in rows])
-    axes.set_xlabel("RMSE of TPP (mmHg)" + of_95(results, ", 95 %"))
+    axes.set_xlabel("RMSE of TPP (mmHg)" + if_intervals(results, ", 95 %"))
     axes.invert_yaxis()
     return axes.figure, (
         "Error of the model (orange) and of what it is compared with"
-        + of_95(results, ", with 95 % intervals over patients") + ". Left is better.")
+        + if_intervals(results, ", with 95 % intervals over patients") + ". Left is better.")
 
 
 def bland_altman(results, arrays):
@@ -297,7 +297,7 @@ def bland_altman(results, arrays):
              ylabel="Predicted - label TPP (mmHg)")
     return axes.figure, (
         "Bland-Altman plot: bias and 95 % limits of agreement"
-        + of_95(results, ", bands: their 95 % intervals") + ".")
+        + if_intervals(results, ", bands: their 95 % intervals") + ".")
 
 
 def trend(results, arrays):

@@ -1,4 +1,4 @@
-"""The evaluation: which patients are scored, checks of honesty, calibration, own networks, runs."""
+"""The evaluation: patients that are scored, checks, calibration, own networks, several runs."""
 import json
 import os
 import shutil
@@ -77,7 +77,7 @@ def test_the_results_hold_every_score_of_the_test_patients(run_a, data):
     assert results["n_train_patients"] == parts["train"].n_patients
 
 
-def test_training_hands_over_its_parts_and_gets_the_same_numbers(run_a, data):
+def test_training_passes_its_parts_and_gets_the_same_numbers(run_a, data):
     parts, fitted = split_index(create_dataset_index(path=str(data))), {}
     alone = evaluate.evaluate(run_a)
     for _ in range(2):
@@ -140,7 +140,7 @@ def test_calibrating_on_data_gives_intervals_there_and_takes_them_away_elsewhere
         evaluate.calibrate(path, [str(data)])
 
 
-def test_labels_of_another_method_than_those_trained_on_are_said(data, tmp_path):
+def test_labels_of_another_method_than_in_training_are_reported(data, tmp_path):
     simulate.simulate_file(tmp_path / "b.h5", 4, 2, 3, label_method="waveform_balance")
     results = evaluate.evaluate(save_run(data, "methods"), data=[str(tmp_path / "b.h5")])
     assert ("labels by the method waveform_balance, but the model was trained on published"
@@ -162,7 +162,7 @@ def test_a_checkpoint_without_calibration_is_calibrated_on_the_tune_patients(dat
     assert found["uncertainty"]["levels"] == {}
 
 
-def test_a_constant_output_and_one_that_ignores_the_ppg_are_named():
+def test_a_constant_output_and_one_that_ignores_the_ppg_are_reported():
     patients = np.repeat(np.arange(20), 10)
     map_, tpp = np.random.default_rng(0).normal([[78], [36]], 10, (2, 200))
     fields = {"map": map_, "tpp": tpp, "p_crit": map_ - tpp, "swapped": tpp}
@@ -204,7 +204,7 @@ def test_segments_shared_between_parts_are_found_also_where_windows_overlap(tmp_
         {"shared_seconds": {"train": 3, "tune": 0}})[0]
 
 
-def test_patients_seen_in_training_and_missing_salts_are_said(run_a, data, tmp_path, capsys):
+def test_patients_seen_in_training_and_missing_salts_are_reported(run_a, data, tmp_path, capsys):
     results = evaluate.evaluate(run_a, split="all")
     assert "WERE SEEN IN TRAINING" in results["problems"][0]
     assert "WARNING: " + results["problems"][0] in capsys.readouterr().err
@@ -236,7 +236,7 @@ def test_several_runs_are_scored_each_and_together(data, run_a):
     assert "model without the PPG" in first["compared"]       # of --ablate, listed
 
 
-def test_runs_that_are_no_repeats_of_each_other_are_named(data):
+def test_differences_between_runs_other_than_seed_and_fold_are_reported(data):
     paths = [save_run(data, name) for name in "rq"]
     config = {"epochs": 40, "seed": 0, "fold": 0, "keys": KEYS, "l1": 0.0}
     saved = dict(load_checkpoint(paths[0]), config=config)
