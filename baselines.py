@@ -54,7 +54,7 @@ def left_out_baselines(vitals: Iterable[str], *parts: Dict[str, np.ndarray]) -> 
     for name, inputs in _baseline_inputs(vitals).items():
         if name.startswith(("ridge", "gradient")) and not inputs:
             reasons[name] = "the network gets no vitals"
-        for field in (one for one in inputs if one != "pp*hr"):
+        for field in (key for key in inputs if key != "pp*hr"):
             if not all(field in part for part in parts):
                 reasons.setdefault(name, f"{field} is not in the data")
             else:

@@ -59,10 +59,10 @@ def parse_args(arguments=None):
                         help="runs/<name>.pth; several (seeds, folds): scored each and together")
     add = parser.add_argument_group("what is scored").add_argument
     add("--data", nargs="+", metavar="FILE",
-        help="HDF5 files; default: those of the run, from runs/<name>/run.json")
+        help="HDF5 files; default: the run's own, from runs/<name>/run.json")
     add("--split", choices=("test", "tune", "train", "all"),
         help="patients to score; default: test on the run's data, else all")
-    add("--condition", nargs="+", metavar="GATE", help="quality gate; default: that of the run")
+    add("--condition", nargs="+", metavar="GATE", help="quality gate; default: the run's own")
     add("--model", metavar="FILE.py:NAME", help="your own network, as in train_resnet.py --model")
     add("--calibrate", nargs="+", metavar="FILE",
         help="fit the prediction intervals to the patients here that the run has not used, and "
@@ -155,7 +155,7 @@ def choose_segments(path, checkpoint, data, split, condition):
         problems = [f"{seen:,} of {counted(np.sum(chosen), 'patient')} WERE SEEN IN TRAINING this "
                     "checkpoint; these scores flatter it: not a test of it"]
     scored, train, tune = index.select(chosen[index.encounter_patient]), None, None
-    TPP_PPG_dataset(scored, "segment", SCORED)              # raises where one of them is absent
+    TPP_PPG_dataset(scored, "segment", SCORED)              # raises if one of them is absent
     calibrated = int(np.sum(parts[chosen] == "calibration"))
     if not own_data and run and all(map(os.path.exists, run["data"])):
         index, parts, _ = read_parts(path, checkpoint, run["data"])
@@ -208,8 +208,8 @@ def read_segments(index: DatasetIndex, keys, most=np.inf) -> Segments:
 
 def joined(dicts: List[Dict[str, np.ndarray]]) -> Dict[str, np.ndarray]:
     """Concatenate the arrays whose key is in all dictionaries."""
-    return {key: np.concatenate([one[key] for one in dicts]) for key in dicts[0]
-            if all(key in one for one in dicts)}
+    return {key: np.concatenate([arrays[key] for arrays in dicts]) for key in dicts[0]
+            if all(key in arrays for arrays in dicts)}
 
 
 # ---------------------------------------------------------------- what the network predicts
@@ -336,7 +336,7 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     model = load_model(path, device, network) if path else model_or_path
     run = checkpoints.run_of(model.checkpoint)
     if index is not None:
-        parts = [getattr(one, "index", one) for one in (index, train, tune)]
+        parts = [getattr(part, "index", part) for part in (index, train, tune)]
         about, calibrated = {"split": split or "given", "problems": []}, 0
     elif path:
         parts, about, calibrated = choose_segments(path, model.checkpoint, data, split, condition)
@@ -397,8 +397,8 @@ def add_baselines(segments: Segments, train, tune, keys, fitted: dict) -> None:
             joined([part.fields for part in known]),
             np.concatenate([part.names for part in known]), vitals, left_out)
     segments.best = baselines.choose_best(fitted[key])
-    segments.baselines = {name: one.predict(segments.fields)
-                          for name, one in fitted[key].items()}
+    segments.baselines = {name: baseline.predict(segments.fields)
+                          for name, baseline in fitted[key].items()}
 
 
 # ---------------------------------------------------------------- scores
@@ -542,7 +542,7 @@ def compare_runs(paths, **options) -> Tuple[dict, Segments]:
     found = [fitted.get((path, full)) or evaluate_with_arrays(path, **options) for path in paths]
     runs = [results for results, _ in found]
     tk_utils.print_table(*report.runs_table(runs))
-    segments = pool([one for _, one in found])
+    segments = pool([segments for _, segments in found])
     pooled = {
         **{key: runs[0][key] for key in ("date", "split", "keys", "condition", "loss_label")},
         "checkpoint": f"{len(runs)} runs", "n_train_patients": None, "shares": None,
@@ -560,11 +560,11 @@ def compare_runs(paths, **options) -> Tuple[dict, Segments]:
 
 def differences(paths) -> List[str]:
     """[A warning that names what differs between runs, apart from seeds and folds], or []."""
-    recipes = [{"inputs": one["keys"][:-1], "label": one["keys"][-1], "model": one["spec"],
-                "data": one["provenance"].get("data_fingerprint"), **one["config"]}
-               for one in map(checkpoints.load_checkpoint, paths)]
-    names = [key for key in dict.fromkeys(key for one in recipes for key in one)
-             if key not in MAY_DIFFER and len({str(one.get(key)) for one in recipes}) > 1]
+    recipes = [{"inputs": saved["keys"][:-1], "label": saved["keys"][-1], "model": saved["spec"],
+                "data": saved["provenance"].get("data_fingerprint"), **saved["config"]}
+               for saved in map(checkpoints.load_checkpoint, paths)]
+    names = [key for key in dict.fromkeys(key for recipe in recipes for key in recipe)
+             if key not in MAY_DIFFER and len({str(recipe.get(key)) for recipe in recipes}) > 1]
     return [f"these runs differ in {', '.join(names).replace('_', ' ')}: their mean says nothing "
             "about any of them"] * bool(names)
 
@@ -581,7 +581,7 @@ def pool(runs: List[Segments]) -> Segments:
         compared=joined([run.compared for run in runs]))
     for level in runs[0].intervals:
         bounds = [run.intervals.get(level, "not calibrated") for run in runs]
-        refused = [one for one in bounds if isinstance(one, str)]
+        refused = [bound for bound in bounds if isinstance(bound, str)]
         pooled.intervals[level] = (refused[0] if refused else
                                    tuple(map(np.concatenate, zip(*bounds))))
     if all(run.best is not None for run in runs):

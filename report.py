@@ -84,9 +84,9 @@ def domain_refusal(calibration: dict, origin: str, label_method: str = "unknown"
         theirs = calibration.get(what, ours)
         known = {ours, theirs} - {"unknown"}
         if len(known) > 1 or ("simulated" in ours) != ("simulated" in theirs):
-            words = (text.format(one).replace("simulated", "simulated data").replace(
+            words = (text.format(value).replace("simulated", "simulated data").replace(
                 "unknown", "data of unknown origin").replace("recordings", "data of real patients")
-                     for one in (theirs, ours))
+                     for value in (theirs, ours))
             return ("the network was calibrated on {}, not on {}; calibrate on such data "
                     "(evaluate.py CHECKPOINT --calibrate DATA) or fine-tune").format(*words)
     return None
@@ -191,14 +191,14 @@ def runs_table(runs):
     """(rows, headers): a row for each run, then mean and SD."""
     names, shares = ("rmse", "mae", "bias", "r2"), ("network", "pulse_statistics")
     table = pd.DataFrame(
-        [[one["tpp"][name] for name in names]
-         + [one["p_crit"]["r2"], one["skill"] and one["skill"]["value"],
-            *((one["shares"] or {}).get(name) for name in shares),
-            interval_90(one).get("segments", {}).get("value")] for one in runs],
+        [[run["tpp"][name] for name in names]
+         + [run["p_crit"]["r2"], run["skill"] and run["skill"]["value"],
+            *((run["shares"] or {}).get(name) for name in shares),
+            interval_90(run).get("segments", {}).get("value")] for run in runs],
         columns=[*(metrics.SCORES[name].title for name in names), "R² of Pcrit", "skill",
                  "share of the network", "share of pulse statistics", "in the 90 % interval"],
         dtype=float)
-    firsts = [[os.path.splitext(one["checkpoint"])[0], one["n_patients"]] for one in runs]
+    firsts = [[os.path.splitext(run["checkpoint"])[0], run["n_patients"]] for run in runs]
     if len(runs) > 1:
         firsts += [["mean", None], ["SD", None]]
         table = pd.concat([table, table.agg(["mean", "std"])])
@@ -218,7 +218,7 @@ def all_scores(results):
 
 def score_table(results):
     """(rows, headers) of `all_scores`."""
-    others = {name: one.title for name, one in metrics.SCORES.items() if name != "rmse"}
+    others = {name: score.title for name, score in metrics.SCORES.items() if name != "rmse"}
     rows = [[name, shown(of_ci95(scores, "rmse")), *map(scores.get, others),
              scores["p_crit_r2"], scores["skill"] and scores["skill"]["value"]]
             for name, scores in all_scores(results)]
