@@ -8,26 +8,24 @@ from scipy import signal
 
 import signals
 import simulate
+from datasets import FS, WINDOW
+from recordings import read_windows
 
-FS = 60
-RECORDINGS = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "wfdb"
+REAL_FS = 125
 
 
 def windkessel(p_crit=40.0, hr=75.0, fs=FS, seed=0):
-    """ABP of a three-element Windkessel by Euler steps at 1 kHz, sampled at `fs`: the simulator's
-    physics by another way."""
+    """ABP of the simulator's Windkessel, driven by half sines of slowly varying stroke volume."""
     rng = np.random.default_rng(seed)
-    resistance, compliance, impedance, ejection, lead = 0.45, 1.2, 0.05, 0.28, 6
-    t = np.arange((60 + lead) * 1000) / 1000
+    impedance, ejection, lead = 0.05, 0.28, 6
+    t = np.arange((60 + lead) * simulate.FS_SIM) / simulate.FS_SIM
     beat = (t * hr / 60).astype(int)
     phase = (t - beat * 60 / hr) / ejection
     stroke = 65 * (1 + 0.15 * np.sin(2 * np.pi * 0.03 * beat * 60 / hr)
                    + 0.005 * rng.normal(size=beat[-1] + 1)[beat])
     flow = np.sin(np.pi * np.clip(phase, 0, 1)) * stroke * np.pi / 2 / ejection
-    pressure = [p_crit + resistance * flow.mean()]
-    for q in flow[1:].tolist():
-        outflow = (pressure[-1] - p_crit) / resistance
-        pressure.append(pressure[-1] + (q - outflow) / compliance / 1000)
+    pressure = simulate.windkessel(flow, np.full(len(t), p_crit),
+                                   {"resistance": 0.45, "compliance": 1.2})
     return np.interp(lead + np.arange(60 * fs) / fs, t, pressure + impedance * flow)
 
 
@@ -44,19 +42,12 @@ def pulses(hr, dicrotic=0.4, seconds=60, jitter=0.02, seed=0):
     return 60.0 + wave.sum(0), int(((onset > 0) & (onset < seconds - 60 / hr)).sum())
 
 
-def real_minutes(channel, pattern="[abtv]*.hea"):
-    """Yield (minutes [N, samples], rate in Hz) of the shared recordings of up to 400 s, if here."""
-    wfdb = pytest.importorskip("wfdb")
-    if not RECORDINGS.exists():
-        pytest.skip("the shared recordings are not here")
-    for header in sorted(RECORDINGS.glob(pattern)):
-        name = str(header.with_suffix(""))
-        record = wfdb.rdheader(name)
-        if channel in (record.sig_name or []) and record.sig_len <= 400 * record.fs:
-            read = wfdb.rdrecord(name, smooth_frames=False, channel_names=[channel])
-            fs = int(read.fs * read.samps_per_frame[0])
-            values = np.asarray(read.e_p_signal[0])
-            yield values[:len(values) // (60 * fs) * 60 * fs].reshape(-1, 60 * fs), fs
+def real_minutes(folder, pattern="[abtv]*.hea"):
+    """Yield (abp, ppg), [N, samples] each, of the real recordings at REAL_FS."""
+    pytest.importorskip("wfdb")
+    for path in sorted(pathlib.Path(folder, "wfdb").glob(pattern)):
+        for minutes in read_windows(path, **{**WINDOW, "fs": REAL_FS}):
+            yield minutes.abp, minutes.ppg
 
 
 @pytest.mark.parametrize("hr", [35, 50, 75, 100, 140, 180])
@@ -120,11 +111,11 @@ def test_an_arrhythmic_minute_a_damped_line_and_a_moved_finger_have_their_measur
     assert out["ppg_quality"][0] > 0.99 and out["ppg_quality"][3] < 0.86
 
 
-def test_real_beats_are_counted_once_with_strong_dicrotic_waves():
+def test_real_beats_are_counted_once_with_strong_dicrotic_waves(recordings):
     for record, hr in (("v166s", 88), ("b659l", 39), ("a363l", 133)):
-        (minutes, fs), = real_minutes("ABP", pattern=f"{record}.hea")
-        feet, _ = signals.find_feet(minutes[2:3], fs)
-        assert 60 * fs / np.median(np.diff(feet)) == pytest.approx(hr, abs=4)
+        (abp, _), = real_minutes(recordings, f"{record}.hea")
+        feet, _ = signals.find_feet(abp[2:3], REAL_FS)
+        assert 60 * REAL_FS / np.median(np.diff(feet)) == pytest.approx(hr, abs=4)
 
 
 def test_no_segments_give_no_results_and_a_pair_of_unequal_length_is_refused():
@@ -193,9 +184,9 @@ def test_inverted_ppgs_of_virtual_patients_are_told_from_upright_ones():
         assert signals.ppg_polarity(-ppg, FS) == signals.ppg_polarity(5 - ppg[0], FS) == -1
 
 
-def test_inverted_ppgs_of_real_recordings_are_told_from_upright_ones():
-    found = [(signals.ppg_polarity(minutes, fs), signals.ppg_polarity(-minutes, fs))
-             for minutes, fs in real_minutes("PLETH") if len(minutes)]
+def test_inverted_ppgs_of_real_recordings_are_told_from_upright_ones(recordings):
+    found = [(signals.ppg_polarity(ppg, REAL_FS), signals.ppg_polarity(-ppg, REAL_FS))
+             for _, ppg in real_minutes(recordings)]
     assert len(found) > 20 and set(found) <= {(1, -1), (0, 0)}
     assert np.mean(found, axis=0) == pytest.approx([1, -1], abs=0.1)
 
