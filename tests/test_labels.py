@@ -16,7 +16,8 @@ def test_each_method_finds_the_true_closing_pressure_at_any_rate(method, within,
     truth, hr = [25, 40, 55], [60, 70, 80]
     abp = np.stack([windkessel(p, hr[i], fs, seed=i) for i, p in enumerate(truth)])
     out = labels.label_segments(abp, fs, method)
-    assert not out["reason"].any() and (out["n_beats"] > 50).all()
+    assert not out["reason"].any()
+    np.testing.assert_allclose(out["n_beats"], 0.9 * np.array(hr), atol=3)
     np.testing.assert_allclose(out["p_crit"], truth, atol=within)
     assert (np.abs(out["p_crit"] - truth) < 5 * out["p_crit_se"] + 1).all()
     assert (out["r2"] > 0.85).all() and (out["fit_rmse"] < 2).all()
@@ -48,25 +49,17 @@ def test_the_regression_equals_one_segment_at_a_time_with_numpy_and_scipy():
     assert np.isnan(labels.published(same, 1)["p_crit"][0])
 
 
-def published_steps(row, fs):
+def published_steps(row):
     """(Pcrit, number of beats) by the published steps as the paper has them, but foot to foot."""
-    feet = signals.find_feet(row[None], fs)[0].round().astype(int)
+    feet = signals.find_feet(row[None], REAL_FS)[0].round().astype(int)
     flow, pressure = [], []
     for first, last in zip(feet[:-1], feet[1:]):
         beat = row[first:last]
-        flow.append((beat.max() - beat.min()) * 60 * fs / (last - first))
+        flow.append((beat.max() - beat.min()) * 60 * REAL_FS / (last - first))
         pressure.append(beat.mean())
     flow, pressure = np.array(flow), np.array(pressure)
     keep = (flow >= np.percentile(flow, 5)) & (flow <= np.percentile(flow, 95))
     return np.polyfit(flow[keep], pressure[keep], 1)[1], keep.sum()
-
-
-def test_labels_agree_with_the_literal_published_steps():
-    rows = np.stack([windkessel(20 + 8 * i, hr=60 + 8 * i, seed=i) for i in range(6)])
-    p_crit, beats = zip(*(published_steps(row, FS) for row in rows))
-    ours = labels.label_segments(rows, FS)
-    np.testing.assert_allclose(ours["p_crit"], p_crit, atol=2)
-    np.testing.assert_allclose(ours["n_beats"], beats, atol=2)
 
 
 def test_labels_of_real_segments_agree_with_the_literal_published_steps(recordings):
@@ -75,7 +68,7 @@ def test_labels_of_real_segments_agree_with_the_literal_published_steps(recordin
         made = labels.label_segments(abp, REAL_FS)
         regular = signals.signal_quality(abp, ppg, REAL_FS)["beat_irregularity"] < 0.1
         for i in np.flatnonzero((made["r2"] > 0.5) & regular & np.isfinite(abp).all(1)):
-            p_crit, beats = published_steps(abp[i], REAL_FS)
+            p_crit, beats = published_steps(abp[i])
             if beats == made["n_beats"][i]:                 # all are valid
                 pairs.append((made["p_crit"][i], p_crit))
     assert len(pairs) >= 20 and np.corrcoef(np.array(pairs).T)[0, 1] > 0.99
