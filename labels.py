@@ -24,7 +24,7 @@ BEATS = "foot"            # where beats begin and end; a file's attribute `beats
 SBP_MAX_MMHG, DBP_MIN_MMHG = 300.0, 10.0
 PP_RANGE_MMHG = (5.0, 200.0)
 FLAT_SECONDS, FLAT_MMHG_PER_S = 0.5, 0.5    # diastole falls faster unless the heart stops
-CLIP_MMHG = 0.25          # of the highest value: samples within it for long are clipped
+CLIP_MMHG = 0.25          # samples that stay this close to the highest value are clipped
 FLUSH_MMHG = 60.0         # above SBP, beyond any post-ectopic beat: the line is being flushed
 MIN_COVER = 0.5           # share of the segment that valid beats must cover
 # `waveform_balance`; times are from a beat's foot.
@@ -46,7 +46,7 @@ def label_segments(abp: np.ndarray, fs: float, method: str = "published") -> Dic
     """Labels of the segments `abp` [N, samples] (or [samples]) in mmHg at `fs` Hz: a dict of (N,)
     FIELDS (mmHg; `hr` in beats/min; NaN where refused), `n_beats` in the fit, and `reason` (bits of
     signals.REASONS). Raises ValueError for a rate below MIN_FS_HZ or an unknown method."""
-    if not fs >= signals.MIN_FS_HZ:         # NaN, too
+    if not fs >= signals.MIN_FS_HZ:         # also refuses NaN
         raise ValueError(f"the ABP must be sampled at {signals.MIN_FS_HZ} Hz or more, not at {fs}")
     if method not in METHODS:
         raise ValueError(f'method must be one of {", ".join(METHODS)}, not {method!r}')
@@ -116,8 +116,8 @@ def waveform_balance(beats: Beats, n: int, wave: Wave) -> Dict[str, np.ndarray]:
     - Noise that is left in H and dF flattens the slopes and raises Pcrit. Its variance is estimated
       in late diastole and subtracted from the normal equations (errors in variables: Fuller,
       Measurement Error Models, 1987).
-    - `breath`: the chest's own pressure swing, which is no flow, is a wave at the breathing rate.
-      Its amplitude lies about BREATH_MMHG and tau = RC about TAU_S (ridge).
+    - `breath`: the chest's own pressure swing, which is not flow, is a wave at the breathing rate.
+      Priors (ridge) keep its amplitude near BREATH_MMHG and tau = RC near TAU_S.
     - In an arrhythmic minute, late diastoles join the fit: without inflow, mean P = Pcrit -
       tau dP / dt over each. (With a regular rhythm they say more about reflected waves.)
     """
@@ -163,8 +163,8 @@ def waveform_balance(beats: Beats, n: int, wave: Wave) -> Dict[str, np.ndarray]:
             "n_beats": count}
 
 
-# (beats, n segments, wave) -> {p_crit, p_crit_se, r2, fit_rmse, n_beats: each (n,)}. Files store a
-# method's name, so it must not change.
+# (beats, n segments, wave) -> {p_crit, p_crit_se, r2, fit_rmse, n_beats: each (n,)}. Files store
+# the names, so they must not change.
 METHODS = {"published": published, "waveform_balance": waveform_balance}
 
 
@@ -211,7 +211,7 @@ def _balance_rows(wave, n):
 
 
 def _noise_sums(wave, whole, late, noise, n):
-    """What white noise adds on average to the sums xx and xy of the whole beats and to xx of the
+    """The expected part of white noise in the sums xx and xy of the whole beats and in xx of the
     diastoles: [n, 5, 5], [n, 5], [n, 5, 5]."""
     level = LEVEL_SECONDS * wave.fs
     a, b = (second * wave.fs for second in SYSTOLE_SECONDS)
@@ -243,8 +243,8 @@ def _diastoles(wave, foot, wanted):
 
 
 def _align_upstrokes(wave):
-    """The feet, timed by the shift at which each upstroke fits the segment's mean upstroke: the
-    noise of some 20 samples averaged, where a foot alone has that of two."""
+    """The feet, each timed by the shift that best fits its upstroke to the segment's mean upstroke.
+    This averages the noise of about 20 samples; a foot alone depends on two."""
     fs, row, n = wave.fs, wave.row, len(wave.abp)
     foot = wave.foot.copy()
     around = np.arange(int(ALIGN_SECONDS[0] * fs), int(ALIGN_SECONDS[1] * fs) + 1)
@@ -262,13 +262,13 @@ def _align_upstrokes(wave):
         level, height, shift = np.einsum("ijk,ik->ji", solve[row[fine]], pressure)
         moved = -shift / np.where(np.abs(height) > 0.2, height, 1.0)
         foot[fine] += np.clip(moved, -0.05 * fs, 0.05 * fs)
-    # the mean upstroke's own time is that of the feet
+    # the feet define the time of the mean upstroke
     return foot + segment_quantile(wave.foot - foot, row, n)[row]
 
 
 def _noise_variance(wave, begin, segment, n):
-    """(n,) variance of white noise in mmHg^2: what a parabola leaves of the NOISE_SECONDS before
-    the foot, where pressure falls smoothly; the median over the beats."""
+    """(n,) variance of white noise in mmHg^2: the residual of a parabola over the NOISE_SECONDS
+    before the foot, where pressure falls smoothly; the median over the beats."""
     length = max(6, int(NOISE_SECONDS * wave.fs))
     fine = begin >= length
     begin, segment = begin[fine].astype(int), segment[fine]
@@ -276,7 +276,7 @@ def _noise_variance(wave, begin, segment, n):
     t = np.linspace(-1, 1, length)
     smooth, _ = np.linalg.qr(np.stack([np.ones(length), t, t * t], 1))
     rest = values - values @ smooth @ smooth.T
-    free = length - 3           # chi-square's median over it is below 1 (Wilson and Hilferty)
+    free = length - 3           # the median of chi-square / free is below 1 (Wilson and Hilferty)
     return segment_quantile((rest ** 2).sum(1) / free, segment, n) / (1 - 2 / (9 * free)) ** 3
 
 
@@ -294,8 +294,8 @@ def _breathing_hz(time_s, height, segment, n):
 
 
 def _noise_share(xx, noise_xx):
-    """(n,) largest share of noise in any mixture of the two noisy columns, the others' part taken
-    out: near 1, nothing would be left to fit once the noise is subtracted."""
+    """(n,) largest share of noise in any mixture of the two noisy columns, after regression on the
+    others. Near 1, subtracting the noise would leave nothing to fit."""
     noisy, exact = [1, 2], [0, 3, 4]            # of the five columns
     cross = xx[:, noisy][:, :, exact]
     left = xx[:, noisy][:, :, noisy] - cross @ np.linalg.inv(
@@ -316,7 +316,7 @@ def _within_percentiles(value, segment, n):
 
 
 def _fit_quality(y, residual, segment, n):
-    """r2 and fit_rmse of a fit to the beats' y, of its sum of squared residuals."""
+    """r2 and fit_rmse from the beats' y and the fit's sum of squared residuals."""
     squares = np.bincount(segment, (y - segment_mean(y, segment, n)[segment]) ** 2, n)
     return {"r2": 1.0 - residual / squares,
             "fit_rmse": np.sqrt(residual / np.bincount(segment, minlength=n))}

@@ -32,7 +32,7 @@ MIN_RISE_SHARE = 0.25     # of the segment's usual largest rise; weak beats of A
 DICROTIC_SECONDS, DICROTIC_RISE_SHARE = 0.45, 0.6
 FOOT_SEARCH_SECONDS = 0.2  # from foot to steepest upstroke; 0.1 s is usual, damped lines are slower
 MIN_BEATS, MIN_DELAY_BEATS = 10, 20     # ten beats define a line
-ABP_RANGE_MMHG = (-30.0, 330.0)  # transducers end at 300 or 320; anything outside is no pressure
+ABP_RANGE_MMHG = (-30.0, 330.0)  # transducers end at 300 or 320; values outside are not pressures
 CLIP_SECONDS = 0.067      # 4 steps at 60 Hz; a natural top stays within 0.25 mmHg for 0.02-0.04 s
 SATURATED_SECONDS = 0.5   # clipped beats stay at the end of the scale for less
 MAX_BAD_SHARE = 0.1       # of the segment, for each kind of bad sample
@@ -109,7 +109,7 @@ def find_feet(abp: np.ndarray, fs: float) -> Tuple[np.ndarray, np.ndarray]:
 
     A beat is a peak of the slope sum. Its foot is where the tangent at the steepest point of the
     upstroke meets the level of the minimum before it, which is finer than the sampling interval.
-    An upstroke that had begun before the row has no foot.
+    An upstroke that began before the row has no foot.
     """
     n, samples = abp.shape
     smooth = gaussian_filter1d(abp, SMOOTH_SECONDS * fs, axis=1, mode="nearest")
@@ -121,7 +121,7 @@ def find_feet(abp: np.ndarray, fs: float) -> Tuple[np.ndarray, np.ndarray]:
     piece = min(int(2 * fs), samples)
     pieces = samples // piece
     usual = np.median(slope_sum[:, :pieces * piece].reshape(n, pieces, piece).max(2), axis=1)
-    # All rows as one signal, so far apart that no peak hides one of the next row.
+    # All rows as one signal, so far apart that no peak hides a peak of the next row.
     apart = int(np.ceil(MIN_BEAT_SECONDS * fs))
     joined = np.pad(slope_sum, ((0, 0), (0, apart)), constant_values=-1.0)
     threshold = np.repeat(np.maximum(MIN_RISE_SHARE * usual, MIN_RISE_MMHG), samples + apart)
@@ -212,7 +212,8 @@ def in_blocks(work: Callable, **signals: np.ndarray) -> Dict[str, np.ndarray]:
 
 
 def reason_mask(found: Dict[str, np.ndarray]) -> np.ndarray:
-    """(N,) uint32 from {reason: where}: (N,), or samples [N, samples] of which few may be set."""
+    """(N,) uint32 from {reason: mask}, each (N,), or [N, samples] of which MAX_BAD_SHARE may be set.
+    """
     mask = np.uint32(0)
     for name, where in found.items():
         where = where.mean(1) > MAX_BAD_SHARE if where.ndim == 2 else where
@@ -336,8 +337,9 @@ def ppg_delay(abp: np.ndarray, ppg: np.ndarray, fs: float) -> Tuple[float, float
     NaN where unknown; trust it where strength is SURE_DELAY or more.
 
     [N, samples]: the minutes of one record. The intervals from each foot in the ABP to all feet in
-    the PPG near it are pooled. The true delay recurs with every beat; one that is wrong by a beat
-    varies with the rhythm. Strength is by how much its peak is lower (0: equal; 1: no other)."""
+    the PPG near it are pooled. The true delay is the same for all beats; a delay that is off by a
+    beat varies with the rhythm. Strength is by how much its peak is lower (0: equal; 1: no other).
+    """
     low, high = DELAY_RANGE_S
     abp_feet, row = _foot_times(abp, fs, np.asarray)
     ppg_feet, _ = _foot_times(ppg, fs, _as_pressure)
@@ -359,7 +361,7 @@ def ppg_delay(abp: np.ndarray, ppg: np.ndarray, fs: float) -> Tuple[float, float
 
 
 def _foot_times(signal, fs, scale):
-    """(times in s, rows) of the feet; rows are set so far apart that no delay spans two of them."""
+    """(times in s, rows) of the feet; rows are set so far apart that no delay spans two rows."""
     def feet(block, number):
         filled, missing = fill_missing(block)
         foot, row = find_feet(scale(filled), fs)

@@ -25,10 +25,10 @@ import signals
 import tk_utils
 
 FS_SIM = 240            # Hz: resolves ejection and line resonance; 4 times the layout's 60
-LEAD_SECONDS = 10       # before each segment: the Windkessel (tau < 2 s) forgets how it began
+LEAD_SECONDS = 10       # before each segment: the Windkessel (tau < 2 s) forgets its first state
 TAIL_SECONDS = 1        # after it, cut off with the edge of the resampling filter
 
-# Distributions between patients; a normal one is cut off at low and high.
+# Distributions between patients; Normal is clipped at low and high.
 Normal = namedtuple("Normal", "mean sd low high", defaults=(-np.inf, np.inf))
 Uniform = namedtuple("Uniform", "low high")
 
@@ -59,7 +59,7 @@ class Settings:
     reflection: Uniform = Uniform(0.3, 0.8)                 # of the forward wave Zc Q
     reflection_delay_s: Uniform = Uniform(0.08, 0.2)
     # Drift from segment to segment: SD within a patient, of a first-order process.
-    drift_memory: float = 0.9                               # what it keeps of its value
+    drift_memory: float = 0.9                               # share of its value that it keeps
     map_drift: float = 4.5                                  # mmHg
     p_crit_drift: float = 5.0                               # mmHg
     heart_rate_drift: float = 0.06                          # this and the next two: shares
@@ -138,7 +138,7 @@ def draw(rng: np.random.Generator, distribution) -> float:
 
 
 def draw_patient(rng: np.random.Generator, s: Settings) -> Dict[str, float]:
-    """The constants of an encounter, and the means of what varies: dict of floats."""
+    """The constants of an encounter and the means of what drifts: dict of floats."""
     patient = {name: draw(rng, value) for name, value in vars(s).items()
                if isinstance(value, (Normal, Uniform))}
     map_z = (patient["map"] - s.map.mean) / s.map.sd
@@ -158,7 +158,7 @@ def draw_patient(rng: np.random.Generator, s: Settings) -> Dict[str, float]:
 
 
 def drift(rng: np.random.Generator, patient: dict, n: int, s: Settings) -> Dict[str, np.ndarray]:
-    """The segment-to-segment course of what varies: dict of (n,) arrays."""
+    """The states that drift from segment to segment: dict of (n,) arrays."""
     def course(sd):                              # first-order autoregression of stationary SD
         steps = rng.normal(size=n) * np.sqrt(1 - s.drift_memory ** 2)
         steps[:1] = rng.normal(size=1)
@@ -228,7 +228,7 @@ def ventricle(rng, t, breath, p, s):
     phase = (t - start[beat]) / ejection[beat]
     x = np.minimum(phase, 1.0)      # x (1 - x)^1.5 rises fast, falls slowly; integral 0.1142857
     out = x * (1 - x) ** 1.5 / 0.1142857
-    closing = (phase - 1) / 0.12                           # the valve closes within an eighth of it
+    closing = (phase - 1) / 0.12                           # the valve closes in an eighth of the time
     back = np.where(closing < 1, np.sin(np.pi * np.clip(closing, 0, 1)), 0.0) * (np.pi / 2 / 0.12)
     return (stroke / ejection)[beat] * ((1 + p["backflow"]) * out - p["backflow"] * back)
 
@@ -270,8 +270,8 @@ def radial_line(rng, pressure, p, s):
 
 
 def monitor(rng, pressure, breath, p, s):
-    """The PPG on the monitor's scale, with wander, noise and motion: the volume of the finger's
-    blood is a sigmoid of transmural pressure, steepest at zero."""
+    """The PPG on the monitor's scale, with wander, noise and motion. The blood volume of the finger
+    is a sigmoid of transmural pressure, steepest at zero."""
     low_pass = butter(1, p["finger_hz"], fs=FS_SIM, output="sos")
     at_finger = pressure[0] + sosfilt(low_pass, pressure - pressure[0])
     volume = expit((at_finger - p["contact_mmhg"]) / p["vessel_width_mmhg"])
@@ -291,7 +291,7 @@ def monitor(rng, pressure, breath, p, s):
 
 
 def to_layout(signal, delay_s):
-    """A signal with lead and tail, delayed by `delay_s`: the segment's samples at 60 Hz."""
+    """The segment's samples at 60 Hz of a signal with lead and tail, delayed by `delay_s`."""
     step, margin = FS_SIM // datasets.FS, 10               # margin: the filter's half length
     samples = (len(signal) - (LEAD_SECONDS + TAIL_SECONDS) * FS_SIM) // step
     begin = int(round((LEAD_SECONDS - delay_s) * FS_SIM)) - margin * step

@@ -5,8 +5,8 @@
 
 Needs formats.py. CSV is read in whatever form instruments and spreadsheets write it: comma,
 semicolon, tab, bar or blanks between cells; decimal commas; UTF-8, UTF-16 or Windows' code page;
-lines above the header, a row of units, comments, blank rows, row names. What is not certain is
-refused in a line that says what the file is and what to do.
+lines above the header, a row of units, comments, blank rows, row names. An ambiguous file is
+refused, in one line that says what is wrong and what to do.
 """
 import contextlib
 import csv
@@ -44,19 +44,19 @@ CLOCK = (rf"^(?:(?P<date>{DATE})(?:[T ]+|$))?(?P<clock>\d+:\d+(?::\d+)?(?:[.,]\d
 DATES = ("%Y-%m-%d", "%d-%b-%Y", "%d-%m-%Y", "%m-%d-%Y", "%d-%m-%y", "%m-%d-%y")
 HEAD_CHARS, HEAD_LINES = 1 << 18, 300
 TABLE_CHARS, TABLE_ROWS, MAX_LINE = 1 << 20, 1 << 16, 100000   # read at a time
-MAX_GAP_S = 7 * 86400.0         # more is a slip in the times, not a gap
-NEAR_ROWS, FAR_ROWS = 3, 8      # whose stamps tell a missing row from jitter
-RATE_BLOCK_S = 10.0             # the rate must be the same in blocks of this length, ...
-MAX_RATE_ERROR = 0.05           # ... to this share
-# pandas 3 reads numbers exactly without being asked, and warns about the question.
+MAX_GAP_S = 7 * 86400.0         # a longer gap is an error in the times
+NEAR_ROWS, FAR_ROWS = 3, 8      # numbers of rows that distinguish a missing row from jitter
+RATE_BLOCK_S = 10.0             # the rate in blocks of this length ...
+MAX_RATE_ERROR = 0.05           # ... may differ by this share
+# pandas 3 parses floats exactly by default and warns about the option.
 EXACT = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
 EPOCH = datetime.datetime(1970, 1, 1)
 GIVE_RATE = "if the rows are evenly spaced: --fs HZ"
 
 
 class Csv:
-    """names of the columns, units {name: unit}, numbers and texts (names of such columns), notes;
-    frames(columns) yields DataFrames, part after part, with the rows' numbers, from 1, as index."""
+    """A CSV file: column names, units {name: unit}, numbers and texts (names of the columns of each
+    kind), notes; frames(columns) yields it in parts, as DataFrames indexed by row number from 1."""
 
     def __init__(self, path):
         self.path, self.notes = path, []
@@ -73,7 +73,7 @@ class Csv:
         return open(self.path, encoding=self.encoding, errors="replace")
 
     def _read(self, file, size):
-        """So many characters, and what is left of the last line."""
+        """`size` characters and the rest of the last line."""
         text, tail = file.read(size), file.readline(MAX_LINE)
         if len(tail) == MAX_LINE:
             raise RecordingError(self.path, f"a line of over {MAX_LINE:,} characters: not a table "
@@ -84,14 +84,14 @@ class Csv:
         return csv.reader(io.StringIO(text), delimiter=self.separator, skipinitialspace=True)
 
     def _sniff(self, lines):
-        """Finds the separator, the header, the row of units, the first row, the decimal mark."""
-        given = re.match(r'(?i)"?sep=(.)"?\s*$', lines[0])
-        self.separator = given.group(1) if given else _separator(lines)
+        """Find the separator, the header, the row of units, the first row, the decimal mark."""
+        stated = re.match(r'(?i)"?sep=(.)"?\s*$', lines[0])    # Excel's line above the header
+        self.separator = stated.group(1) if stated else _separator(lines)
         self.empty = re.compile(rf'(?m)^(?:[ \t"{re.escape(self.separator)}]*|\s*{COMMENT}.*)$\n?')
         rows = []
         for i, line in enumerate(lines):
             line = re.sub(rf"^\s*{COMMENT}+\s*", "", self._plain(line))
-            if i >= bool(given) and line.strip(" \t,;|"):
+            if i >= bool(stated) and line.strip(" \t,;|"):
                 rows.append((i, [cell.strip("'\" ") for cell in next(self._rows(line))]))
         data = [(i, row) for i, row in rows if _share(row, _is_value) > 0.5]
         if len(rows) > 1 and not data:
@@ -99,22 +99,23 @@ class Csv:
                                             "'120/80' are text: export a number in each cell")
         width = statistics.mode(len(row) for _, row in data) if data else 0
         begin = next((i for i, row in data if len(row) == width), len(lines))
-        above = [one for one in rows if one[0] < begin and one not in data]
+        above = [(i, row) for i, row in rows if i < begin and (i, row) not in data]
         if not above:
             raise RecordingError(self.path, "no header line with column names")
-        begin = next((i for i, _ in data if i > above[-1][0]), begin)   # though its width be wrong
-        above = [row for _, row in above]
-        units, names = [], above.pop()
-        if above and len(above[-1]) == len(names) and _share(names, _is_unit) > 0.5:
-            units, names = names, above.pop()
-        names = names[:max([i for i, name in enumerate(names, 1) if name], default=0)]
+        header, names = above.pop()
+        begin = next((i for i, _ in data if i > header), begin)     # even if its width is wrong
+        units = []
+        if above and len(above[-1][1]) == len(names) and _share(names, _is_unit) > 0.5:
+            units, names = names, above[-1][1]
+        while names and not names[-1]:
+            names.pop()
         data = [row for i, row in data if i >= begin]
         if width == len(names) + 1 and any(row[-1] for row in data) and (
                 lines[begin].startswith('"') or _counts_up([row[0] for row in data])):
             names, units = ["", *names], ["", *units]       # R's row names have no header
         self.names, self.width, self.first_line = formats.unique(names), len(names), begin
-        units = dict(zip(self.names, [*units, *[""] * self.width]))
-        self.units = {name: units[name].strip("[]() ") or unit_in_name(name) for name in self.names}
+        self.units = {name: unit.strip("[]() ") or unit_in_name(name)
+                      for name, unit in zip(self.names, [*units, *[""] * self.width])}
         cells = {name: [row[i] for row in data if i < len(row) and row[i].lower() not in MISSING]
                  for i, name in enumerate(self.names)}
         self.texts = [name for name in cells if cells[name] and not _is_number(cells[name][0])]
@@ -128,7 +129,7 @@ class Csv:
                                             "export it with decimal points alone")
 
     def _plain(self, text):
-        """Text with single blanks, where they separate cells."""
+        """`text` with single blanks, if blanks separate the cells."""
         return text if self.separator != " " else re.sub(
             r"(?m)^[ \t]+|[ \t]+$|(?<=[ \t])[ \t]+", "", text).replace("\t", " ")
 
@@ -164,11 +165,9 @@ class Csv:
                 yield frame.set_axis(list(columns), axis=1)
 
     def _whole_rows(self, body, n_rows, is_last):
-        """`body` without a last row that was cut; raises if another row has other cells."""
-        if set(map(len, self._rows(body))) <= {self.width}:
-            return body
+        """Drop a last row that was cut short; raise if any other row has a wrong width."""
         wrong = [(i, len(row)) for i, row in enumerate(self._rows(body), 1)
-                 if len(row) < self.width or any(row[self.width:])]     # empty cells are no harm
+                 if len(row) < self.width or any(row[self.width:])]     # extra cells may be empty
         if not wrong:
             return body
         number, n = wrong[0]
@@ -205,10 +204,10 @@ def _encoding(start):
 
 def _separator(lines):
     lines = [line for line in lines if line.strip()][-200:]
-    for one in "\t;|":
-        counts = [line.count(one) for line in lines if one in line]
+    for mark in "\t;|":
+        counts = [line.count(mark) for line in lines if mark in line]
         if counts and counts.count(statistics.mode(counts)) >= 0.6 * len(lines):
-            return one
+            return mark
     blanks = [line for line in lines if "," not in line and len(line.split()) > 1]
     return " " if len(blanks) > 0.6 * len(lines) else ","
 
@@ -219,7 +218,7 @@ def _share(row, test):
 
 
 def _counts_up(cells):
-    """1, 2, 3, …: not what stands before decimal commas."""
+    """Whether the cells are 1, 2, 3, …; the digits before decimal commas are not."""
     return all(cell.isdigit() for cell in cells) and all(
         int(b) - int(a) == 1 for a, b in zip(cells, cells[1:]))
 
@@ -253,7 +252,7 @@ class Parquet(Csv):
     def _open(self):
         from pyarrow import parquet
 
-        with open(self.path, "rb") as file:     # a name that is not UTF-8 is no path for pyarrow
+        with open(self.path, "rb") as file:     # pyarrow opens no path that is not UTF-8
             yield parquet.ParquetFile(file)
 
     def frames(self, columns):
@@ -269,8 +268,8 @@ def open_table(path):
 def read_times(file, names, hours=False):
     """(times [n] in s, whether they count from 1970 or midnight, whether they are in UTC) of the
     time column, or of a date and a clock time. Numbers are in the header's unit, or s, ms, us or ns
-    since 1970, or Excel's days. Clock times go on past midnight, and local times over a change of
-    daylight saving time. hours: 10:30 is half past ten, not ten minutes and a half.
+    since 1970, or Excel's days. Seconds are counted on past midnight and over a change of daylight
+    saving time. hours: 10:30 is half past ten, not ten minutes and a half.
     """
     unit = TIME.get(plain_unit(unit_in_name(names[-1], TIME) or file.units[names[-1]]))
     times, days, dates, is_text, zoned = [], [], {}, False, False
@@ -279,7 +278,7 @@ def read_times(file, names, hours=False):
         if pd.api.types.is_numeric_dtype(column):
             seconds, zoned = column, True       # since 1970, if at all
         elif column.dtype.kind in "mM":
-            zone = column.dt.tz if column.dtype.kind == "M" else None
+            zone = getattr(column.dt, "tz", None)
             zero = pd.Timestamp(0, tz=zone) if column.dtype.kind == "M" else pd.Timedelta(0)
             seconds, unit, zoned = (column - zero) / pd.Timedelta("1s"), 1.0, zone is not None
         else:
@@ -288,8 +287,8 @@ def read_times(file, names, hours=False):
                 texts = frame.iloc[:, 0].astype(str) + " " + texts
             seconds, date, has_zone = _clock_times(texts, hours)
             codes, found = pd.factorize(date)
-            found = [dates.setdefault(one, len(dates)) for one in found]
-            days.append(np.array([*found, -1])[codes])
+            numbers = [dates.setdefault(text, len(dates)) for text in found]
+            days.append(np.array([*numbers, -1])[codes])
             unit, zoned, is_text = 1.0, zoned or has_zone, True
         times.append(seconds.to_numpy(np.float64, na_value=np.nan))
     if not times:
@@ -304,8 +303,7 @@ def read_times(file, names, hours=False):
         times += 86400 * np.append(_days(list(dates)), np.nan)[np.concatenate(days)]
     wrong = np.flatnonzero(~np.isfinite(times))
     if wrong.size:
-        raise RecordingError(file.path, f"row {wrong[0] + 1}: no time, or one that cannot be read; "
-                                        f"{GIVE_RATE}")
+        raise RecordingError(file.path, f"row {wrong[0] + 1}: no readable time; {GIVE_RATE}")
     if is_text and not zoned:
         steps, fix = np.diff(times, prepend=times[0]), np.zeros(len(times))
         if not dates:
@@ -315,13 +313,13 @@ def read_times(file, names, hours=False):
             fix[np.abs(steps + 3600) < 2] = 3600
             fix[(np.abs(steps - 3600) < 2) & sunday & (times % 3600 < 2)] = -3600
             if fix.any():
-                file.notes.append("times: a change of daylight saving time; the seconds go on")
+                file.notes.append("times: a change of daylight saving time was taken out")
         times += np.cumsum(fix)
     return times, is_text or times[0] > 1e8, zoned and unit != 86400    # Excel's days are local
 
 
 def _clock_times(texts, hours):
-    """(seconds since midnight [n], dates [n] (texts, or missing), whether a zone is stated)."""
+    """(seconds since midnight [n], dates [n] (text or missing), whether a time zone is stated)."""
     parts = texts.str.strip(" '\"[]").str.extract(CLOCK)
     date, zones = parts["date"].fillna(parts["late"]), parts["zone"].dropna().unique()
     clock = parts["clock"].str.replace(",", ".", regex=False).str.split(":", expand=True)
@@ -337,7 +335,7 @@ def _clock_times(texts, hours):
 
 
 def _days(dates):
-    """Days since 1970 of dates: of day and month first, the order that all fit and spans less."""
+    """Days since 1970, in the format that fits all dates; of several, the shortest time span."""
     found = []
     for form in DATES:
         with contextlib.suppress(ValueError):
@@ -347,37 +345,37 @@ def _days(dates):
 
 
 def find_grid(path, times):
-    """(rows/s, [(row, rows by which it and all later ones move)], length in rows, notes).
+    """(rows/s, [(row, rows by which it and all later rows move)], length in rows, notes).
 
-    Stamps are rounded, jitter and repeat; rows are missing, or there are gaps. A step counts as a
-    jump where the stamps after it are late as a whole, against an even grid: by the medians of
-    NEAR_ROWS and of FAR_ROWS rows on either side. The rate is that of least squares in the runs
-    between jumps, made a round number where that moves the last row by less than a tenth of a row.
+    Time stamps may be rounded, jitter or repeat, and rows may be missing. A step is a jump if the
+    stamps after it are late or early on an even grid, by the medians of both NEAR_ROWS and FAR_ROWS
+    rows on either side. The rate is the least-squares fit to the runs between jumps, rounded if
+    that moves the last row by less than a tenth of a row.
     """
     n = len(times)
     if n < 2:
         raise RecordingError(path, "fewer than two rows below the header")
     head = times[:2 * TABLE_ROWS]
     steps = np.diff(head)
-    new = np.flatnonzero(np.append(True, steps > 0))    # rows with a stamp of their own
+    new = np.flatnonzero(np.append(True, steps > 0))    # first row of each stamp
     w = int(np.clip(len(new) // 20, 1, 256))
     slopes = (head[new[w:]] - head[new[:-w]]) / (new[w:] - new[:-w])
     period = float(np.median(slopes)) if slopes.size else 0.0
     if not period > 0:
         raise RecordingError(path, f"row 2: time does not increase; {GIVE_RATE}")
-    # what stamps are rounded to, where to more than a row
+    # the resolution of the stamps, if coarser than a row
     coarse_s = float(np.median(steps[steps > 0])) if np.mean(steps == 0) > 0.2 else 0.0
     far = int(np.clip(np.ceil(2 * coarse_s / period), FAR_ROWS, 8192))
     jumps = _find_jumps(path, times, period, coarse_s, far)
     size = max(far, int(RATE_BLOCK_S / period))
-    sums, n_wild, blocks = np.zeros(2), 0, []       # of i * t and i * i about their means
+    sums, n_wild, blocks = np.zeros(2), 0, []       # sums of i * t and i * i, centred
     ends = np.union1d([row for row, _ in jumps], np.arange(0, n, TABLE_ROWS)).astype(np.int64)
     for a, t in zip(ends, np.split(times, ends[1:])):
         i = np.arange(len(t))
         late_s = t - period * i
         good = np.abs(late_s - np.median(late_s)) < max(1.0, 5 * period, 2 * coarse_s)
         n_wild += np.count_nonzero(~good)
-        good &= (np.diff(t, prepend=times[max(a - 1, 0)]) > 0) | (coarse_s == 0)    # new stamps
+        good &= (np.diff(t, prepend=times[max(a - 1, 0)]) > 0) | (coarse_s == 0)
         at = np.arange(0, len(t) - FAR_ROWS + 1, size)
         at_s = np.median(late_s[at[:, None] + np.arange(FAR_ROWS)], axis=1) + period * at
         blocks.append((a + at[1:], np.diff(at_s)))
@@ -407,7 +405,7 @@ def find_grid(path, times):
 
 
 def _find_jumps(path, times, period, coarse_s, far):
-    """[(row, s by which it and all later ones are late)]."""
+    """[(row, s by which it and all later rows are late)]."""
     near = far if coarse_s else NEAR_ROWS
     least_s = 0.6 * max(period, coarse_s)
     rows = []
@@ -416,7 +414,7 @@ def _find_jumps(path, times, period, coarse_s, far):
         odd = (steps > period + max(0.5 * period, coarse_s)) | (steps < -period)
         rows.append(np.flatnonzero(odd | (steps < 0.5 * period) & (not coarse_s)) + first + 1)
     rows = np.concatenate(rows)
-    if not coarse_s:        # jitter leaves many: look closer only where a few rows are late
+    if not coarse_s:        # jitter makes many odd steps; few have several late rows after them
         i = np.arange(NEAR_ROWS)
         after = times[np.minimum(rows[:, None] + i, len(times) - 1)] - period * i
         before = times[np.maximum(rows[:, None] - 1 - i, 0)] + period * (i + 1)
@@ -426,13 +424,13 @@ def _find_jumps(path, times, period, coarse_s, far):
     jumps, run, own_s = [], 0, times[rows] - times[rows - 1] - period
     for j, row in enumerate(rows):
         late_s = []
-        for k in (near, far):       # how much later are the rows after it than those before it say?
+        for k in (near, far):       # lateness of the rows after it, judged by the rows before it
             before, after = times[max(run, row - k):row], times[row:row + k]
             late_s.append(float(np.median(after - period * np.arange(len(after)))
                                 - np.median(before + period * np.arange(len(before), 0, -1))))
         by, close = late_s[0], rows[j:j + near] < row + near
         if (min(map(abs, late_s)) < least_s or by * late_s[1] < 0
-                or np.abs(own_s[j:j + near][close] - by).argmin() > 0):     # it is a later step
+                or np.abs(own_s[j:j + near][close] - by).argmin() > 0):     # a later step fits
             continue
         if by < -max(1.0, 2 * period):
             raise RecordingError(path, f"row {row + 1}: time does not increase, but goes back by "
@@ -446,8 +444,8 @@ def _find_jumps(path, times, period, coarse_s, far):
 
 
 class Table:
-    """The reader of CSV and Parquet files: a row a sample; an empty or NaN cell is missing. The
-    rate and the gaps come from the time column, or the rows are evenly spaced at `file_fs`."""
+    """Reader of CSV and Parquet files with a row per sample; an empty or NaN cell is missing. Rate
+    and gaps come from the time column, unless `file_fs` is given: then rows are evenly spaced."""
 
     def __init__(self, path, file_fs=None):
         self.path, self.file = path, open_table(path)
@@ -455,7 +453,7 @@ class Table:
         names = self.file.time_columns()
         if file_fs:
             n = sum(len(frame) for frame in self.file.frames(self.file.names[-1:]))
-            with contextlib.suppress(RecordingError, IndexError):   # times that cannot be read
+            with contextlib.suppress(RecordingError, IndexError):   # unreadable times
                 fs = find_grid(path, read_times(self.file, names)[0])[0]
                 if abs(fs / file_fs - 1) > 0.02:
                     notes = [f"--fs {file_fs:g}, though its times say {fs:.4g} rows/s"]
@@ -482,7 +480,7 @@ class Table:
         self.names, self.begin_s = None, np.inf
 
     def read(self, names, start_s, stop_s):
-        if list(names) != self.names or start_s < self.begin_s:     # from the first row on
+        if list(names) != self.names or start_s < self.begin_s:     # start at the first row again
             self.names, self.n_rows, self.kept = list(names), 0, []
             self.frames = self.file.frames(self.names) if self.names else iter(())
         self.begin_s = start_s
@@ -510,8 +508,8 @@ class Table:
             self.every[name] = (k, int(known[0] % k)) if self.fs / k >= MIN_WAVE_HZ else (1, 0)
         k, phase = self.every.get(name, (1, 0))
         if k > 1 and (known % k != phase).any():
-            raise RecordingError(self.path, f"a column that has a cell in every {k} rows at first "
-                                            "has them in other rows later", name)
+            raise RecordingError(self.path, f"a column has a cell in every {k} rows at first, and "
+                                            "in other rows later", name)
         begin = -(-(first - phase) // k)
         return replace(self.channels[name], samples=column[begin * k + phase - first::k].copy(),
                        fs=self.fs / k, first=begin, start_s=phase / self.fs)
@@ -519,7 +517,7 @@ class Table:
 
 def read_readings(path, start_time=None):
     """(times_s [n] from the recording's start, DataFrame of the numbers, {column: unit}) of a CSV
-    or Parquet file with a row a reading, at any times. Dates and clock times count from start_time.
+    or Parquet file with a row per reading, at any times. start_time: zero of dates and clock times.
     """
     file = open_table(path)
     names = file.time_columns()
