@@ -212,8 +212,7 @@ def in_blocks(work: Callable, **signals: np.ndarray) -> Dict[str, np.ndarray]:
 
 
 def reason_mask(found: Dict[str, np.ndarray]) -> np.ndarray:
-    """(N,) uint32 from {reason: mask}, each (N,), or [N, samples] of which MAX_BAD_SHARE may be set.
-    """
+    """(N,) uint32 from {reason: mask}, each (N,), or [N, samples] of which some may be set."""
     mask = np.uint32(0)
     for name, where in found.items():
         where = where.mean(1) > MAX_BAD_SHARE if where.ndim == 2 else where

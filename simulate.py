@@ -228,7 +228,7 @@ def ventricle(rng, t, breath, p, s):
     phase = (t - start[beat]) / ejection[beat]
     x = np.minimum(phase, 1.0)      # x (1 - x)^1.5 rises fast, falls slowly; integral 0.1142857
     out = x * (1 - x) ** 1.5 / 0.1142857
-    closing = (phase - 1) / 0.12                           # the valve closes in an eighth of the time
+    closing = (phase - 1) / 0.12                           # the valve closes in an eighth of it
     back = np.where(closing < 1, np.sin(np.pi * np.clip(closing, 0, 1)), 0.0) * (np.pi / 2 / 0.12)
     return (stroke / ejection)[beat] * ((1 + p["backflow"]) * out - p["backflow"] * back)
 
