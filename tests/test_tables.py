@@ -251,16 +251,12 @@ def test_readings_at_any_times(tmp_path):
     times, frame, units = read_readings(str(path))
     np.testing.assert_allclose(times, [0, 120, 450])
     assert list(frame.columns) == ["MAP (kPa)"] and units["MAP (kPa)"] == "kPa"
-    start = pd.Timestamp("2023-06-05 23:50").to_pydatetime()
-    for clock in ("2023-06-05 23:5{}", "23:5{}", "23:5{}:00"):
-        path.write_text(f"time,map\n{clock.format(5)},80\n{clock.format(8)},80\n")
-        np.testing.assert_allclose(read_readings(str(path), start)[0], [300, 480])
-        with pytest.raises(RecordingError, match="times of no time zone"):
-            read_readings(str(path), start.replace(tzinfo=datetime.timezone.utc))
-    path.write_text("time,map\n2023-06-06 01:55+02:00,80\n2023-06-06 01:58+02:00,80\n")
     utc = table(tmp_path / "a.csv", rows(1686009000 + np.arange(99) / 60)).start_time
-    np.testing.assert_allclose(read_readings(str(path), utc)[0], [300, 480])
-    with pytest.raises(RecordingError, match="times of no time zone"):
-        read_readings(str(path), start)
-    with pytest.raises(RecordingError, match="seconds from its start"):
-        read_readings(str(path))
+    start = datetime.datetime(2023, 6, 5, 23, 50)
+    for clock, own, other in (("2023-06-05 23:5{}", start, utc), ("23:5{}", start, utc),
+                              ("23:5{}:00", start, utc), ("2023-06-06 01:5{}+02:00", utc, start)):
+        path.write_text(f"time,map\n{clock.format(5)},80\n{clock.format(8)},80\n")
+        np.testing.assert_allclose(read_readings(str(path), own)[0], [300, 480])
+        for wrong, message in ((other, "times of no time zone"), (None, "seconds from its start")):
+            with pytest.raises(RecordingError, match=message):
+                read_readings(str(path), wrong)
