@@ -406,30 +406,22 @@ def find_grid(path, times):
 
 def _find_jumps(path, times, period, coarse_s, far):
     """[(row, s by which it and all later rows are late)]."""
-    near = far if coarse_s else NEAR_ROWS
-    least_s = 0.6 * max(period, coarse_s)
-    rows = []
-    for first in range(0, len(times), TABLE_ROWS):
-        steps = np.diff(times[first:first + TABLE_ROWS + 1])
-        odd = (steps > period + max(0.5 * period, coarse_s)) | (steps < -period)
-        rows.append(np.flatnonzero(odd | (steps < 0.5 * period) & (not coarse_s)) + first + 1)
-    rows = np.concatenate(rows)
+    n, near, least_s = len(times), far if coarse_s else NEAR_ROWS, 0.6 * max(period, coarse_s)
+    late_s, steps = times - period * np.arange(n), np.diff(times)
+    odd = (steps > period + max(0.5 * period, coarse_s)) | (steps < -period)
+    rows = np.flatnonzero(odd | (steps < 0.5 * period) & (not coarse_s)) + 1
     if not coarse_s:        # jitter makes many odd steps; few have several late rows after them
         i = np.arange(NEAR_ROWS)
-        after = times[np.minimum(rows[:, None] + i, len(times) - 1)] - period * i
-        before = times[np.maximum(rows[:, None] - 1 - i, 0)] + period * (i + 1)
-        late_s = np.abs(np.median(after, axis=1) - np.median(before, axis=1))
-        inside = (rows >= NEAR_ROWS) & (rows <= len(times) - NEAR_ROWS)
-        rows = rows[(late_s >= least_s) | ~inside]
-    jumps, run, own_s = [], 0, times[rows] - times[rows - 1] - period
+        after = np.median(late_s[np.minimum(rows[:, None] + i, n - 1)], axis=1)
+        before = np.median(late_s[np.maximum(rows[:, None] - 1 - i, 0)], axis=1)
+        at_an_end = (rows < NEAR_ROWS) | (rows > n - NEAR_ROWS)
+        rows = rows[(np.abs(after - before) >= least_s) | at_an_end]
+    jumps, run, own_s = [], 0, steps[rows - 1] - period
     for j, row in enumerate(rows):
-        late_s = []
-        for k in (near, far):       # lateness of the rows after it, judged by the rows before it
-            before, after = times[max(run, row - k):row], times[row:row + k]
-            late_s.append(float(np.median(after - period * np.arange(len(after)))
-                                - np.median(before + period * np.arange(len(before), 0, -1))))
-        by, close = late_s[0], rows[j:j + near] < row + near
-        if (min(map(abs, late_s)) < least_s or by * late_s[1] < 0
+        by, by_far = (np.median(late_s[row:row + k]) - np.median(late_s[max(run, row - k):row])
+                      for k in (near, far))
+        close = rows[j:j + near] < row + near
+        if (min(abs(by), abs(by_far)) < least_s or by * by_far < 0
                 or np.abs(own_s[j:j + near][close] - by).argmin() > 0):     # a later step fits
             continue
         if by < -max(1.0, 2 * period):
@@ -438,7 +430,7 @@ def _find_jumps(path, times, period, coarse_s, far):
         if by > MAX_GAP_S:
             raise RecordingError(path, f"row {row + 1}: jumps in time of over a week "
                                        f"({by / 86400:.3g} days); is time in seconds?")
-        jumps.append((int(row), by))
+        jumps.append((int(row), float(by)))
         run = row
     return jumps
 
