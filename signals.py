@@ -361,16 +361,13 @@ def ppg_delay(abp: np.ndarray, ppg: np.ndarray, fs: float) -> Tuple[float, float
 
 def _foot_times(signal, fs, scale):
     """(times in s, rows) of the feet; rows are set so far apart that no delay spans two rows."""
-    def feet(block, number):
-        filled, missing = fill_missing(block)
-        foot, row = find_feet(scale(filled), fs)
-        known = ~missing[row, np.rint(foot).astype(int)]
-        return {"time": foot[known] / fs, "row": number[row[known], 0]}
-
-    number = np.broadcast_to(np.arange(len(signal))[:, None], signal.shape)
-    found = in_blocks(feet, signal=signal, number=number)
-    apart_s = signal.shape[1] / fs + 2 * max(DELAY_RANGE_S)
-    return found["time"] + found["row"] * apart_s, found["row"]
+    apart_s, times = signal.shape[1] / fs + 2 * max(DELAY_RANGE_S), []
+    for row in range(len(signal)):
+        filled, missing = fill_missing(signal[row:row + 1])
+        foot, _ = find_feet(scale(filled), fs)
+        foot = foot[~missing[0, np.rint(foot).astype(int)]]
+        times.append(foot / fs + row * apart_s)
+    return np.concatenate(times), np.repeat(np.arange(len(times)), [len(foot) for foot in times])
 
 
 def ppg_polarity(ppg: np.ndarray, fs: float) -> int:

@@ -22,10 +22,10 @@ import pandas as pd
 import formats
 from formats import MIN_WAVE_HZ, RecordingError, check_size, plain_unit, span, unit_in_name
 
-TIME = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3,
-        "millisecond": 1e-3, "milliseconds": 1e-3, "us": 1e-6, "µs": 1e-6, "microseconds": 1e-6,
-        "ns": 1e-9, "nanoseconds": 1e-9, "min": 60.0, "mins": 60.0, "minute": 60.0, "minutes": 60.0,
-        "h": 3600.0, "hour": 3600.0, "hours": 3600.0, "d": 86400.0, "day": 86400.0, "days": 86400.0}
+TIME = {name: seconds for seconds, names in (
+    (1.0, "s sec secs second seconds"), (1e-3, "ms msec millisecond milliseconds"),
+    (1e-6, "us µs microseconds"), (1e-9, "ns nanoseconds"), (60.0, "min mins minute minutes"),
+    (3600.0, "h hour hours"), (86400.0, "d day days")) for name in names.split()}
 TIME_NAMES = ("time", "t", "elapsed", "elapsedtime", "relativetime", "reltime", "timestamp",
               "datetime", "dateandtime", "datetimestamp", "sampletime", "clock", "clocktime",
               "timeofday", *TIME, "date")
@@ -76,8 +76,7 @@ class Csv:
         """`size` characters and the rest of the last line."""
         text, tail = file.read(size), file.readline(MAX_LINE)
         if len(tail) == MAX_LINE:
-            raise RecordingError(self.path, f"a line of over {MAX_LINE:,} characters: not a table "
-                                            "with a row a sample")
+            raise RecordingError(self.path, f"a line of over {MAX_LINE:,} characters: not a table")
         return text + tail
 
     def _rows(self, text):
