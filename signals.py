@@ -5,7 +5,7 @@
     quality = signal_quality(abp, ppg, fs=60)   # 'reason' of the PPG and the pair, QUALITY_FIELDS
 
 One beat detector serves both signals. The beats of all segments are flat arrays in time order, with
-the row of each; the `segment_` functions summarise those of a row. It needs only NumPy and SciPy.
+the row of each; the `segment_` functions summarise each row's beats. It needs only NumPy and SciPy.
 """
 from typing import Callable, Dict, List, NamedTuple, Tuple
 
@@ -42,8 +42,8 @@ PPG_PULSE_HZ = (0.5, 8.0)  # from 30 beats/min to the third harmonic of 160/min
 # Of the pulse band in the power above 0.5 Hz (white noise: 0.25) and in all but the mean (a random
 # walk: 0.01-0.1); 893 real minutes exceed 0.97 and 0.15. Elgendi, Bioengineering 2016.
 MIN_PULSE_SHARE_FAST, MIN_PULSE_SHARE = 0.8, 0.1
-RATE_TOLERANCE_SHARE, RATE_TOLERANCE_BPM = 0.10, 5.0    # whichever is more: AAMI EC13
-# Of the largest range in 2.4 s to the usual one: beyond it a spike outweighs the pulses. In 3,081
+RATE_TOLERANCE_SHARE, RATE_TOLERANCE_BPM = 0.10, 5.0    # the larger: AAMI EC13
+# The largest range in 2.4 s over the usual range: above it a spike outweighs the pulses. In 3,081
 # real minutes without a quality flag it is 6.8 at most.
 MAX_SPAN_RATIO = 10.0
 ARRHYTHMIC = 0.1          # RMSSD / mean interval, as for fibrillation in Dash, Ann Biomed Eng 2009

@@ -3,7 +3,7 @@
     python simulate.py --out data/simulated.h5 --patients 400 --segments 12 --seed 1 --workers 2
 
 The left ventricle ejects into a three-element Windkessel that empties towards Pcrit. The radial
-line shows the arterial pressure, which labels.py labels exactly as that of a recording. The blood
+line shows the arterial pressure, which labels.py labels exactly as in a recording. The blood
 volume of the finger follows the pressure through a sigmoid curve and becomes the PPG. The true
 Pcrit is stored as `p_crit_true`. These are not real patients: a network that does well on them has
 learnt the physics of this model. Needs labels.py, signals.py, datasets.py, tk_utils.py.
@@ -40,8 +40,8 @@ class Settings:
     R and Pcrit: Maas et al. 2012. C, Zc and the ejection time: textbook ranges. Pulse-pressure
     variation: PMC4240833. Values without a source were chosen so that the segments that pass the
     gate roughly match the cohort of Chandrasekhar et al. 2023 (means of MAP, SBP, DBP, PP, HR and
-    Pcrit 76.7, 118, 56, 62.5, 77 and 40.5; SD 11, 20, 10, 19, 17 and 16), and the published label's
-    error in Pcrit that of other simulators (bias 3 to 5, SD 5 mmHg; here 2 to 3 and 5)."""
+    Pcrit 76.7, 118, 56, 62.5, 77 and 40.5; SD 11, 20, 10, 19, 17 and 16), and so that the published
+    label errs in Pcrit as in other simulators (bias 3 to 5, SD 5 mmHg; here 2 to 3 and 5)."""
     # Circulation. MAP is regulated: R (mmHg s/mL) follows from (MAP - Pcrit) / flow, in its limits.
     map: Normal = Normal(77.5, 9.0)                         # mmHg
     p_crit: Normal = Normal(37.5, 13.5)                     # mmHg
@@ -75,10 +75,10 @@ class Settings:
     respiratory_interval: Uniform = Uniform(0.001, 0.012)
     random_stroke_volume: Uniform = Uniform(0.005, 0.04)
     random_interval: Uniform = Uniform(0.002, 0.006)
-    filling_tau_s: float = 0.22                             # a longer wait fills a larger stroke
+    filling_tau_s: float = 0.22                             # of diastolic filling
     thoracic_mmhg: Uniform = Uniform(0.0, 0.4)              # the breath's own pressure swing
     vasomotion_mmhg: Uniform = Uniform(0.1, 0.7)            # SD of Pcrit's course within a minute
-    windkessel: Optional[Callable] = None                   # a function instead of `windkessel`
+    windkessel: Optional[Callable] = None                   # replaces the function `windkessel`
     fibrillation_share: float = 0.04                        # of the patients
     fibrillation_interval_sd: float = 0.18
     ectopic_share: float = 0.1                              # of the patients
@@ -102,7 +102,7 @@ class Settings:
     ppg_gain: Uniform = Uniform(0.15, 0.6)                  # height of the pulse, of the scale
     ppg_level: Uniform = Uniform(0.4, 0.6)                  # DC level, of the scale
     venous_share: Uniform = Uniform(0.0, 0.015)             # respiratory wave
-    wander_share: Uniform = Uniform(0.0, 0.015)             # slow baseline; real ones wander more
+    wander_share: Uniform = Uniform(0.0, 0.015)             # slow baseline; more in real signals
     ppg_noise_share: Uniform = Uniform(0.001, 0.006)
     motion_share: float = 0.05                              # of the segments
 

@@ -178,7 +178,7 @@ class Csv:
             "; export it with a cell for each, and with semicolons if there are decimal commas")
 
     def time_columns(self):
-        """[name] of the time column, [date, clock time] where two hold it, [] if there is none."""
+        """[name] of the time column, [date, clock time] if two columns hold it, [] if none."""
         plain = {}
         for name in filter(None, self.names):
             unit = unit_in_name(name, TIME)

@@ -75,7 +75,7 @@ def test_labels_of_real_segments_agree_with_the_literal_published_steps(recordin
 
 
 @pytest.mark.parametrize("method", labels.METHODS)
-def test_no_signal_stops_a_method(method):
+def test_no_method_fails_on_odd_signals(method):
     rng = np.random.default_rng(0)
     t = np.arange(3600) / FS
     odd = np.stack([np.zeros(3600), np.full(3600, np.nan), 80 + 20 * rng.normal(size=3600),

@@ -51,7 +51,7 @@ def real_minutes(folder, pattern="[abtv]*.hea"):
 
 
 @pytest.mark.parametrize("hr", [35, 50, 75, 100, 140, 180])
-def test_every_beat_counts_once_whatever_the_rate_and_the_dicrotic_wave(hr):
+def test_every_beat_counts_once_at_any_rate_with_or_without_a_dicrotic_wave(hr):
     for pressure, beats in (pulses(hr, dicrotic=0), pulses(hr, dicrotic=0.45)):
         feet, _ = signals.find_feet(pressure[None], FS)
         assert abs(len(feet) - beats) <= 2
@@ -99,7 +99,7 @@ def test_a_pulse_deficit_in_an_arrhythmic_minute_is_no_mismatch():
     assert signals.reason_names(steady) == ["rate_mismatch"] and deficit == 0
 
 
-def test_an_arrhythmic_minute_a_damped_line_and_a_moved_finger_have_their_measures():
+def test_the_measures_show_arrhythmia_a_damped_line_and_a_moved_finger():
     sharp, arrhythmic, clean = pulses(75)[0], pulses(90, jitter=0.2)[0], windkessel()
     damped = signal.sosfiltfilt(signal.butter(1, 1.5, fs=FS, output="sos"), sharp)
     motion = signal.sosfilt(signal.butter(2, [0.3, 4], "bandpass", fs=FS, output="sos"),
@@ -139,7 +139,7 @@ def test_each_row_is_searched_alone_and_an_upstroke_cut_by_its_start_has_no_foot
     assert nearest.max() < 0.2
 
 
-def test_runs_are_those_of_a_loop():
+def test_runs_equal_a_plain_loop():
     condition = np.random.default_rng(0).random((20, 99)) < 0.8
     expected = np.zeros((20, 100), bool)
     for row, steps in zip(expected, condition):
@@ -162,7 +162,7 @@ def test_the_delay_of_simulated_patients_is_found():
     assert np.ptp(true) > 0.5
 
 
-def test_a_rhythm_without_variation_leaves_a_beat_open_and_that_is_said():
+def test_the_delay_is_unsure_by_a_beat_if_the_rhythm_does_not_vary():
     (steady, _), (varied, _) = (pulses(72, seconds=361, jitter=jitter) for jitter in (0, 0.05))
 
     def delay(abp, late):
@@ -177,14 +177,14 @@ def test_a_rhythm_without_variation_leaves_a_beat_open_and_that_is_said():
     assert np.isnan(unknown[0]) and unknown[1] == 0 and np.isnan(unknown[2]).all()
 
 
-def test_inverted_ppgs_of_virtual_patients_are_told_from_upright_ones():
+def test_inverted_ppgs_of_virtual_patients_are_recognised():
     for number in range(8):
         ppg = simulate.simulate_patient(3, number, 2)["ppg"]
         assert signals.ppg_polarity(ppg, FS) == signals.ppg_polarity(5 + ppg[0], FS) == 1
         assert signals.ppg_polarity(-ppg, FS) == signals.ppg_polarity(5 - ppg[0], FS) == -1
 
 
-def test_inverted_ppgs_of_real_recordings_are_told_from_upright_ones(recordings):
+def test_inverted_ppgs_of_real_recordings_are_recognised(recordings):
     found = [(signals.ppg_polarity(ppg, REAL_FS), signals.ppg_polarity(-ppg, REAL_FS))
              for _, ppg in real_minutes(recordings)]
     assert len(found) > 20 and set(found) <= {(1, -1), (0, 0)}

@@ -80,7 +80,7 @@ def test_wrong_options_are_named(option, value):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "icu.h5", "notes.txt/a.h5"])
-def test_an_output_that_is_not_simulated_or_cannot_be_written_is_one_line(tmp_path, name):
+def test_an_output_that_is_not_simulated_or_cannot_be_written_gives_one_line(tmp_path, name):
     (tmp_path / "notes.txt").write_text("mine")
     make_file(tmp_path / "icu.h5", 1, 1, 1)
     before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
@@ -89,7 +89,7 @@ def test_an_output_that_is_not_simulated_or_cannot_be_written_is_one_line(tmp_pa
     assert before == [path.read_bytes() for path in sorted(tmp_path.iterdir())]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_full_disk_gives_one_line_and_leaves_no_file(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", tmp_path]).returncode:
         pytest.skip("cannot mount a small file system here")        # needs root
     try:

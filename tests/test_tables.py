@@ -54,7 +54,7 @@ def rows(times, *columns, header="time_s,abp", form="{:.3f}".format):
     written(header=["'Elapsed time'", "'ABP'", "'PPG'"],    # WFDB's rdsamp -v -pe
             lines=[["'hh:mm:ss.mmm'", "'mmHg'", "'NU'"],
                    *(["'0:00.0" + str(int(100 * row[0])) + "0'", *row[1:]] for row in ROWS)])])
-def test_a_table_is_read_in_whatever_form_it_was_written(tmp_path, text):
+def test_a_table_is_read_in_any_usual_form(tmp_path, text):
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "cp1252"):
         read = table(tmp_path / "a.csv", text, encoding)
         assert read.fs == 100
@@ -94,19 +94,19 @@ def test_units_come_from_the_header_or_the_row_below_it(tmp_path):
     ("t\n" + "".join(f"{i // 5},{i}\n" for i in range(9)), "row 1 has 2 cells, the header names 1"),
     ('time_s,abp\n0.00,"1,080.5"\n0.01,"1,081"\n', "thousands separators"),
     ("time_s;abp\n" + "".join(f"0,{i:03};80,5\n" for i in range(400)) + "0,4;1.080,5\n0,401;80\n",
-     "row 401, column 2"),              # below the lines that tell the dialect
+     "row 401, column 2"),              # below the lines that the dialect is taken from
     ("time,abp\n0,80,7\n0.1,81\n0.2,82\n", "row 1 has 3 cells, the header names 2"),
     ("time_s;abp\n0,00;1 080,5\n0,01;1 081\n", "thousands separators"),
     ("PK\x03\x04 and so on\n", "a ZIP or Excel file"), ("a,b\n\x00\x01\n", "binary data"),
     ("time,abp\n0,80\n1," + "8" * (tables.MAX_LINE + tables.TABLE_CHARS) + "\n", "a line of over")])
-def test_what_is_not_certain_is_refused_in_one_line(tmp_path, text, complaint):
+def test_an_ambiguous_or_damaged_table_is_refused_in_one_line(tmp_path, text, complaint):
     with pytest.raises(RecordingError) as caught:
         whole(table(tmp_path / "bad.csv", text))
     assert complaint in str(caught.value) and "\n" not in str(caught.value)
     assert "bad.csv" not in caught.value.what and "abp" not in caught.value.what
 
 
-def test_a_row_that_was_cut_at_the_file_s_end_is_left_out_and_said(tmp_path):
+def test_a_last_row_that_is_cut_short_is_left_out_with_a_note(tmp_path):
     read = table(tmp_path / "a.csv", written() + "0.04,8")
     assert whole(read)["ABP"].size == 4 and "cut short" in read.notes[0]
 
@@ -129,12 +129,12 @@ def test_rows_lie_where_they_were_sampled_though_stamps_jitter(tmp_path, fs, jit
     assert read.notes == [gaps] * has_gaps
 
 
-def test_a_repeated_row_a_backward_stamp_and_a_wrong_one_shift_nothing(tmp_path):
+def test_repeated_backward_and_wrong_stamps_shift_no_row(tmp_path):
     times = np.round(np.arange(6000) / 60, 3)
     wrong, values = times.copy(), 80 + np.arange(6000)
     wrong[1000], wrong[2000] = times[999], times[2000] - 0.05
     wrong[3000] += 500
-    wrong[4000:4002] += 1e7             # from a clock that was not set
+    wrong[4000:4002] += 1e7             # the clock was not set
     read = table(tmp_path / "a.csv", rows(wrong, values))
     np.testing.assert_array_equal(whole(read)["abp"], values)
     assert read.fs == 60 and "times: 3 rows with odd stamps" in read.notes[0]
@@ -162,7 +162,7 @@ def test_stamps_in_whole_minutes_give_the_rate_where_two_begin(tmp_path, start_s
         table(tmp_path / "a.csv", rows(times[times < 120][-7000:]))
 
 
-def test_a_table_is_read_in_spans_as_in_one_and_twice_over(tmp_path, monkeypatch):
+def test_spans_join_to_the_whole_and_can_be_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "TABLE_CHARS", 1000)
     monkeypatch.setattr(tables, "TABLE_ROWS", 50)
     keep = np.setdiff1d(np.arange(3000), [*range(2000, 2600), 700, 710, 2990])
@@ -185,7 +185,7 @@ def test_a_slower_channel_has_a_cell_in_every_second_row(tmp_path):
     np.testing.assert_array_equal(ppg.samples, 2 * np.arange(ppg.first, ppg.first + 1000) + 1)
 
 
-def test_a_given_rate_replaces_the_time_column_and_a_contradiction_is_said(tmp_path):
+def test_a_given_rate_replaces_the_times_with_a_note_if_they_differ(tmp_path):
     read = table(tmp_path / "a.csv", "date,abp\n12:00,80\n12:00,81\n12:00,82\n", file_fs=50)
     assert (read.fs, read.end_s) == (50, 0.06)
     np.testing.assert_array_equal(whole(read)["abp"], [80, 81, 82])
@@ -219,7 +219,7 @@ def test_units_dates_and_clock_times_of_the_time_column(tmp_path, header, form):
     ("2023-06-05 23:59", "%d.%m.%Y;%H:%M:%S.%f", "UTC"),        # in two columns
     ("2023-03-26 00:59", "%Y-%m-%d %H:%M:%S.%f", "Europe/Berlin"),      # summer time begins,
     ("2023-10-29 00:59", "%Y-%m-%d %H:%M:%S.%f", "Europe/Berlin")])      # and ends
-def test_midnight_and_daylight_saving_time_are_no_gaps_nor_steps_back(tmp_path, start, form, zone):
+def test_midnight_and_daylight_saving_time_shift_no_row(tmp_path, start, form, zone):
     stamps = pd.date_range(start, periods=6000, freq="20ms", tz="UTC").tz_convert(zone)
     header = "Date;Time;abp" if ";" in form else "time;abp"
     lines = zip(stamps.strftime(form), range(6000))
