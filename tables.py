@@ -385,6 +385,8 @@ def find_grid(path, times):
         raise RecordingError(path, f"time in steps of {coarse_s:g} s, too few of them; {GIVE_RATE}")
     exact = sums[0] / sums[1] if sums[1] else period
     length = n + sum(by / exact for _, by in jumps)
+    if not exact > 0 or not length >= 1:
+        raise RecordingError(path, f"the times do not increase on the whole; {GIVE_RATE}")
     rounded = (round(1 / exact, digits) for digits in range(9))
     fs = next((fs for fs in rounded if abs(fs * exact - 1) * length < 0.1), 1 / exact)
     for row, seconds in zip(*map(np.concatenate, zip(*blocks))):

@@ -57,7 +57,7 @@ def run(*arguments, code=0):
 
 def predicted(tmp_path, *arguments):
     run(*arguments, "--out", tmp_path / "o.csv")
-    return pd.read_csv(tmp_path / "o.csv").fillna({"refused": ""})
+    return pd.read_csv(tmp_path / "o.csv", dtype={"refused": object}).fillna({"refused": ""})
 
 
 @pytest.fixture(scope="module")

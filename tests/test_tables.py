@@ -86,6 +86,7 @@ def test_units_come_from_the_header_or_the_row_below_it(tmp_path):
     ("time,abp\n0,80\n0.1,8o\n0.2,82\n", "row 2, column 2: expected a number"),
     ("time,abp\n0,80\n0.1,81\n0.2,82\n0.3,83\n-700,84\n-699.9,85\n-699.8,84\n",
      "row 5: time does not increase, but goes back by 700.4 s"),
+    ("t,abp\n3.2,80\n0.4,81\n6.6,82\n7.6,83\n", "do not increase on the whole"),
     ("time,abp\n0,80\n,81\n0.2,82\n", "row 2: no readable time"),
     ("time,abp\n0,80\n1,81\n2,82\n1e9,83\n1000000001,83\n", "row 4: jumps in time of over a week"),
     (rows([i + 0.4 * max(i - 50, 0) for i in range(99)]), "not evenly spaced"),
