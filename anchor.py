@@ -1,4 +1,4 @@
-"""The ridge regression under a network: the label on the vitals and on how the pulse varies.
+"""The ridge of the label on vitals and pulse statistics, to which the network's output is added.
 
     anchor = fit_anchor(train, keys)                    # train: a TPP_PPG_dataset
     statistics = pulse_statistics(ppg)                  # [B, 1, 3600] -> [B, 12]
@@ -215,8 +215,9 @@ def shown_share(missing, added, patients) -> float:
 
 def kept_shares(anchor: Optional[dict]) -> Optional[dict]:
     """The shares of 'network' and 'pulse_statistics' that `fit_blend` kept, 0 to 1, or None."""
-    return {"network": anchor["blend"], "pulse_statistics": anchor["pulse_share"]} if (
-        anchor and "blend" in anchor) else None
+    if not anchor or "blend" not in anchor:
+        return None
+    return {"network": anchor["blend"], "pulse_statistics": anchor["pulse_share"]}
 
 
 def blend(anchor: dict, plain: dict, with_pulse: dict, pulse_share: float, share: float) -> dict:

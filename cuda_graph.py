@@ -8,6 +8,9 @@ Needs only PyTorch. On CPU `capture_step` returns the step unchanged.
 """
 import torch
 
+# Their state begins at zero, to which recording returns it.
+KNOWN_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop)
+
 
 def capture_step(step, example_inputs, *, model=None, optimizer=None, record=None):
     """Record `step` once as a CUDA graph; return a callable with its signature that replays it.
@@ -19,10 +22,15 @@ def capture_step(step, example_inputs, *, model=None, optimizer=None, record=Non
     model, optimizer: what the step changes. Recording runs the step a few times, then restores
     these, and the random generator, to the bit. The learning rate may change between calls. Inputs
     may be on the CPU; inputs of another shape (a short last batch) run the step eagerly. Off CUDA,
-    or if recording fails (it prints why), returns `step`. record: see `record_cuda_graph`.
+    with an optimiser that is not in KNOWN_OPTIMIZERS, or if recording fails (it prints why),
+    returns `step`. record: see `record_cuda_graph`.
     """
     device = example_inputs[0].device if model is None else next(model.parameters()).device
     if record is None and device.type != "cuda":
+        return step
+    if optimizer is not None and type(optimizer) not in KNOWN_OPTIMIZERS:
+        print(f"no CUDA graph of a step of {type(optimizer).__name__}; it is launched kernel by "
+              "kernel", flush=True)
         return step
     try:
         return CapturedStep(step, example_inputs, device, model, optimizer,
@@ -103,7 +111,7 @@ class CapturedStep:
 
 
 def optimizer_tensors(optimizer):
-    """The tensors of an optimiser's state; none of None."""
+    """The tensors of an optimiser's state; [] without an optimiser."""
     return [t for state in (optimizer.state.values() if optimizer else ()) for t in state.values()
             if isinstance(t, torch.Tensor)]
 

@@ -9,6 +9,7 @@ Can be copied out alone; needs NumPy, h5py and PyTorch.
 """
 import glob
 import hashlib
+import math
 import os
 import re
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -98,7 +99,7 @@ class LayoutWriter(AbstractContextManager):
             created_with=f"tpp-ppg, h5py {h5py.__version__}, numpy {np.__version__}", **attributes)
 
     def __exit__(self, *error):
-        self.file.flush()
+        self.file.flush()       # then give back what `write` has reserved and not used
         os.ftruncate(self.file.id.get_vfd_handle(), self.file.id.get_filesize())
         self.file.close()
 
@@ -178,12 +179,13 @@ def get_gate(condition) -> Gate:
             bound = float(bound)
         number = isinstance(bound, float) and np.isfinite(bound)
         if key == "minutes" and sign == ">=" and number:
-            min_minutes = max(min_minutes, int(bound))
+            min_minutes = max(min_minutes, math.ceil(bound))
         elif key in scalars and (number or bound in scalars):
             comparisons.append((key, sign, bound))
         elif part != "any":
             raise DataError(f"condition {part!r}: expected 'default', 'any', or comparisons such "
-                            f"as 'r2 > 0.5' or 'p_crit < map' of the fields {', '.join(scalars)}")
+                            f"as 'r2 > 0.5' or 'p_crit < map' of the fields {', '.join(scalars)}, "
+                            "or 'minutes >= 100'")
     return Gate(tuple(dict.fromkeys(comparisons)), min_minutes)
 
 
@@ -529,7 +531,7 @@ def fold_patients(index, split_seed, folds):
     order = np.argsort(split_hash(index.patients, split_seed))
     files = dict.fromkeys(file_of_patient[order])       # in the order of their first patients
     dealt = np.concatenate([order[file_of_patient[order] == file] for file in files])
-    return np.argsort(dealt) % folds
+    return np.argsort(dealt) % folds        # argsort: each patient's place in the order of dealing
 
 
 def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, DatasetIndex]:
@@ -539,9 +541,9 @@ def split_index(index, split_seed=0, fold=None, folds=None) -> Dict[str, Dataset
     if fold is None and folds is None:
         of_patients = split_patients(index.patients.tolist(), split_seed)
     elif fold in range(folds or 0) and len(PARTS) <= folds <= index.n_patients:
-        # each patient's fold, counted from this fold: 0 is test, 1 tune, all others train
+        # each patient's fold, counted from this fold on: 0 is test, 1 tune, any other train
         ahead = (fold_patients(index, split_seed, folds) - fold) % folds
-        of_patients = np.maximum(len(PARTS) - 1 - ahead, 0)
+        of_patients = np.select([ahead == 0, ahead == 1], [2, 1])
     else:
         raise DataError(f"fold {fold} of {folds}, {index.n_patients} patients with usable "
                         f"segments: expected {len(PARTS)} folds or more, a patient for each")

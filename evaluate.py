@@ -373,7 +373,7 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     if calibration:
         results["uncertainty"].update(
             n_calibration_patients=calibration["n_patients"], n_patients_of_calibration=calibrated)
-    results["problems"] += problems(results["checks"], results["shares"])
+    results["problems"] += problem_lines(results["checks"], results["shares"])
     if path:
         fitted[path, full] = results, segments
     return results, segments
@@ -525,7 +525,7 @@ def second_hashes(index: DatasetIndex) -> np.ndarray:
     return np.concatenate(hashes)
 
 
-def problems(checks: dict, shares: Optional[dict] = None) -> List[str]:
+def problem_lines(checks: dict, shares: Optional[dict] = None) -> List[str]:
     """Messages of failed checks, and a warning if the blend left the network out."""
     return report.influence_lines(shares) + [
         text.format(checks[key]) for key, text in PROBLEMS.items() if checks.get(key)] + [

@@ -3,11 +3,11 @@
     from kernels import accelerate
     fast = accelerate(network)          # fast(ppg, *vitals), fast.features(ppg, *vitals)
 
-`models.py` says what is computed, this file how: `rows_features` on CPU and CUDA; on CPU with FFTs
-(`convolve_by_fft`); on CUDA with Triton kernels for the largest passes over memory, and with a
-whole training step recorded as one graph (cuda_graph.py). Each trick states its gain in time of the
-whole training step (measured by benchmarks/gpu.py) and has a plain twin in models.py or here, to
-which tests/test_kernels.py compares it. Needs models.py and cuda_graph.py.
+models.py defines the computation; this file is its fast implementation: `rows_features` on CPU and
+CUDA; on CPU with FFTs (`convolve_by_fft`); on CUDA with Triton kernels for the largest passes over
+memory, and with a whole training step recorded as one graph (cuda_graph.py). Each trick states by
+how much it shortens the whole training step (measured by benchmarks/gpu.py), and has a plain twin
+in models.py or here, to which tests/test_kernels.py compares it. Needs models.py, cuda_graph.py.
 
 "Rows" are activations as [B, L, C]: the channels of one time step are adjacent in memory. Viewed as
 [B, C, 1, L] they are PyTorch's channels-last images.
@@ -15,7 +15,7 @@ which tests/test_kernels.py compares it. Needs models.py and cuda_graph.py.
 import ctypes
 import math
 import os
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -38,8 +38,9 @@ FFT_MIN_SAMPLES, FFT_MIN_KERNEL, FFT_PIECE = 150, 9, 50
 def accelerate(network: nn.Module, fft: bool = True):
     """A faster callable with the parameters of `network`, or `network` itself if it is not known.
 
-    Call it after `network.to(device)`. Knows the networks of models.py with a waveform; hooks on
-    their layers do not run. fft: on CPU, use `convolve_by_fft`.
+    Call it after `network.to(device)`; on CUDA it changes the memory order of the weights
+    (`store_weights_as_rows`), not their shape. Knows the networks of models.py with a waveform;
+    hooks on their layers do not run. fft: on CPU, use `convolve_by_fft`.
     """
     if (type(network) not in (models.MyFirstResNet, models.SpreadResNet)
             or not network.in_channels):
@@ -58,6 +59,7 @@ class FastResNet:
 
     Not an `nn.Module`, so that the parameters are registered only once.
     """
+    # these call the `waveform_features` below
     __call__, features = models.MyFirstResNet.forward, models.MyFirstResNet.features
 
     def __init__(self, network, fft):
@@ -99,11 +101,12 @@ def keep_freed_memory():
         libc.mallopt(-1, 2 ** 31 - 1)           # M_TRIM_THRESHOLD
 
 
-def prepare_device(device: torch.device, precision: str = "tf32"):
+def prepare_device(device: torch.device, precision: Optional[str] = None):
     """Process-wide settings for fast and reproducible training on a device; call before training.
 
     With precision 'tf32' or 'bf16', float32 products on CUDA round their factors to TF32; with
-    'float32' they do not. On CUDA the same seed gives the same weights to the bit.
+    'float32' they do not; None keeps the setting. On CUDA the same seed gives the same weights to
+    the bit.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -113,8 +116,9 @@ def prepare_device(device: torch.device, precision: str = "tf32"):
     if hasattr(torch.utils, "deterministic"):       # do not fill each new tensor with NaN
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False          # its choice of algorithms varies between runs
-    torch.backends.cudnn.allow_tf32 = precision != "float32"
-    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    if precision is not None:
+        torch.backends.cudnn.allow_tf32 = precision != "float32"
+        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
 
 
 # ------------------------------------------------------------------------------- network on rows

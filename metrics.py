@@ -18,7 +18,7 @@ from scipy.special import expit, logit, ndtr, stdtrit
 from sklearn.utils import check_consistent_length
 
 FEW_PATIENTS = 30       # intervals of fewer are too narrow (benchmarks/evaluation.py coverage)
-LEAST_PATIENTS = 5      # no confidence interval for fewer
+MIN_PATIENTS = 5      # no confidence interval for fewer
 MIN_VARIANCE = 1e-9     # mmHg²; truths (float32) that vary less are constant: R² is undefined
 LOW_TPP = 34.0          # mmHg, the published system's cut-off for risk
 MAX_TPP = 500.0         # mmHg; a larger prediction is not a perfusion pressure
@@ -176,7 +176,7 @@ class PatientBootstrap:
         correspond to t (Hesterberg 2015, doi 10.1080/00031305.2015.1089789).
         """
         draws = np.asarray(draws)[~np.isnan(draws)]
-        if self.n_patients < LEAST_PATIENTS or len(draws) < 0.9 * self.n_boot or np.isnan(value):
+        if self.n_patients < MIN_PATIENTS or len(draws) < 0.9 * self.n_boot or np.isnan(value):
             return {"value": value, "low": float("nan"), "high": float("nan")}
         to, back = SCALES[scale]
         reach = (stdtrit(self.n_patients - 1, 0.975)
@@ -272,7 +272,8 @@ def trend_concordance(patients, truth, prediction, series) -> dict:
     later, true_change, change = changes(series, truth, prediction)
     counted = np.maximum(np.abs(true_change), np.abs(change)) >= TREND_ZONE
     right = (true_change * change > 0)[counted]
-    found = (PatientBootstrap(patients[later[counted]]).share(right) if counted.any()
+    owner = bootstrap_of(patients).owner
+    found = (PatientBootstrap(owner[later[counted]]).share(right) if counted.any()
              else dict.fromkeys(("value", "low", "high"), float("nan")))
     return dict(found, n=int(counted.sum()), n_changes=len(later), zone=TREND_ZONE)
 

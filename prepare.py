@@ -44,7 +44,7 @@ from tk_utils import counted
 MAX_CELL = 1000     # characters of a message in the problems file
 # With a record's files, these determine its rows: a change of any prepares the record again.
 SHAPING_OPTIONS = ("label_method", "align", "abp_channel", "ppg_channel", "fs", "unit")
-SHAPING_MODULES = ("prepare", "recordings", "formats", "tables", "signals", "labels")
+SHAPING_MODULES = ("prepare", "recordings", "formats", "tables", "signals", "labels", "datasets")
 
 
 def parse_arguments(arguments=None):

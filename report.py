@@ -69,7 +69,7 @@ def of_ci95(scores, name) -> dict:
 
 def if_intervals(results, text=" (95 %)") -> str:
     """The text, or '' if there are too few patients for 95 % intervals."""
-    return text * (results["n_patients"] >= metrics.LEAST_PATIENTS)
+    return text * (results["n_patients"] >= metrics.MIN_PATIENTS)
 
 
 # ---------------------------------------------------------------- words
@@ -136,7 +136,7 @@ def scored_text(results) -> str:
              f" ({results['split']})")
     if n < metrics.FEW_PATIENTS:
         text += (f": too few; intervals are too narrow below {metrics.FEW_PATIENTS} patients, and "
-                 f"there are none below {metrics.LEAST_PATIENTS}")
+                 f"there are none below {metrics.MIN_PATIENTS}")
     return text + "."
 
 

@@ -310,7 +310,7 @@ def fit_blend(model, train, tune, device=None) -> float:
         with_pulse = fit_anchor(train, model.keys, pulse)
         added = predict_with_anchor(with_pulse, tune) - base
         of_train = cross_validate(train, model.keys, pulse)
-        of_tune = label - base, added, train.index.n_patients + patients
+        of_tune = label - base, added, train.index.n_patients + patients    # after train patients
         pulse_share = shown_share(*map(np.concatenate, zip(of_train, of_tune)))
         base = base + pulse_share * added
     network = predict_dataset(model, tune, device=device).astype(np.float64)
@@ -337,11 +337,12 @@ def refit_anchor(model, train, tune) -> None:
 def batch_loss(network, batch, loss: Loss, bf16=False) -> torch.Tensor:
     """The loss summed over the segments of a batch (ppg, *vitals, label)."""
     *inputs, label = batch
-    if len(label) == 0:         # the share of this process in a short batch is empty
+    if len(label) == 0:     # this process's share of a short batch: gradients of 0 keep it in step
         return 0 * batch_loss(network, [t.new_zeros(1, *t.shape[1:]) for t in batch], loss, bf16)
     alone = distributed()[1] == 1       # if not, another process may have ended
-    with one_line("the network fails on a batch", TrainingError) if alone else nullcontext(), (
-            torch.autocast(label.device.type, torch.bfloat16) if bf16 else nullcontext()):
+    explain = one_line("the network fails on a batch", TrainingError) if alone else nullcontext()
+    cast = torch.autocast(label.device.type, torch.bfloat16) if bf16 else nullcontext()
+    with explain, cast:
         out = network(*inputs).to(label.dtype)
     if out.shape[:1] != label.shape or out.numel() != len(label) * loss.outputs:
         raise TrainingError(f"an output of shape {tuple(out.shape)}; expected [B, {loss.outputs}]")
@@ -567,11 +568,36 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
                           stopped=False, seconds=0.0, log=[], train_losses=[], tune_losses=[])
     losses = torch.zeros(2, n_batches, dtype=torch.float64, device=device)
     resumable = hasattr(getattr(train_loader, "sampler", None), "first_batch")
-    place = "here" if resumable else "its last epoch"
-    saved = f"saved: the same command continues from {place}" if resume_path else "nothing is saved"
     if resume_path:
         load_state(resume_path, run, losses, parts)
     started = time.monotonic() - run.seconds
+
+    def saved():
+        """For messages: where the same command continues."""
+        if not resume_path or not (resumable or run.epoch):
+            return "nothing is saved"
+        return f"saved: the same command continues from {'here' if resumable else 'its last epoch'}"
+
+    def show_progress(bar, shown, group):
+        """Show the smoothed loss, the rate and the speed; returns the smoothed loss."""
+        new = float(losses[0, run.batches - 1] / losses[1, run.batches - 1])
+        shown = new if shown is None else pbar_momentum * shown + (1 - pbar_momentum) * new
+        rate = optimizer.param_groups[0]["lr"]
+        speed = (bar.format_dict["rate"] or 0) * len(group[-1][-1]) * world
+        bar.set_postfix_str(f"loss {shown:.4g}, lr {rate:.2g}, {speed:,.0f} segments/s",
+                            refresh=False)
+        return shown
+
+    def save_or_stop():
+        """Within an epoch: save the state when due; on a signal, save and raise Interrupted."""
+        seconds, stop = time.monotonic() - started, any_rank(len(signals), device)
+        due = any_rank(seconds - run.seconds > 60 * checkpoint_minutes, device)
+        if resume_path and resumable and (stop or due):
+            run.seconds = seconds
+            save_state(resume_path, run, losses, parts, experiment)
+        if stop:
+            raise Interrupted(f"interrupted at epoch {run.epoch + 1}, batch {run.batches} of "
+                              f"{n_batches}; {saved()}")
 
     captured, read_every = None, 50 if on_cuda else 1       # to read a loss, the host has to wait
     with errors_in_one_line(), stop_signals() as signals:
@@ -596,32 +622,17 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
                     done = run.epoch * n_batches + run.batches
                     if average and done > (1 - average_weights) * total_epochs * n_batches:
                         average.update_parameters(model)
-                    if batch_cosine and run.epoch >= warmup_epochs:
+                    if scheduler and batch_cosine and run.epoch >= warmup_epochs:
                         for _ in group:
                             scheduler.step()
                     bar.update(len(group))
 
                     at_end = run.batches == n_batches
-                    if run.batches % read_every and not at_end:
-                        continue
-                    check_finite(losses, run.epoch, gradient_accumulation)
-                    new = float(losses[0, run.batches - 1] / losses[1, run.batches - 1])
-                    shown = new if shown is None else (
-                        pbar_momentum * shown + (1 - pbar_momentum) * new)
-                    rate = optimizer.param_groups[0]["lr"]
-                    speed = (bar.format_dict["rate"] or 0) * len(group[-1][-1]) * world
-                    bar.set_postfix_str(f"loss {shown:.4g}, lr {rate:.2g}, {speed:,.0f} segments/s",
-                                        refresh=False)
-                    if at_end:              # the epoch ends with saving, below
-                        continue
-                    seconds, stop = time.monotonic() - started, any_rank(len(signals), device)
-                    due = any_rank(seconds - run.seconds > 60 * checkpoint_minutes, device)
-                    if resume_path and resumable and (stop or due):
-                        run.seconds = seconds
-                        save_state(resume_path, run, losses, parts, experiment)
-                    if stop:
-                        raise Interrupted(f"interrupted at epoch {run.epoch + 1}, batch "
-                                          f"{run.batches} of {n_batches}; {saved}")
+                    if at_end or run.batches % read_every == 0:
+                        check_finite(losses, run.epoch, gradient_accumulation)
+                        shown = show_progress(bar, shown, group)
+                        if not at_end:      # the end of an epoch saves below
+                            save_or_stop()
             train_loss = mean_loss(losses)
             run.train_losses.append((losses[0] / losses[1]).cpu())
             run.batches = 0
@@ -662,11 +673,11 @@ def training_loop(model: nn.Module, train_loader, val_loader, total_epochs: int,
             if resume_path:             # last: a run killed before it repeats all of this
                 save_state(resume_path, run, losses, parts, experiment)
             if rank == 0 and verbose:
-                print("epoch {epoch}/{}: train loss {train_loss:.4g}, tune loss {tune_loss:.4g}{}, "
-                      "best epoch {best_epoch}, {seconds:.0f} s".format(
-                          total_epochs, loss.unit and f" {loss.unit}", **run.log[-1]), flush=True)
+                print(f"epoch {run.epoch}/{total_epochs}: train loss {train_loss:.4g}, tune loss "
+                      f"{tune_loss:.4g} {loss.unit}".rstrip() + f", best epoch {run.best_epoch + 1}"
+                      f", {run.seconds:.0f} s", flush=True)
             if any_rank(len(signals), device) and run.epoch < total_epochs and not run.stopped:
-                raise Interrupted(f"interrupted after epoch {run.epoch}; {saved}")
+                raise Interrupted(f"interrupted after epoch {run.epoch}; {saved()}")
     model.load_state_dict(run.best_weights)
     log = {name: np.array([row[name] for row in run.log]) for name in run.log[0]}
     return model.cpu(), {

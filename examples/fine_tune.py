@@ -15,7 +15,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from evaluate import evaluate
-from metrics import LEAST_PATIENTS
+from metrics import MIN_PATIENTS
 from report import of_ci95, shown
 from tk_utils import print_table
 from training_header import create_dataset_index, split_index
@@ -53,6 +53,6 @@ for name, path in (("parent as it is", options.checkpoint), ("fine-tuned", "runs
     found = evaluate(path, test, fitted=fitted)["tpp"]
     rows.append([name, *(shown(of_ci95(found, key)) for key in ("rmse", "bias"))])
 print(f"\n{len(test)} segments of {test.n_patients} test patients of {options.data}, mmHg (95 %):")
-if test.n_patients < LEAST_PATIENTS:
-    print(f"below {LEAST_PATIENTS} test patients there are no intervals")
+if test.n_patients < MIN_PATIENTS:
+    print(f"below {MIN_PATIENTS} test patients there are no intervals")
 print_table(rows, ["network", "RMSE", "bias"])

@@ -169,7 +169,7 @@ def test_a_constant_output_and_one_that_ignores_the_ppg_are_reported():
     segments = evaluate.Segments(fields, patients, patients, patients.astype(str))
     for segments.tpp, said in ((tpp + 1, ""), (tpp, "IGNORES THE PPG"),
                                (np.full(200, 41.0), "CONSTANT OUTPUT")):
-        found = evaluate.problems(evaluate.score_all(segments, full=True)["checks"])
+        found = evaluate.problem_lines(evaluate.score_all(segments, full=True)["checks"])
         assert len(found) == bool(said) and said in " ".join(found)
 
 
@@ -179,7 +179,7 @@ def test_patients_in_two_parts_of_a_checkpoint_are_counted():
         split = {"train": train, "tune": tune, "test": "d", "ancestors": ancestors}
         found = evaluate.check_parts(split, None, None, None)
         assert found == {"patients_in_two_parts": expected}
-        assert len(evaluate.problems(found)) == expected
+        assert len(evaluate.problem_lines(found)) == expected
 
 
 def test_segments_shared_between_parts_are_found_also_where_windows_overlap(tmp_path):
@@ -200,7 +200,7 @@ def test_segments_shared_between_parts_are_found_also_where_windows_overlap(tmp_
                                (("clean", "flat", "p"), 0, 0)):
         found = evaluate.check_parts(None, *(part[name] for name in names))
         assert found == {"shared_seconds": {"train": train, "tune": tune}}
-    assert "3 segments with seconds of PPG that are also in train" in evaluate.problems(
+    assert "3 segments with seconds of PPG that are also in train" in evaluate.problem_lines(
         {"shared_seconds": {"train": 3, "tune": 0}})[0]
 
 

@@ -15,7 +15,7 @@ import torch
 import metrics
 import report
 from anchor import kept_shares
-from evaluate import Segments, pool, problems, score_all
+from evaluate import Segments, pool, problem_lines, score_all
 
 KEYS = ["ppg", "map", "hr", "tpp"]
 WAVES = types.SimpleNamespace(      # a dataset of as many waveforms as are asked for
@@ -225,7 +225,7 @@ def test_card_page_and_console_say_what_a_model_keeps_of_its_network(capsys):
     config = {"optimizer": "adamw", "schedule": ["onecycle", 0.3, 0.04], "lr": 0.002, "clip": 1.0,
               "average_last": 0.2, "epochs": 6, "loss": "mse"}
     checkpoint, shares = dict(CHECKPOINT, anchor=anchor, config=config), kept_shares(anchor)
-    results = make_results(make_segments(), shares=shares, problems=problems({}, shares))
+    results = make_results(make_segments(), shares=shares, problems=problem_lines({}, shares))
     page = words(render_page(results, {"a.pth": checkpoint}, title="t"))
     report.print_results(results)
     texts = report.model_card(results, checkpoint), page, capsys.readouterr().out
@@ -239,5 +239,5 @@ def test_card_page_and_console_say_what_a_model_keeps_of_its_network(capsys):
         assert all(part in text for text in texts[:2])
     assert "share of the network" in page
     assert re.search("almost no influence.* pulse statistics$", results["problems"][0])
-    assert problems({}, dict(shares, network=0.05)) == problems({}, None) == []
-    assert problems({}, {"network": 0.0, "pulse_statistics": 0.0})[0].endswith("on the vitals")
+    assert problem_lines({}, dict(shares, network=0.05)) == problem_lines({}, None) == []
+    assert problem_lines({}, {"network": 0.0, "pulse_statistics": 0.0})[0].endswith("on the vitals")
