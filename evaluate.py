@@ -153,7 +153,7 @@ def choose_segments(path, checkpoint, data, split, condition):
     seen = int(np.isin(parts[chosen], checkpoints.SEEN).sum())
     if seen:
         problems = [f"{seen:,} of {counted(np.sum(chosen), 'patient')} WERE SEEN IN TRAINING this "
-                    "checkpoint; these scores flatter it: not a test of it"]
+                    "checkpoint: these scores are too good, and not a test of it"]
     scored, train, tune = index.select(chosen[index.encounter_patient]), None, None
     TPP_PPG_dataset(scored, "segment", SCORED)              # raises if one of them is absent
     calibrated = int(np.sum(parts[chosen] == "calibration"))
@@ -250,7 +250,8 @@ def predict_with_swapped_ppg(model, segments: Segments, device) -> None:
     order = np.random.default_rng(0).permutation(count)
     order = order[np.argsort(segments.patients[order], kind="stable")]
     donor = np.empty(count, np.int64)
-    donor[order] = np.roll(order, most)     # sorted by patient, shifted by the longest patient
+    # in an order sorted by patient, this shift always reaches another patient
+    donor[order] = np.roll(order, most)
 
     class SwappedPPG(TPP_PPG_dataset):
         def waveform(self, key, segments):
@@ -565,8 +566,10 @@ def differences(paths) -> List[str]:
                for saved in map(checkpoints.load_checkpoint, paths)]
     names = [key for key in dict.fromkeys(key for recipe in recipes for key in recipe)
              if key not in MAY_DIFFER and len({str(recipe.get(key)) for recipe in recipes}) > 1]
+    if not names:
+        return []
     return [f"these runs differ in {', '.join(names).replace('_', ' ')}: their mean says nothing "
-            "about any of them"] * bool(names)
+            "about any of them"]
 
 
 def pool(runs: List[Segments]) -> Segments:
@@ -587,6 +590,7 @@ def pool(runs: List[Segments]) -> Segments:
     if all(run.best is not None for run in runs):
         pooled.best = "each run's best baseline"
         pooled.baselines[pooled.best] = np.concatenate([run.baselines[run.best] for run in runs])
+    # the same minute in several runs: of one patient, with the same TPP and MAP
     same = np.stack([pooled.patients, pooled.truth, pooled.fields["map"]])
     pooled.minutes = np.unique(same, axis=1, return_inverse=True)[1].ravel()
     return pooled

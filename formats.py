@@ -461,8 +461,10 @@ def _scaled(raw, item):
 
 def _rate(value):
     """125.0 for 125, '125' or '125 Hz'; None if it is not a number in Hz."""
-    with contextlib.suppress(ValueError):
-        return value and float(re.sub(r"(?i)\s*hz$", "", str(value)))
+    try:
+        return float(re.sub(r"(?i)\s*hz$", "", str(value)))
+    except ValueError:      # also of None
+        return None
 
 
 def _attribute(item, *names):

@@ -1,7 +1,7 @@
 """Show the results of evaluate.py: console table, figures, one HTML page, model card.
 
     report.print_results(results)
-    report.write_report(results, arrays, 'report.html', {'runs/M1.5.pth': checkpoint})
+    report.write_report(results, segments, 'report.html', {'runs/M1.5.pth': checkpoint})
     report.write_page('page.html', 'quality.html', title='Quality', …)     # any page of templates/
 
 To add a figure, add a function to `FIGURES`; to add a score, an entry to `metrics.SCORES`. Needs
@@ -253,15 +253,15 @@ def strata_rows(results):
 
 # ---------------------------------------------------------------- figures
 
-def histogram(results, arrays):
+def histogram(results, segments):
     """2-D histogram of predicted against label TPP."""
     box = dict(results["tpp"], n=results["n_segments"], n_patients=results["n_patients"],
                p_crit_r2=results["p_crit"]["r2"])
-    figure = tk_utils.histogram_figure(arrays.truth, arrays.tpp, box, results["note"])
+    figure = tk_utils.histogram_figure(segments.truth, segments.tpp, box, results["note"])
     return figure, "Predicted TPP against the label; darker: fewer segments. Dashed: identity."
 
 
-def compared(results, arrays):
+def compared(results, segments):
     """RMSE of the model and of everything that it is compared with."""
     rows = [(name, of_ci95(scores, "rmse")) for name, scores in all_scores(results)]
     axes = new_figure(4.8, 0.9 + 0.42 * len(rows)).subplots()
@@ -279,8 +279,8 @@ def compared(results, arrays):
         + if_intervals(results, ", with 95 % intervals over patients") + ". Left is better.")
 
 
-def bland_altman(results, arrays):
-    agreement, truth, tpp = results["bland_altman"], arrays.truth, arrays.tpp
+def bland_altman(results, segments):
+    agreement, truth, tpp = results["bland_altman"], segments.truth, segments.tpp
     axes, error = new_figure(4.8, 3.8).subplots(), tpp - truth
     cloud(axes, (truth + tpp) / 2, error)
     for name, style in (("upper", "--"), ("bias", "-"), ("lower", "--")):
@@ -300,9 +300,9 @@ def bland_altman(results, arrays):
         + if_intervals(results, ", bands: their 95 % intervals") + ".")
 
 
-def trend(results, arrays):
+def trend(results, segments):
     zone = results["trend"]["tpp"]["zone"]
-    _, true_change, change = metrics.changes(arrays.series, arrays.truth, arrays.tpp)
+    _, true_change, change = metrics.changes(segments.series, segments.truth, segments.tpp)
     axes = new_figure(4.8, 4.4).subplots()
     if len(true_change):
         cloud(axes, true_change, change)
@@ -319,11 +319,11 @@ def trend(results, arrays):
         f"Changes within ± {zone:g} mmHg (grey) are not counted.")
 
 
-def detection(results, arrays):
+def detection(results, segments):
     found = results["detection"]
-    event, axes = arrays.truth < found["threshold"], new_figure(4.8, 4.4).subplots()
+    event, axes = segments.truth < found["threshold"], new_figure(4.8, 4.4).subplots()
     if 0 < event.sum() < len(event):
-        false_alarms, hits, _ = roc_curve(event, -arrays.tpp)
+        false_alarms, hits, _ = roc_curve(event, -segments.tpp)
         few = np.unique(np.linspace(0, len(hits) - 1, 2000).astype(int))
         axes.plot(false_alarms[few], hits[few], color=TRAIN_COLOUR)
         axes.plot(1 - found["specificity"]["value"], found["sensitivity"]["value"], "o", ms=7,
@@ -335,7 +335,7 @@ def detection(results, arrays):
         f"prediction below {found['threshold']:g} mmHg counts as low.")
 
 
-def loss(results, arrays):
+def loss(results, segments):
     """The loss curve, if the run's log is here."""
     if "log" not in results:
         return None
@@ -346,18 +346,18 @@ def loss(results, arrays):
         "on the tune patients are kept.")
 
 
-def worst(results, arrays):
+def worst(results, segments):
     """The PPG of the segments with the largest errors; none for several runs."""
-    if arrays.dataset is None:
+    if segments.dataset is None:
         return None
-    rows = np.argsort(-np.abs(arrays.tpp - arrays.truth), kind="stable")[:8]
+    rows = np.argsort(-np.abs(segments.tpp - segments.truth), kind="stable")[:8]
     titles = []
     for row in rows:
-        vitals = ", ".join(f"{key.upper()} {arrays.fields[key][row]:.0f}"
-                           for key in ("map", "pp", "hr") if key in arrays.fields)
-        titles.append(f"predicted {arrays.tpp[row]:.0f}, label {arrays.truth[row]:.0f} mmHg "
+        vitals = ", ".join(f"{key.upper()} {segments.fields[key][row]:.0f}"
+                           for key in ("map", "pp", "hr") if key in segments.fields)
+        titles.append(f"predicted {segments.tpp[row]:.0f}, label {segments.truth[row]:.0f} mmHg "
                       f"({vitals})")
-    return traces(arrays.dataset.waveform("ppg", rows), titles, 15), (
+    return traces(segments.dataset.waveform("ppg", rows), titles, 15), (
         f"15 s of the PPG of the {len(rows)} segments with the largest errors.")
 
 
@@ -375,7 +375,7 @@ def traces(waves, titles, seconds):
     return figure
 
 
-# Name of the file in figures_resnet/ -> function (results, arrays) -> (figure, caption) or None.
+# Name of the file in figures_resnet/ -> function (results, segments) -> (figure, caption) or None.
 FIGURES = {"compared": compared, "histogram_plot": histogram, "bland_altman": bland_altman,
            "trend": trend, "detection": detection, "loss": loss, "worst": worst}
 
@@ -426,10 +426,10 @@ def write_page(path, template: str, **context) -> None:
         file.write(render(template, **context))
 
 
-def write_report(results, arrays, path, checkpoints: dict) -> None:
+def write_report(results, segments, path, checkpoints: dict) -> None:
     """Write the page, its figures as PNG and PDF and, for one run's test patients, the model card.
 
-    results, arrays: of `evaluate_with_arrays(full=True)` or `compare_runs(full=True)`.
+    results, segments: of `evaluate_with_arrays(full=True)` or `compare_runs(full=True)`.
     checkpoints: {path: checkpoint}.
     """
     runs = results.get("runs", [])
@@ -442,7 +442,7 @@ def write_report(results, arrays, path, checkpoints: dict) -> None:
     name = os.path.commonprefix(stems).rstrip("_") or "runs"
     figures = {}
     for key, draw in FIGURES.items():
-        drawn = draw(results, arrays)
+        drawn = draw(results, segments)
         if drawn:
             tk_utils.finish_figure(drawn[0], results["note"])
             for suffix in ("png", "pdf"):

@@ -34,13 +34,15 @@ FOOT_SEARCH_SECONDS = 0.2  # from foot to steepest upstroke; 0.1 s is usual, dam
 MIN_BEATS, MIN_DELAY_BEATS = 10, 20     # ten beats define a line
 ABP_RANGE_MMHG = (-30.0, 330.0)  # transducers end at 300 or 320; values outside are not pressures
 CLIP_SECONDS = 0.067      # 4 steps at 60 Hz; a natural top stays within 0.25 mmHg for 0.02-0.04 s
-SATURATED_SECONDS = 0.5   # clipped beats stay at the end of the scale for less
+SATURATED_SECONDS = 0.5   # longer than any clipped beat
 MAX_BAD_SHARE = 0.1       # of the segment, for each kind of bad sample
 PPG_FLAT_SECONDS = 1.0    # longer than the flat end of diastole in a slow pulse
-PPG_FLAT_SHARE, PPG_CLIP_SHARE = 1e-4, 1e-3     # of the range: change per 1/60 s, to an extreme
+PPG_FLAT_SHARE = 1e-4     # of the range, per 1/60 s: smaller changes are flat
+PPG_CLIP_SHARE = 1e-3     # of the range: samples closer to an extreme are clipped
 PPG_PULSE_HZ = (0.5, 8.0)  # from 30 beats/min to the third harmonic of 160/min
-# Of the pulse band in the power above 0.5 Hz (white noise: 0.25) and in all but the mean (a random
-# walk: 0.01-0.1); 893 real minutes exceed 0.97 and 0.15. Elgendi, Bioengineering 2016.
+# Least share of the pulse band in the power above 0.5 Hz (white noise has 0.25) and in all but the
+# mean (a random walk has 0.01-0.1); 893 real minutes exceed 0.97 and 0.15. Elgendi, Bioengineering
+# 2016.
 MIN_PULSE_SHARE_FAST, MIN_PULSE_SHARE = 0.8, 0.1
 RATE_TOLERANCE_SHARE, RATE_TOLERANCE_BPM = 0.10, 5.0    # the larger: AAMI EC13
 # The largest range in 2.4 s over the usual range: above it a spike outweighs the pulses. In 3,081
@@ -152,6 +154,7 @@ def find_feet(abp: np.ndarray, fs: float) -> Tuple[np.ndarray, np.ndarray]:
 
 def measure_beats(wave: Wave, with_invalid: bool = False) -> Beats:
     """The valid beats of a block of segments, or all, from foot to foot."""
+    # without beats that hold no sample
     first = wave.first[np.ceil(wave.foot[wave.first + 1]) > np.ceil(wave.foot[wave.first])]
     row, begin, end = wave.row[first], wave.foot[first], wave.foot[first + 1]
     interval_s = (end - begin) / wave.fs
@@ -337,7 +340,7 @@ def ppg_delay(abp: np.ndarray, ppg: np.ndarray, fs: float) -> Tuple[float, float
 
     [N, samples]: the minutes of one record. The intervals from each foot in the ABP to all feet in
     the PPG near it are pooled. The true delay is the same for all beats; a delay that is off by a
-    beat varies with the rhythm. Strength is by how much its peak is lower (0: equal; 1: no other).
+    beat varies with the rhythm. Strength is 1 - second highest peak / highest peak.
     """
     low, high = DELAY_RANGE_S
     abp_feet, row = _foot_times(abp, fs, np.asarray)

@@ -83,7 +83,7 @@ class Csv:
         return csv.reader(io.StringIO(text), delimiter=self.separator, skipinitialspace=True)
 
     def _sniff(self, lines):
-        """Find the separator, the header, the row of units, the first row, the decimal mark."""
+        """Find the dialect, from the first lines: separator, header, units, kinds of columns."""
         stated = re.match(r'(?i)"?sep=(.)"?\s*$', lines[0])    # Excel's line above the header
         self.separator = stated.group(1) if stated else _separator(lines)
         self.empty = re.compile(rf'(?m)^(?:[ \t"{re.escape(self.separator)}]*|\s*{COMMENT}.*)$\n?')
@@ -96,6 +96,15 @@ class Csv:
         if len(rows) > 1 and not data:
             raise RecordingError(self.path, "no row of numbers; cells such as '75 mmHg' or "
                                             "'120/80' are text: export a number in each cell")
+        begin, names, units = self._find_header(lines, rows, data)
+        self.names, self.width, self.first_line = formats.unique(names), len(names), begin
+        self.units = {name: unit.strip("[]() ") or unit_in_name(name)
+                      for name, unit in zip(self.names, [*units, *[""] * self.width])}
+        self._find_kinds([row for i, row in data if i >= begin])
+
+    def _find_header(self, lines, rows, data):
+        """(number of the first line of data, column names, units). rows: [(line number, cells)];
+        data: those of numbers."""
         width = statistics.mode(len(row) for _, row in data) if data else 0
         begin = next((i for i, row in data if len(row) == width), len(lines))
         above = [(i, row) for i, row in rows if i < begin and (i, row) not in data]
@@ -112,9 +121,10 @@ class Csv:
         if width == len(names) + 1 and any(row[-1] for row in data) and (
                 lines[begin].startswith('"') or _counts_up([row[0] for row in data])):
             names, units = ["", *names], ["", *units]       # R's row names have no header
-        self.names, self.width, self.first_line = formats.unique(names), len(names), begin
-        self.units = {name: unit.strip("[]() ") or unit_in_name(name)
-                      for name, unit in zip(self.names, [*units, *[""] * self.width])}
+        return begin, names, units
+
+    def _find_kinds(self, data):
+        """Find the columns of numbers, texts and dates, and the decimal mark, in rows of cells."""
         cells = {name: [row[i] for row in data if i < len(row) and row[i].lower() not in MISSING]
                  for i, name in enumerate(self.names)}
         self.texts = [name for name in cells if cells[name] and not _is_number(cells[name][0])]
@@ -177,18 +187,19 @@ class Csv:
             self.path, f"row {n_rows + number} has {n} cells, the header names {self.width} columns"
             "; export it with a cell for each, and with semicolons if there are decimal commas")
 
-    def time_columns(self):
-        """[name] of the time column, [date, clock time] if two columns hold it, [] if none."""
-        plain = {}
-        for name in filter(None, self.names):
-            unit = unit_in_name(name, TIME)
-            without = name[:name.rindex(unit)] if unit else name
-            plain[name] = re.sub(r"[^a-zµ]", "", without.lower()) or plain_unit(unit)
-        found = [name for known in TIME_NAMES for name in plain if plain[name] == known]
-        days = [name for name in found if plain[name] == "date" and name in self.texts]
-        if days and found[0] in self.texts and found[0] != days[0]:
-            return [days[0], found[0]]
-        return (found or self.dates)[:1]
+
+def time_columns(table):
+    """[name] of the time column, [date, clock time] if two columns hold it, [] if none."""
+    plain = {}
+    for name in filter(None, table.names):
+        unit = unit_in_name(name, TIME)
+        without = name[:name.rindex(unit)] if unit else name
+        plain[name] = re.sub(r"[^a-zµ]", "", without.lower()) or plain_unit(unit)
+    found = [name for known in TIME_NAMES for name in plain if plain[name] == known]
+    days = [name for name in found if plain[name] == "date" and name in table.texts]
+    if days and found[0] in table.texts and found[0] != days[0]:
+        return [days[0], found[0]]
+    return (found or table.dates)[:1]
 
 
 def _encoding(start):
@@ -235,7 +246,9 @@ def _is_unit(cell):
     return plain_unit(cell) in UNITS or "hh:mm" in cell
 
 
-class Parquet(Csv):
+class Parquet:
+    """A Parquet file, with the attributes and the `frames` of `Csv`."""
+
     def __init__(self, path):
         self.path, self.notes = path, []
         with self._open() as opened:
@@ -443,7 +456,7 @@ class Table:
     def __init__(self, path, file_fs=None):
         self.path, self.file = path, open_table(path)
         self.start_time, self.fs, self.jumps, notes = None, file_fs, [], []
-        names = self.file.time_columns()
+        names = time_columns(self.file)
         if file_fs:
             n = sum(len(frame) for frame in self.file.frames(self.file.names[-1:]))
             with contextlib.suppress(RecordingError, IndexError):   # unreadable times
@@ -513,7 +526,7 @@ def read_readings(path, start_time=None):
     or Parquet file with a row per reading, at any times. start_time: zero of dates and clock times.
     """
     file = open_table(path)
-    names = file.time_columns()
+    names = time_columns(file)
     if not names:
         raise RecordingError(path, "no time column (time_s: seconds from the recording's start)")
     columns = [name for name in file.numbers if name not in names]

@@ -446,7 +446,7 @@ def save(options, model, trajectory, description, parts, data):
     header.save_tensors(files.trajectory, {name: torch.from_numpy(values)
                                            for name, values in trajectory.items()})
     header.save_checkpoint(files.checkpoint, model, **description)
-    results, arrays = evaluate.evaluate_with_arrays(
+    results, segments = evaluate.evaluate_with_arrays(
         files.checkpoint, parts["test"], split="test", train=parts["train"], tune=parts["tune"],
         fitted=data.baselines, device=options.device, network=options.own_network)
     saved = header.save_checkpoint(files.checkpoint, model, **description, metrics=results)
@@ -455,7 +455,7 @@ def save(options, model, trajectory, description, parts, data):
         file.write(report.model_card(results, saved))
     tk_utils.save_figure(tk_utils.loss_lr_figure(
         trajectory, results["note"], header.choose_loss(options.loss).label), files.loss_plot)
-    tk_utils.save_figure(report.histogram(results, arrays)[0], files.histogram)
+    tk_utils.save_figure(report.histogram(results, segments)[0], files.histogram)
     if options.name == DEFAULT_NAME:        # also under the published project's file names
         for path in (files.loss_plot, files.histogram):
             shutil.copyfile(path, path.replace(f"{DEFAULT_NAME}_", ""))
@@ -476,12 +476,12 @@ def show(options):
 
 def summarise(options, runs, data):
     """Compare several runs: a table, runs/<name>/summary.json and a histogram of all of them."""
-    results, arrays = evaluate.compare_runs(
+    results, segments = evaluate.compare_runs(
         [run.files.checkpoint for run in runs], device=options.device, fitted=data.baselines,
         network=options.own_network)
     summary, histogram = f"{options.files.base}/summary.json", options.files.histogram
     tk_utils.write_json(summary, results)
-    tk_utils.save_figure(report.histogram(results["together"], arrays)[0], histogram)
+    tk_utils.save_figure(report.histogram(results["together"], segments)[0], histogram)
     print(f"wrote {summary} and {histogram}")
 
 
