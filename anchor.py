@@ -15,7 +15,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
-from datasets import FS, TPP_PPG_dataset, vitals_of
+from datasets import FS, DataError, TPP_PPG_dataset, vitals_of
 
 MAX_ANCHOR_SEGMENTS = 50_000    # to which anchor and blend are fitted
 
@@ -25,6 +25,10 @@ PULSE_STATISTICS = (    # of the beats of a minute; variations and loudness as l
     "correlation of rate and height", "mean between foot and peak", "slow waves",
     "variation of loudness", "kurtosis")
 MAX_BEATS, POINTS = 200, 24     # beats in a minute, samples taken of each
+# Samples at 60 Hz: SLOPE_SUM_SECONDS, MIN_BEAT_SECONDS and FOOT_SEARCH_SECONDS of signals.py.
+SLOPE_SUM, APART, FOOT_SEARCH = 8, 16, 12
+SHORTEST, LONGEST = 0.27 * FS, 2.4 * FS     # beats, in samples, as there
+MIN_RISE_SHARE = 0.4            # of the usual largest rise; the PPG is smoother than the pressure
 FOLDS = 10                      # of the train patients, for `cross_validate`
 
 
@@ -42,7 +46,7 @@ def pulse_statistics(ppg: torch.Tensor) -> torch.Tensor:
         x = x / x.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-9)
         foot = find_pulse_feet(x)
         begin, samples = foot[:, :-1], foot[:, 1:] - foot[:, :-1]               # [B, beats]
-        valid = (begin >= 0) & (samples >= 0.27 * FS) & (samples <= 2.4 * FS)
+        valid = (begin >= 0) & (samples >= SHORTEST) & (samples <= LONGEST)
         count = valid.sum(1, keepdim=True).clamp_min(1)
         phase = torch.arange(POINTS, device=x.device) / POINTS
         at = (begin.unsqueeze(2) + samples.unsqueeze(2) * phase).round().long()
@@ -54,7 +58,7 @@ def pulse_statistics(ppg: torch.Tensor) -> torch.Tensor:
         mean = beats(x).mean(2)
         top = beats(F.max_pool1d(x.unsqueeze(1), 7, 1, 3)[:, 0]).amax(2)
         bottom = -beats(F.max_pool1d(-x.unsqueeze(1), 7, 1, 3)[:, 0]).amax(2)
-        height, rate = (top - bottom).clamp_min(1e-3), FS / samples.clamp_min(0.27 * FS)
+        height, rate = (top - bottom).clamp_min(1e-3), FS / samples.clamp_min(SHORTEST)
 
         def average(value):
             return (value * valid).sum(1, keepdim=True) / count
@@ -91,11 +95,13 @@ def find_pulse_feet(x):
     """
     x = moving_mean(moving_mean(x, 3), 3)
     rise = F.pad(x[:, 1:] - x[:, :-1], (1, 0))
-    slope_sum = F.avg_pool1d(F.pad(rise.clamp_min(0).unsqueeze(1), (7, 0)), 8, 1)
+    climbed = F.pad(rise.clamp_min(0).unsqueeze(1), (SLOPE_SUM - 1, 0))
+    slope_sum = F.avg_pool1d(climbed, SLOPE_SUM, 1)
     usual = F.max_pool1d(slope_sum, 2 * FS)[:, 0].sort(1)[0]   # each window holds a beat
     usual = usual[:, usual.shape[1] // 2].unsqueeze(1)
-    highest, slope_sum = F.max_pool1d(slope_sum, 33, 1, 16)[:, 0], slope_sum[:, 0]
-    peak = (slope_sum == highest) & (slope_sum > 0.4 * usual)
+    highest = F.max_pool1d(slope_sum, 2 * APART + 1, 1, APART)[:, 0]
+    slope_sum = slope_sum[:, 0]
+    peak = (slope_sum == highest) & (slope_sum > MIN_RISE_SHARE * usual)
     times = torch.arange(x.shape[1], device=x.device)
     peak = (peak * times).topk(min(MAX_BEATS, x.shape[1]))[0].flip(1)
 
@@ -103,8 +109,9 @@ def find_pulse_feet(x):
         places = at.unsqueeze(2) + torch.arange(1 - length, 1, device=x.device)
         return signal.gather(1, places.clamp_min(0).flatten(1)).view(places.shape)
 
-    steepest = (peak - 7 + before(rise, peak, 8).argmax(2)).clamp_min(1)
-    slope, level = rise.gather(1, steepest).clamp_min(1e-4), before(x, steepest, 12).amin(2)
+    steepest = (peak - (SLOPE_SUM - 1) + before(rise, peak, SLOPE_SUM).argmax(2)).clamp_min(1)
+    slope = rise.gather(1, steepest).clamp_min(1e-4)
+    level = before(x, steepest, FOOT_SEARCH).amin(2)
     foot = steepest - 0.5 - (x.gather(1, steepest) - 0.5 * slope - level) / slope
     return torch.where(peak > 0, foot.clamp(0, x.shape[1] - 1), torch.full_like(foot, -1))
 
@@ -123,6 +130,8 @@ def fit_anchor(dataset, keys: List[str], pulse: Optional[np.ndarray] = None) -> 
     'high': limits to which they are clipped, 'coefficients'}. Without it, at most
     MAX_ANCHOR_SEGMENTS segments are used, drawn at random.
     """
+    if not vitals_of(keys):
+        raise DataError("an anchor needs a vital among the keys")
     label, vitals = read_columns(subsample(dataset) if pulse is None else dataset, keys)
     return fit_rows(vitals_of(keys), vitals, label, pulse)
 

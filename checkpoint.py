@@ -27,7 +27,7 @@ from torch import nn
 
 import datasets
 from datasets import LABELS, DataError, DatasetIndex
-from models import MODELS, MyFirstResNet, SpreadResNet
+from models import MODELS
 from tk_utils import ScriptParser, atomic_file, one_line, printable, run_script
 
 SEEN = ["train", "tune", "ancestors"]       # parts of a split that shaped the weights
@@ -189,10 +189,10 @@ def new_network(name, **wanted) -> Tuple[nn.Module, str, dict]:
 
 
 def describe_network(network: nn.Module) -> Tuple[str, dict]:
-    """(spec, arguments) of a network; arguments are known only for networks of models.py."""
+    """(spec, arguments) of a network; arguments are known only for networks of models.MODELS."""
     kind = type(network)
-    if kind in (MyFirstResNet, SpreadResNet):
-        return "resnet_v3" if kind is MyFirstResNet else "resnet_spread", network.arguments
+    if vars(kind).get("entry") in MODELS:
+        return kind.entry, network.arguments
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or "your.py"
     return f"{os.path.basename(file)}:{kind.__name__}", {}
 

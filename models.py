@@ -28,7 +28,7 @@ train patients. A complete example, on made-up data:
     estimate_mmhg = model(ppg, *vitals)[:, 0] * tpp_mmhg.std() + tpp_mmhg.mean()
 
 To add an architecture, add an entry to `MODELS`: any `nn.Module` with `forward(ppg, *vitals)`, and
-optionally `features(ppg, *vitals)`.
+optionally `features(ppg, *vitals)`; with `entry` and `arguments`, checkpoints know how to build it.
 """
 import math
 
@@ -110,6 +110,7 @@ class MyFirstResNet(nn.Module):
     waveform and the call is `model(*vitals)`; comparing with it shows what the PPG adds.
     Raises ValueError for a wrong number of vitals and for a segment that is too short.
     """
+    entry = "resnet_v3"     # in MODELS, for checkpoints saved from Python
 
     def __init__(self, in_channels: int = 1, num_discrete: int = 0,
                  widths=(64, 64, 128, 128, 256), kernel_sizes=15, strides=4,
@@ -171,6 +172,7 @@ class SpreadResNet(MyFirstResNet):
     (docs/training.md). Here their logarithms, for the outputs of the first layer and of each block,
     join the pooled features: [B, 256 + 64 + 64 + 128 + 128 + 256].
     """
+    entry = "resnet_spread"
 
     def __init__(self, in_channels: int = 1, num_discrete: int = 0,
                  widths=(64, 64, 128, 128, 256), **options):

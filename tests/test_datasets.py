@@ -18,6 +18,7 @@ from datasets import DataError, TPP_PPG_dataset, create_dataset_index, split_ind
     (["r2 > 0.5", "p_crit<map"], "r2 > 0.5, p_crit < map"), ("any", "any"), ("default", "default"),
     (["default", "p_crit_se <= 5.5"], "default, p_crit_se <= 5.5"), ("r2_gt_5", "r2 > 0.5"),
     (datasets.PUBLISHED_CONDITION, "default, minutes >= 100"),
+    ("r2 > 0.5, minutes >= 99.5", "r2 > 0.5, minutes >= 100"),
     ("rmse_lt_3_and_pcrit_gt_0_pcrit_lt_map_pp_gt_10",
      "fit_rmse < 3, p_crit > 0, p_crit < map, pp > 10, minutes >= 100"),
     ("p_crit_se < 5, p_crit > 5, ppg_quality >= -1e-1",         # names that are prefixes

@@ -186,7 +186,7 @@ def test_each_call_returns_a_tensor_of_its_own():
     assert first.tolist() == [2.0, 3.0] and second.tolist() == [4.0, 5.0]
 
 
-def test_on_cpu_and_where_recording_fails_the_step_is_run_as_it_is(capsys):
+def test_on_cpu_with_other_optimisers_and_where_recording_fails_the_step_is_run_as_it_is(capsys):
     def record(run):
         run()
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
@@ -198,3 +198,6 @@ def test_on_cpu_and_where_recording_fails_the_step_is_run_as_it_is(capsys):
                                     record=record)
     assert all(torch.equal(one, p) for one, p in zip(before, run.model.parameters()))
     assert "not permitted when stream is capturing" in capsys.readouterr().out
+    nadam = torch.optim.NAdam(run.model.parameters())       # its state begins at 1, not at 0
+    assert capture_step(run.step, inputs, optimizer=nadam, record=record) == run.step
+    assert "no CUDA graph of a step of NAdam" in capsys.readouterr().out

@@ -181,7 +181,8 @@ def test_trend_concordance_counts_changes_beyond_the_zone_within_a_series():
     series = np.array([0, 0, 0, 0, 1, 1, 1])
     truth = np.array([30., 36, 33, 20, 50, 58, 50])         # changes + 6, - 3, - 13; + 8, - 8
     prediction = np.array([31., 35, 34, 40, 50, 51, 49])    # changes + 4, - 1, + 6; + 1, - 2
-    found = metrics.trend_concordance(series * 2, truth, prediction, series)
+    patients = metrics.PatientBootstrap(series * 2)
+    found = metrics.trend_concordance(patients, truth, prediction, series)
     assert (found["n"], found["n_changes"], found["zone"]) == (4, 5, 5.0)
     assert found["value"] == 3 / 4
 
