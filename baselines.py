@@ -118,10 +118,10 @@ def _fit_constant(inputs, columns, target):
 
 
 def _fit_ridge(inputs, columns, target):
-    n = len([name for name in inputs if name not in PULSE_STATISTICS])
-    fitted = fit_rows(inputs[:n], columns[:, :n], target,
-                      columns[:, n:] if n < len(inputs) else None)
-    return lambda columns: estimate(fitted, columns[:, :n], columns[:, n:])
+    n_vitals = len([name for name in inputs if name not in PULSE_STATISTICS])
+    pulse = columns[:, n_vitals:] if n_vitals < len(inputs) else None
+    fitted = fit_rows(inputs[:n_vitals], columns[:, :n_vitals], target, pulse)
+    return lambda columns: estimate(fitted, columns[:, :n_vitals], columns[:, n_vitals:])
 
 
 def _fit_boosting(columns, target, folds):

@@ -225,7 +225,7 @@ def read_salt(path) -> str:
         with filelock.FileLock(os.path.join(folder, f".{name}.lock")):
             if saved_salt(path) is None:        # no other process has made it meanwhile
                 with suppress(FileNotFoundError):
-                    os.remove(path)             # cut off, and perhaps readable by others
+                    os.remove(path)             # incomplete, and perhaps readable by others
                 with atomic_file(path, opener=lambda *name: os.open(*name, 0o600)) as file:
                     file.write(os.urandom(16).hex() + "\n")
     return saved_salt(path)

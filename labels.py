@@ -151,12 +151,12 @@ def waveform_balance(beats: Beats, n: int, wave: Wave) -> Dict[str, np.ndarray]:
         residual_late = np.bincount(late.segment, rest_late ** 2, n) + 1e-6 * count_late
         weight = np.where(enough, (count - 5) / residual, 1.0)
         weight_late = np.where(weight_late > 0, count_late / residual_late, 0.0)
-    # the variance includes what noise added to the sums; correlated residuals count as fewer beats
+    # a sandwich: noise is part of the sums in its middle; correlated residuals count as fewer beats
     at = np.flatnonzero(of[1:] == of[:-1])
     serial = np.clip(np.bincount(of[at], rest[at + 1] * rest[at], n) / residual, 0.0, MAX_SERIAL)
-    spread = (((1 + serial) / (1 - serial) * weight)[:, None, None] * xx
+    middle = (((1 + serial) / (1 - serial) * weight)[:, None, None] * xx
               + weight_late[:, None, None] * xx_late + prior)
-    variance = np.einsum("ij,ijk,ik->i", inverse[:, 0], spread, inverse[:, 0])
+    variance = np.einsum("ij,ijk,ik->i", inverse[:, 0], middle, inverse[:, 0])
     out = {"p_crit": fit[:, 0], "p_crit_se": np.sqrt(variance + MODEL_ERROR_MMHG ** 2),
            **_fit_quality(y, residual, of, n)}
     return {**{name: np.where(enough, value, np.nan) for name, value in out.items()},

@@ -47,8 +47,8 @@ class BatchOrder(Sampler):
 
 
 class Loader:
-    """The batches of a `BatchOrder` as tuples of tensors: read by a `DataLoader`, or gathered on
-    `device`, which then holds all the data."""
+    """The batches of a `BatchOrder` as tuples of tensors. device None: a `DataLoader` reads them;
+    else all the data are held on `device` and batches are gathered there."""
 
     def __init__(self, order, device, workers, **options):
         self.sampler, self.dataset, self.device = order, order.dataset, device

@@ -314,6 +314,7 @@ class Predictor:
                                          "be a tissue perfusion pressure")
         columns = {"tpp": tpp}
         for level in self.levels:
+            # the last output is the spread, which only a calibration with one reads
             ends = metrics.interval(tpp, self.calibration, level, answer[:, -1])
             columns.update(zip((f"low_{100 * level:g}", f"high_{100 * level:g}"), ends))
         return dict(columns, refused=refused)

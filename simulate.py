@@ -96,8 +96,8 @@ class Settings:
     finger_hz: Uniform = Uniform(5.0, 8.0)
     # Monitor. Shares are of the height of the pulse, except where they count segments or patients.
     ppg_delay_s: Uniform = Uniform(0.06, 0.34)              # behind the ABP, in real monitors
-    late_monitor_share: float = 0.15                        # of the patients: one vendor's are late
-    late_monitor_delay_s: Uniform = Uniform(0.95, 1.1)      # by about a second
+    late_monitor_share: float = 0.15                        # of patients, whose monitor is late ...
+    late_monitor_delay_s: Uniform = Uniform(0.95, 1.1)      # ... by so much, as one vendor's are
     ppg_scales: tuple = (1.0, 1.0, 4.0, 100.0)              # top of the monitor's scale
     ppg_gain: Uniform = Uniform(0.15, 0.6)                  # height of the pulse, of the scale
     ppg_level: Uniform = Uniform(0.4, 0.6)                  # DC level, of the scale
@@ -280,7 +280,8 @@ def monitor(rng, pressure, breath, p, s):
     low, high = np.percentile(volume, [5, 95])
     pulse = (volume - np.median(volume)) / (high - low)
     pulse += p["wander_share"] * slow_wander(rng, t) + p["venous_share"] * np.sin(breath + 2.0)
-    pulse += p["ppg_noise_share"] * rng.normal(size=len(t)) * 2    # a quarter of its power passes
+    # twice the SD: resampling from 240 to 60 Hz keeps a quarter of the noise's power
+    pulse += p["ppg_noise_share"] * rng.normal(size=len(t)) * 2
     if rng.random() < s.motion_share:
         begin = rng.uniform(LEAD_SECONDS, LEAD_SECONDS + datasets.SEGMENT_SECONDS)
         inside = (t > begin) & (t < begin + rng.uniform(2, 10))
