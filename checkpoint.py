@@ -204,7 +204,7 @@ def build_network(checkpoint: dict, network=None) -> nn.Module:
     if network is None and spec not in MODELS:
         raise CheckpointError(f"trained with a network of your own: --model {spec} (with the path "
                               "of that file; from Python: network=) loads it")
-    with one_line("the saved settings do not fit", CheckpointError):
+    with one_line(f"saved with {spec}, whose settings do not fit", CheckpointError):
         network = copy.deepcopy(network) if isinstance(network, nn.Module) else load_by_name(
             network or spec, MODELS, "--model")(**checkpoint["model_args"])
     with one_line(f"saved with {spec}, given {describe_network(network)[0]}: its parameters have "

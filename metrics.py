@@ -394,7 +394,7 @@ def interval(prediction: np.ndarray, calibration: dict, level: float = 0.9,
     half = calibration["half_widths"][calibration["levels"].index(level)]
     if half is None:
         needed = np.ceil(level / (1 - level) - 1e-9)
-        raise ValueError(f"{calibration['n_patients']} tune patients are too few: a "
+        raise ValueError(f"too few tune patients ({calibration['n_patients']}): a "
                          f"{100 * level:.0f} % interval needs {needed:.0f}")
     if calibration["spread"]:
         half = half * np.asarray(spread, np.float64)

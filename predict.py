@@ -88,8 +88,9 @@ def main(arguments=None):
         tk_utils.check_writable(path, [*inputs, options.checkpoint, options.vitals])
         if path in (options.out, names_path) and os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as file:
-                first = file.readline(1000)
-            if first.rstrip() != recordings.PRIVATE_LINE and "tpp," not in first:
+                first, second = file.readline(1000).rstrip(), file.readline(1000).rstrip()
+            names = (first, second) == (recordings.PRIVATE_LINE, "recording,path")
+            if not (names if path == names_path else ",tpp," in first):
                 raise DataError(f"{path}: was not written by predict.py; give another --out")
     if predictor.warning:
         print(f"*** {predictor.warning} ***")
@@ -174,15 +175,16 @@ class Predictor:
         halves = dict(zip(known.get("levels", ()), known.get("half_widths", ())))
         usable = {level: half for level, half in halves.items() if half is not None}
         missing = [f"{100 * level:.0f} %" for level in halves if level not in usable]
-        if missing:
-            self.remarks.append(f"no interval at {', '.join(missing)}: calibrated on too few "
-                                f"patients ({known['n_patients']})")
         why = "no calibration (evaluate.py CHECKPOINT --calibrate DATA makes one)"
         if halves:
             why = usable and report.domain_refusal({"origin": self.origin, **known}, "recordings")
         if why:
             self.remarks.append(f"no prediction intervals: {why}")
-        return {} if why else usable
+            return {}
+        if missing:
+            self.remarks.append(f"no interval at {', '.join(missing)}: calibrated on too few "
+                                f"patients ({known['n_patients']})")
+        return usable
 
     def table(self, found) -> pd.DataFrame:
         """The rows of all recordings; of several, an unusable recording gets a line on stderr."""
@@ -236,9 +238,12 @@ class Predictor:
 
     def why_missing(self, missing, recorded, readings, implausible):
         """Why no minute has the vitals `missing`, and what to do."""
-        whys = ["no arterial pressure (--abp-channel)"]
-        if "abp" in recorded.chosen:
-            whys = [recorded.implausible.get("abp", "no usable beats in the arterial pressure")]
+        whys, of_line = [], [key for key in missing if key in labels.FIELDS]
+        whys += [f"no {key.upper()} in the recording" for key in missing if key not in of_line]
+        if of_line and "abp" not in recorded.chosen:
+            whys.append("no arterial pressure (--abp-channel)")
+        elif of_line:
+            whys.append(recorded.implausible.get("abp", "no usable beats in the arterial pressure"))
         whys += [what for kind, what in recorded.implausible.items()
                  if kind.replace("cuff_", "") in missing]
         for key in missing if self.vitals_path else ():
@@ -254,7 +259,8 @@ class Predictor:
             names = ("COLUMN", missing[0]) if implausible else ("CHANNEL", "ABP")
             whys.append(recordings.UNIT_HINT.format(*names))
         elif not self.vitals_path:
-            whys.append(f"add --map, --dbp, or --vitals CSV of time_s,{','.join(missing)}")
+            options = "--map, --dbp, or " if of_line else ""
+            whys.append(f"add {options}--vitals CSV of time_s,{','.join(missing)}")
         return "; ".join(whys)
 
     def block(self, recorded, minutes, readings, wrong_readings) -> pd.DataFrame:

@@ -188,6 +188,16 @@ def unit_factor(kind, unit, path, channel) -> float:
     return known.get(unit, 1.0)
 
 
+def names_of(channels) -> set:
+    """What --unit may call channels: their names in lower case, and their plain names."""
+    return {name.lower() for name in channels} | {plain_name(name) for name in channels}
+
+
+def stated_unit(units, name, own):
+    """The unit of a channel in {name in lower case, or plain name: unit}; without one, its own."""
+    return units.get(name.lower(), units.get(plain_name(name), own))
+
+
 def nature(channel) -> str:
     """'wave', 'number' or 'unknown' (flat, empty or smooth), by rate and content."""
     if not channel.fs >= MIN_WAVE_HZ:
@@ -316,11 +326,11 @@ def read_vitals(path, limits, units=None, start_time=None):
             if (np.diff(times[known]) <= 0).any():
                 raise RecordingError(path, f"the times of {key.upper()} do not increase")
             raw[key] = (times[known], table[name].to_numpy(np.float64)[known],
-                        unit_factor(key, given.get(name.lower(), own_units[name]), path, name))
+                        unit_factor(key, stated_unit(given, name, own_units[name]), path, name))
     if not raw:
         raise RecordingError(path, "expected a time column (time_s: seconds from the recording's "
                                    "start) and, as numbers, any of " + ", ".join(limits))
-    return (*check_vitals(raw, limits), {name.lower() for name in table.columns})
+    return (*check_vitals(raw, limits), names_of(table.columns))
 
 
 class Minutes(NamedTuple):
@@ -358,9 +368,9 @@ class Recorded:
         # (numbers of the arterial line or the monitor), cuff_map, cuff_sbp, cuff_dbp.
         self.chosen, self.reasons = choose(self.path, self.reader, channels or {})
         units = {name.lower(): unit for name, unit in (units or {}).items()}
-        self.unknown_units = set(units) - {name.lower() for name in self.channels}
+        self.unknown_units = set(units) - names_of(self.channels)
         for kind, name in list(self.chosen.items()):
-            unit = units.get(name.lower(), self.channels[name].unit)
+            unit = stated_unit(units, name, self.channels[name].unit)
             try:
                 self.factors[kind] = unit_factor(kind, unit, self.path, name)
             except RecordingError:

@@ -143,15 +143,26 @@ def scored_text(results) -> str:
 def skill_text(skill, own, here) -> str:
     """skill: over the best baseline (cross-validated); own: with equal weight for each patient;
     here: over the best baseline on these patients."""
-    better = ("better than" if (skill["low"] or 0) > 0 else
-              "WORSE than" if (skill["high"] or 0) < 0 else "NOT shown to be better than")
+    by_minute, by_patient = (
+        "better than" if (estimate["low"] or 0) > 0 else
+        "WORSE than" if (estimate["high"] or 0) < 0 else "NOT shown to be better than"
+        for estimate in (skill, own))
     other = "the best baseline (cross-validated), " * (skill["over"] in NAMES)
-    text = (f"The model is {better} {other}{named(skill['over'])}: skill {shown(skill)}, with "
-            f"equal weight for each patient {shown(own)} (0: no gain, 1: perfect).")
+    text = f"The model is {by_minute} {other}{named(skill['over'])}: skill {shown(skill)}"
+    if by_minute == by_patient:
+        text += f", with equal weight for each patient {shown(own)} (0: no gain, 1: perfect)."
+    else:
+        text += (" by minute (0: no gain, 1: perfect). With equal weight for each patient it is "
+                 f"{by_patient.replace(' than', '')}: skill {shown(own)}.")
     if here["value"] == skill["value"]:         # the same baseline
         return text
     worse = "It does WORSE than" if (here["high"] or 0) < 0 else "Over"
     return f"{text} {worse} the best baseline here, {named(here['over'])}: skill {shown(here)}."
+
+
+def listed(settings: dict) -> str:
+    """'epochs 6, lr 0.002' of the settings of a run, without its keys."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if name != "keys")
 
 
 def true_text(true) -> str:

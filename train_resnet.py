@@ -55,6 +55,7 @@ RECIPES = {
     "M1.5": {**NEUTRAL, "epochs": 10, "batch_size": 256, "lr": 1e-3, "schedule": ["step", 3, 0.2],
              "weight_decay": 0.1, "l1": 1e-4}}
 SMALL_SEGMENTS = 50_000         # fewer train segments make under 2,000 steps of 256: recipe small
+FEW_PATIENTS = 10               # tune or test patients, below which a single split says little
 # The default data: many patients with few segments, as the segments of a patient differ little.
 SIMULATED = {"patients": 1200, "segments": 3, "seed": 0}
 SIMULATED_FILE = "data/simulated_{patients}x{segments}_seed{seed}.h5".format(**SIMULATED)
@@ -166,6 +167,8 @@ def train_and_score(options, data):
         if is_first() and not options.position:
             print(", ".join(f"{name}: {counted(len(part), 'segment')} of " + counted(
                 part.n_patients, "patient") for name, part in parts.items()))
+            if min(parts[name].n_patients for name in ("tune", "test")) < FEW_PATIENTS:
+                print("*** few patients: --folds 5 tests each of them once ***")
             print("recipe {recipe}: batch size {batch_size}, epochs {epochs}".format(**recipe),
                   flush=True)
         parent = open_parent(options, data, parts) if options.init_from else None
@@ -307,8 +310,8 @@ def is_finished(options, description) -> bool:
     if path == resume:
         print(f"continuing from {path}", flush=True)
         return False
+    print("this run is finished; --fresh trains it again, --name OTHER keeps both. Its scores:")
     show(options)
-    print("this run is finished; --fresh trains it again, --name OTHER keeps both")
     return True
 
 

@@ -79,7 +79,7 @@ def test_other_files_are_refused_in_one_line_and_never_executed(tmp_path, monkey
     ("normaliser", {}, "normaliser of map"),
     ("normaliser", {**NORMALISER, "map": {"mean": 75.0, "sd": 0.0}}, "normaliser of map"),
     ("model", {"projection.bias": torch.tensor([float("nan")])}, "weights projection.bias"),
-    ("model_args", {**SMALL, "colour": "red"}, "the saved settings do not fit"),
+    ("model_args", {**SMALL, "colour": "red"}, "saved with resnet_v3, whose settings do not fit"),
     *(("model_args", {**SMALL, **change}, "saved with resnet_v3, given resnet_v3: its parameters "
        "have other names or shapes .RuntimeError")
       for change in ({"widths": (4, 4, 16)}, {"num_discrete": 2}))])

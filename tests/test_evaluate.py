@@ -124,7 +124,7 @@ def test_calibrating_on_data_gives_intervals_there_and_takes_them_away_elsewhere
     real = make_file(data.parent / "real.h5", patients=40, encounters=1, rows=4, seed=1)
     results = evaluate.evaluate(path, data=[real])
     levels = results["uncertainty"]["levels"]
-    assert levels["90 %"]["refused"] == "3 tune patients are too few: a 90 % interval needs 9"
+    assert levels["90 %"]["refused"] == "too few tune patients (3): a 90 % interval needs 9"
     refused = levels["50 %"]["refused"]
     assert "calibrated on simulated data, not on data of unknown origin" in refused
     assert "--calibrate DATA" in refused

@@ -290,7 +290,7 @@ def test_levels_that_need_more_tune_patients_are_refused(n_patients, n_known):
         low, high = metrics.interval([30., 40.], found, level)
         assert (high > low).all()
     for level in metrics.LEVELS[n_known:]:
-        with pytest.raises(ValueError, match=f"^{n_patients} tune.*{100 * level:.0f} %"):
+        with pytest.raises(ValueError, match=rf"\({n_patients}\).*{100 * level:.0f} %"):
             metrics.interval([30.], found, level)
 
 

@@ -2,6 +2,7 @@
 import html
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from test_prepare import light, read, write_csv
 
 import predict
 import prepare
+import recordings
 from checkpoint import save_checkpoint
 from models import get_model_v3
 from training_header import NormalisedModel, load_model
@@ -134,6 +136,11 @@ def test_several_recordings_make_one_table_and_names_stay_private(tmp_path, nigh
     assert list(table["recording"].unique()) == list(map(str, paths[::2]))
     done = run(checkpoint, folder, "--figure", tmp_path / "f.png", code=2)
     assert "--figure draws one recording" in done.stderr
+    theirs = f"{recordings.PRIVATE_LINE}\nkind,record,path,what,detail,key\n"
+    (tmp_path / "x_problems.csv").write_text(theirs)        # prepare.py's
+    done = run(checkpoint, folder, "--out", tmp_path / "x_problems.csv", code=2)
+    assert "was not written by predict.py" in done.stderr
+    assert (tmp_path / "x_problems.csv").read_text() == theirs
 
 
 def test_from_python_vitals_hold_for_all_minutes_and_hr_comes_from_the_ppg(night, checkpoint):
@@ -159,6 +166,13 @@ def test_the_error_says_why_no_minute_has_a_vital(tmp_path, checkpoint, abp, cuf
     line, = run(checkpoint, *vitals, path, code=2).stderr.splitlines()
     assert said in line and "add --vitals" not in line and ("if the unit" in line) == (
         "--unit" in said)
+
+
+def test_a_vital_that_no_arterial_line_gives_is_not_blamed_on_it(checkpoint):
+    predictor = predict.Predictor(load_model(checkpoint), "x", {}, None)
+    recorded = SimpleNamespace(chosen={"abp": "ABP"}, implausible={})
+    assert predictor.why_missing(["spo2"], recorded, {}, {}) == (
+        "no SPO2 in the recording; add --vitals CSV of time_s,spo2")
 
 
 def test_a_unit_must_name_a_channel_or_a_column_of_vitals(tmp_path, night, checkpoint):

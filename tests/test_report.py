@@ -173,8 +173,8 @@ def estimate(value):
 
 
 def test_the_headline_says_worse_where_any_baseline_does_better():
-    def text(skill, here, **ends):
-        return report.skill_text(dict(estimate(skill), over="ridge"), estimate(skill),
+    def text(skill, here, own=None, **ends):
+        return report.skill_text(dict(estimate(skill), over="ridge"), estimate(own or skill),
                                  dict(estimate(here), over="mean_tpp", **ends))
 
     assert "is better than the best" in text(0.5, 0.4) and "WORSE" not in text(0.5, 0.4)
@@ -184,6 +184,8 @@ def test_the_headline_says_worse_where_any_baseline_does_better():
         assert "WORSE" not in text(0.5, -0.6, low=none, high=none)
     assert "is WORSE than" in text(-0.6, -0.7) and "NOT shown to be better" in text(0.05, 0.04)
     assert len(re.findall("WORSE|NOT shown|skill", text(-0.6, -0.6))) == 2      # each fact once
+    assert "equal weight for each patient it is NOT shown to be better: skill 0.05" in text(
+        0.5, 0.5, own=0.05)
 
 
 def test_numbers_without_an_interval_or_a_value_are_shown_as_what_they_are():
