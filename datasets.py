@@ -687,7 +687,8 @@ def fit_normaliser(dataset, keys) -> Dict[str, dict]:
         values = dataset.column(key).numpy()
         if not values.min() < values.max():
             raise DataError(f"field {key!r} is constant or not finite in the train segments")
-        mean, variance = values.mean(dtype=np.float64), values.var(dtype=np.float64)
-        normaliser[key] = {"mean": float(mean), "sd": float(variance) ** 0.5,
-                           "unit": FIELDS[key].unit}
+        mean = float(values.mean(dtype=np.float64))
+        blocks = (values[a:a + 2 ** 20].astype(np.float64) for a in range(0, len(values), 2 ** 20))
+        variance = sum(float(((block - mean) ** 2).sum()) for block in blocks) / len(values)
+        normaliser[key] = {"mean": mean, "sd": variance ** 0.5, "unit": FIELDS[key].unit}
     return normaliser

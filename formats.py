@@ -39,6 +39,7 @@ IN_NAMES = (*NUMBER_WORDS, "left", "right", "l", "r", "a", "b", "radial", "rad",
             "invasive", "arterial", "art", "abp", "ibp", "ppg", "pleth")
 MIN_WAVE_HZ = 40        # below it the upstroke of a beat has too few samples to time it
 JITTER_S = 0.01         # error of a block's time stamp that is not a gap
+EDF_GAP_S = 0.5         # by which a data record of EDF+C must be late to come after a gap
 NUMERICS_FS = 1.0       # Hz; a .vital file's numbers come at any time
 # A file may promise this many samples per channel (3 days at 125 Hz, gaps included) ...
 FREE_SAMPLES, SAMPLES_PER_BYTE = 1 << 25, 32    # ... and per byte (8 bits compressed 32-fold)
@@ -346,7 +347,7 @@ class Edf:
         with contextlib.suppress(ValueError):
             stamp = re.sub(r"\D", ".", header[168:184].decode("latin-1"))       # or 10:20:30
             self.start_time = datetime.datetime.strptime(stamp, "%d.%m.%y%H.%M.%S")
-        held = (os.path.getsize(path) - 256 - 256 * n) // max(1, 2 * int(sizes.sum()))
+        held = max(0, os.path.getsize(path) - 256 - 256 * n) // max(1, 2 * int(sizes.sum()))
         if 0 < n_records != held:           # -1 while it is being written
             raise RecordingError(path, f"holds {held} data records, its header says {n_records}")
         ends, self.channels, self.about = np.cumsum(sizes), {}, {}
@@ -365,9 +366,12 @@ class Edf:
                 times = self.records[:, ends[i] - sizes[i]:ends[i]]
                 times_s = np.array([float(re.match(rb"[+-][\d.]+", row.tobytes()).group())
                                     for row in times])
-                late_s = np.diff(times_s) - self.seconds
-                if has_gaps or late_s.max(initial=0) > JITTER_S and late_s.min() > -JITTER_S:
+                steps_s = np.diff(times_s)
+                if has_gaps:
                     self.starts_s = times_s - times_s.min()
+                elif held > 1:      # EDF+C has none, but some have; a clock that drifts is no gap
+                    late_s = steps_s - np.median(steps_s)
+                    self.starts_s[1:] += np.cumsum(np.where(late_s > EDF_GAP_S, late_s, 0.0))
             except (ValueError, AttributeError):
                 if has_gaps:
                     raise RecordingError(

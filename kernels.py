@@ -64,9 +64,8 @@ class FastResNet:
 
     def __init__(self, network, fft):
         self.network, self.fft = network, fft
-
-    def __getattr__(self, name):
-        return getattr(self.network, name)
+        for name in ("in_channels", "num_discrete", "min_samples", "dropout", "projection", "mlp"):
+            setattr(self, name, getattr(network, name))
 
     def waveform_features(self, ppg):
         """[B, in_channels, L] -> [B, F], as `network.waveform_features`."""

@@ -36,10 +36,13 @@ class BatchOrder(Sampler):
         return full + (rest > 0 and not (self.drop_last and full > 0))
 
     def __iter__(self):
-        order = torch.arange(len(self.dataset))
+        count = len(self.dataset)
+        kind = torch.int32 if count < 2 ** 31 else torch.int64
+        order = torch.arange(count, dtype=kind)
         if self.shuffle:
             seed = int(np.random.default_rng([self.seed, self.epoch]).integers(2 ** 62))
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
+            source = torch.Generator().manual_seed(seed)
+            order = torch.randperm(count, dtype=kind, generator=source)
         for batch in range(self.first_batch, len(self)):
             items = order[batch * self.batch_size:(batch + 1) * self.batch_size]
             yield np.array_split(items.numpy(), self.world)[self.rank]

@@ -112,8 +112,10 @@ class PatientBootstrap:
     def drawn(self) -> np.ndarray:
         """How often each patient is drawn: [n_boot, n_patients]."""
         share = np.full(self.n_patients, 1 / self.n_patients)
-        draws = np.random.default_rng(self.seed).multinomial(self.n_patients, share, self.n_boot)
-        return draws.astype(np.int32)
+        rng, drawn = np.random.default_rng(self.seed), np.empty((self.n_boot, len(share)), np.int32)
+        for draw in drawn:
+            draw[:] = rng.multinomial(self.n_patients, share)
+        return drawn
 
     def per_patient(self, column: np.ndarray) -> np.ndarray:
         """[n_patients]: the sums of a column [N] over each patient's segments."""
@@ -129,7 +131,8 @@ class PatientBootstrap:
         columns = np.stack(columns, axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             value = float(function(*[column.sum() for column in columns.T]))
-            draws = function(*(self.drawn @ columns).T)
+            blocks = np.array_split(self.drawn, 1 + self.drawn.size // 10 ** 7)     # bounds memory
+            draws = function(*np.concatenate([block @ columns for block in blocks]).T)
         return self.with_interval(value, draws, scale)
 
     def share(self, part, whole=None, by_patient: bool = False) -> Dict[str, float]:

@@ -364,13 +364,14 @@ def ppg_delay(abp: np.ndarray, ppg: np.ndarray, fs: float) -> Tuple[float, float
 
 def _foot_times(signal, fs, scale):
     """(times in s, rows) of the feet; rows are set so far apart that no delay spans two rows."""
-    apart_s, times = signal.shape[1] / fs + 2 * max(DELAY_RANGE_S), []
+    apart_s, times = signal.shape[1] / fs + 2 * max(DELAY_RANGE_S), [np.zeros(0)]
     for row in range(len(signal)):
         filled, missing = fill_missing(signal[row:row + 1])
         foot, _ = find_feet(scale(filled), fs)
         foot = foot[~missing[0, np.rint(foot).astype(int)]]
         times.append(foot / fs + row * apart_s)
-    return np.concatenate(times), np.repeat(np.arange(len(times)), [len(foot) for foot in times])
+    rows = np.repeat(np.arange(-1, len(signal)), [len(foot) for foot in times])
+    return np.concatenate(times), rows
 
 
 def ppg_polarity(ppg: np.ndarray, fs: float) -> int:

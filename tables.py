@@ -438,7 +438,7 @@ def _find_jumps(path, times, period, coarse_s, far):
         if (min(abs(by), abs(by_far)) < least_s or by * by_far < 0
                 or np.abs(own_s[j:j + near][close] - by).argmin() > 0):     # a later step fits
             continue
-        if by < -max(1.0, 2 * period):
+        if by < -max(1.0, 2 * period) - 1e-6:
             raise RecordingError(path, f"row {row + 1}: time does not increase, but goes back by "
                                        f"{-by:.6g} s; {GIVE_RATE}")
         if by > MAX_GAP_S:

@@ -100,8 +100,9 @@ def check_writable(path, inputs=()) -> None:
         raise IsADirectoryError(f"{path}: expected a file to write, but this is a folder")
     if os.path.realpath(path) in {os.path.realpath(file) for file in inputs if file}:
         raise FileExistsError(f"{path}: is both an input and an output")
-    folder = next(one for one in Path(os.path.realpath(path)).parents if one.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+    folders = map(str, Path(os.path.realpath(path)).parents)
+    folder = next(filter(os.path.exists, folders), "")      # the nearest that exists
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise PermissionError(f"{path}: cannot be written here")
 
 
@@ -366,8 +367,9 @@ def new_figure(width_inches: float, height_inches: float):
 def save_figure(figure, path) -> None:
     """Write a figure atomically, in the format of the suffix (.png at 200 dpi, .pdf, .svg)."""
     from matplotlib import rc_context
+    suffix = os.path.splitext(path)[1][1:] or "png"
     with atomic_path(path) as temporary, rc_context({"pdf.fonttype": 42}):     # editable text
-        figure.savefig(temporary, format=os.path.splitext(path)[1][1:], dpi=200, facecolor="white")
+        figure.savefig(temporary, format=suffix, dpi=200, facecolor="white")
 
 
 def finish_figure(figure, note: Optional[str] = None):

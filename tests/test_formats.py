@@ -2,6 +2,7 @@
 import gzip
 import inspect
 import os
+import re
 from contextlib import nullcontext
 
 import h5py
@@ -271,6 +272,14 @@ def test_odd_header_fields_that_are_not_needed_are_ignored(edf, first, text):
     reader, start = opened(edf), "1985-12-31 10:20:30" if first == 176 else "1985-12-31 23:59:01"
     np.testing.assert_array_equal(reader.read(["ABP"], 0, np.inf)["ABP"].samples, expected)
     assert reader.start_time == (None if first == 168 else pd.Timestamp(start))
+
+
+def test_a_clock_that_drifts_makes_no_gaps_in_an_edf_c_file(edf):
+    expected, data = whole(edf)["ABP"].samples, edf.read_bytes()
+    drifting = re.sub(rb"\+(\d+)\x14\x14\x00{5}", lambda stamp: (
+        b"+%.2f\x14\x14" % (1.02 * int(stamp[1]))).ljust(len(stamp[0]), b"\0"), data)
+    edf.write_bytes(drifting)
+    assert drifting != data and np.array_equal(whole(edf)["ABP"].samples, expected)
 
 
 @pytest.mark.parametrize("first, text, complaint", [

@@ -1,4 +1,5 @@
 """kernels.py and cuda_graph.py against models.py and the plain step."""
+import copy
 import os
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def test_features_inference_and_the_gradient_of_the_input_are_the_plain_networks
     ppg.requires_grad_()
     evaluated = [run(ppg, *vitals) for run in (plain, fast)]
     assert torch.allclose(*(torch.autograd.grad(out.sum(), ppg)[0] for out in evaluated))
+    assert torch.equal(copy.deepcopy(fast)(ppg, *vitals), evaluated[1])
     assert not torch.equal(accelerate(ours.train())(ppg, *vitals), evaluated[1])    # dropout acts
 
 

@@ -464,10 +464,12 @@ def test_a_blend_is_of_both_ridges_and_the_network_and_refitted_to_all_patients(
     before = predict_dataset(model, train)
     halves = [TPP_PPG_dataset(index.select(index.encounter_patient % 2 == half), "segment", KEYS)
               for half in (0, 1)]
+    refit_anchor(model, halves[0], halves[0])
+    assert np.abs(predict_dataset(model, train) - before).max() > 0.1
     refit_anchor(model, *halves)            # together the same segments, so the same ridges
     assert np.allclose(predict_dataset(model, train), before, atol=2e-3)
     assert kept_shares(model.anchor) == {"network": share, "pulse_statistics": pulse_share}
-    assert model.anchor["trained_on"] == anchor
+    assert model.anchor["trained_on"] == anchor and model.anchor["refitted"]
 
 
 def test_the_normalisation_of_the_ppg_is_chosen_by_name():
