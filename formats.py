@@ -294,6 +294,7 @@ class Vital:
         records = sorted(track.recs, key=lambda record: record["dt"])
         if not records:
             return channel
+        # the blocks of samples, and the time of each from the recording's start
         blocks = [np.atleast_1d(record["val"]) for record in records]
         times, fs = np.array([record["dt"] for record in records]) - self.start_s, channel.fs
         if track.type == 2:
@@ -304,16 +305,18 @@ class Vital:
             blocks = [np.where(block == gap, np.nan, block * track.gain + track.offset)
                       for block in blocks]
         check_size(self.path, times[-1] * fs)
+        # a block jumps if it comes later than the block before it ends
         start_s, times = float(times[0]), times - times[0]
         lengths = np.array([len(block) for block in blocks])
         before, steps, period = np.cumsum(lengths) - lengths, np.diff(times), 1 / fs
         jumps = steps - lengths[:-1] * period > max(JITTER_S, 1.5 / fs)
-        if not jumps.all():
+        if not jumps.all():         # the true period, from the blocks that follow one another
             measured = steps[~jumps].sum() / lengths[:-1][~jumps].sum()
             late = abs(measured / period - 1) * lengths.sum()       # samples, at the end
             if late > 0.1 and measured > period / 2:
                 period = measured
-        first = np.flatnonzero(np.append(True, jumps))      # block of each run without a gap
+        # the number of each block's first sample: after a jump by its stamp, else by counting
+        first = np.flatnonzero(np.append(True, jumps))
         shifts = np.rint(times[first] / period).astype(np.int64) - before[first]
         positions = before + shifts[np.cumsum(np.append(False, jumps))]
         late_s, true_fs = np.abs(positions * period - times).max(), float(f"{1 / period:.10g}")
@@ -359,25 +362,32 @@ class Edf:
             raise RecordingError(path, "this EDF file holds no signals")
         self.records = np.memmap(path, "<i2", "r", 256 + 256 * n, (held, ends[-1]))
         self.starts_s = self.seconds * np.arange(held)
-        if header[192:196] == b"EDF+":      # each data record begins with its time, as text
-            has_gaps = header[192:197] == b"EDF+D"
-            try:
-                i = labels.index("EDF Annotations")
-                times = self.records[:, ends[i] - sizes[i]:ends[i]]
-                times_s = np.array([float(re.match(rb"[+-][\d.]+", row.tobytes()).group())
-                                    for row in times])
-                steps_s = np.diff(times_s)
-                if has_gaps:
-                    self.starts_s = times_s - times_s.min()
-                elif held > 1:      # EDF+C has none, but some have; a clock that drifts is no gap
-                    late_s = steps_s - np.median(steps_s)
-                    self.starts_s[1:] += np.cumsum(np.where(late_s > EDF_GAP_S, late_s, 0.0))
-            except (ValueError, AttributeError):
-                if has_gaps:
-                    raise RecordingError(
-                        path, "an EDF+D file with data records without time") from None
+        if header[192:196] == b"EDF+" and held > 1:
+            self._place_records(labels, ends, sizes, has_gaps=header[192:197] == b"EDF+D")
         self.end_s = float(self.starts_s.max()) + self.seconds
         check_size(path, self.end_s * max(channel.fs for channel in self.channels.values()))
+
+    def _place_records(self, labels, ends, sizes, has_gaps):
+        """Place the data records by the time with which each begins, as text. has_gaps: EDF+D.
+
+        EDF+C must not have gaps. If a record is late all the same, it and the later ones move; a
+        clock that drifts is not a gap.
+        """
+        try:
+            i = labels.index("EDF Annotations")
+            times = self.records[:, ends[i] - sizes[i]:ends[i]]
+            times_s = np.array([float(re.match(rb"[+-][\d.]+", row.tobytes()).group())
+                                for row in times])
+        except (ValueError, AttributeError):
+            if has_gaps:
+                raise RecordingError(
+                    self.path, "an EDF+D file with data records without time") from None
+            return
+        if has_gaps:
+            self.starts_s = times_s - times_s.min()
+        else:
+            late_s = np.diff(times_s) - np.median(np.diff(times_s))
+            self.starts_s[1:] += np.cumsum(np.where(late_s > EDF_GAP_S, late_s, 0.0))
 
     def read(self, names, start_s, stop_s):
         out = {}

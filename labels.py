@@ -112,6 +112,8 @@ def waveform_balance(beats: Beats, n: int, wave: Wave) -> Dict[str, np.ndarray]:
     Over a beat, inflow = outflow + storage: SV = (MAP - Pcrit) T / R + C dP, so that with H, the
     mean of SYSTOLE_SECONDS above the level F before the foot, as the measure of SV:
         MAP = Pcrit + k H / T - tau dF / T + breath
+    A row of the fit is x = [1, H / T, -dF / T, sine, cosine], its answer [Pcrit, k, tau, the
+    breath's two parts] solves (sum of w x x' - noise + prior) fit = sum of w x MAP - noise + pull.
     - Beats are timed by the shift of the whole upstroke and levels are means, which reduces noise.
     - Noise that is left in H and dF flattens the slopes and raises Pcrit. Its variance is estimated
       in late diastole and subtracted from the normal equations (errors in variables: Fuller,

@@ -389,23 +389,39 @@ class Recorded:
             numbers = self._by_window(readings, starts / self.fs)
         self.left_over_s = max(0.0, self.reader.end_s - len(starts) * self.samples / self.fs)
         blocks = [slice(i, i + BLOCK_WINDOWS) for i in range(0, len(starts), BLOCK_WINDOWS)]
-        samples = np.arange(self.samples)
+        if self._is_inverted(ppg, abp, [starts[block] for block in blocks]):
+            ppg = -ppg
+        self._check_pressure(abp)
+        for block in blocks:
+            rows = starts[block, None] + np.arange(self.samples)
+            if block.start == 0:
+                self._refuse_copy(ppg[rows], abp[rows])
+            yield Minutes(starts[block] / self.fs, ppg[rows], abp[rows], *(
+                {kind: values[block] for kind, values in group.items()} for group in numbers))
+
+    def _is_inverted(self, ppg, abp, starts) -> bool:
+        """Whether the PPG is inverted; notes on the polarity of both signals. starts: of blocks."""
+        if not self.polarity:
+            return False
 
         def sign(wave):     # of the first block with an answer
-            signs = (self.polarity(wave[starts[block, None] + samples], self.fs)
-                     for block in blocks if self.polarity)
+            signs = (self.polarity(wave[block[:, None] + np.arange(self.samples)], self.fs)
+                     for block in starts)
             return next(filter(None, signs), 0)
 
-        polarity = sign(ppg)
-        if polarity < 0:
-            ppg = -ppg
+        of_ppg, of_abp = sign(ppg), sign(abp)
+        if of_ppg < 0:
             self.notes.append("the PPG is inverted (its pulses point down); turned")
-        elif not polarity and self.polarity and blocks:
+        elif not of_ppg and starts:
             self.notes.append("whether the PPG is inverted cannot be told (its pulses rise as "
                               "slowly as they fall); if it is, the TPP is wrong")
-        if sign(abp) < 0:
+        if of_abp < 0:
             self.notes.append("the ABP seems inverted (its pulses point down): check its unit, "
                               "gain and limits before you use these numbers")
+        return of_ppg < 0
+
+    def _check_pressure(self, abp):
+        """Add an implausible ABP to those of the numbers, and notes on all that are needed."""
         low, high = self.limits.get("map", (-np.inf, np.inf))
         if np.isfinite(abp).any() and not low <= np.nanmedian(abp) <= high:
             self.implausible["abp"] = (f"implausible ABP (median {np.nanmedian(abp):.3g}, expected "
@@ -414,12 +430,6 @@ class Recorded:
         hint = UNIT_HINT.format("CHANNEL", "ABP")
         self.notes += [f"{what}; {hint}" for kind, what in self.implausible.items()
                        if kind.replace("cuff_", "") not in unneeded]
-        for block in blocks:
-            rows = starts[block, None] + samples
-            if block.start == 0:
-                self._refuse_copy(ppg[rows], abp[rows])
-            yield Minutes(starts[block] / self.fs, ppg[rows], abp[rows], *(
-                {kind: values[block] for kind, values in group.items()} for group in numbers))
 
     def _refuse_copy(self, ppg, abp):
         x, y = np.stack([ppg, abp])[:, np.isfinite(ppg) & np.isfinite(abp)]
