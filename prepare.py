@@ -342,17 +342,17 @@ def write_output(records, prepared, options):
 
 def read_contents(path) -> dict:
     """What report.print_quality and write_quality need of a prepared file."""
-    records, tables = [], []
+    records, tables, gate = [], [], datasets.get_gate(datasets.DEFAULT_CONDITION)
     with datasets.open_file(path) as file:
         for patient, groups in file.items():
             for name, group in groups.items():
                 records.append(dict(group.attrs))
                 scalars = {key: item[:] for key, item in group.items() if item.ndim == 1}
-                tables.append(pd.DataFrame({**scalars, "patient": patient, "name": name}))
+                passed = datasets.passes_gate(gate, scalars.get, np.ones(len(group["ppg"]), bool))
+                tables.append(pd.DataFrame({**scalars, "patient": patient, "name": name,
+                                            "passed": passed}))
     records = pd.DataFrame(records)
     segments = pd.concat(tables).rename_axis("row").reset_index()
-    gate = datasets.get_gate(datasets.DEFAULT_CONDITION)
-    segments["passed"] = datasets.passes_gate(gate, segments.get, np.ones(len(segments), bool))
     segments["reasons"] = segments["reason"].map({
         mask: [name.replace("_", " ").replace("abp", "ABP").replace("ppg", "PPG")
                for name in signals.reason_names(mask)] for mask in segments["reason"].unique()})
