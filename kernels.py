@@ -15,7 +15,7 @@ in models.py or here, to which tests/test_kernels.py compares it. Needs models.p
 import ctypes
 import math
 import os
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -100,12 +100,11 @@ def keep_freed_memory():
         libc.mallopt(-1, 2 ** 31 - 1)           # M_TRIM_THRESHOLD
 
 
-def prepare_device(device: torch.device, precision: Optional[str] = None):
+def prepare_device(device: torch.device, precision: str = "tf32"):
     """Process-wide settings for fast and reproducible training on a device; call before training.
 
     With precision 'tf32' or 'bf16', float32 products on CUDA round their factors to TF32; with
-    'float32' they do not; None keeps the setting. On CUDA the same seed gives the same weights to
-    the bit.
+    'float32' they do not. On CUDA the same seed gives the same weights to the bit.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -115,9 +114,8 @@ def prepare_device(device: torch.device, precision: Optional[str] = None):
     if hasattr(torch.utils, "deterministic"):       # do not fill each new tensor with NaN
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False          # its choice of algorithms varies between runs
-    if precision is not None:
-        torch.backends.cudnn.allow_tf32 = precision != "float32"
-        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
 
 
 # ------------------------------------------------------------------------------- network on rows

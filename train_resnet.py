@@ -80,7 +80,7 @@ def parse_args(arguments=None):
     add("--loss", default="mse", help=f"{', '.join(header.LOSSES)}, or my_losses.py:name")
     add("--init-from", metavar="CHECKPOINT", help="fine-tune these weights on the data")
     add("--seed", type=int, default=0, help="of the initial weights and the order; default 0")
-    add("--precision", choices=("tf32", "float32", "bf16"), help="of products; bf16 is fastest")
+    add("--precision", choices=("tf32", "float32", "bf16"), help="of training; bf16 is fastest")
     add = parser.add_argument_group("repeating").add_argument
     add("--seeds", type=int, metavar="K", help="K runs, <name>_seed<n>, with seeds from --seed on")
     add("--folds", type=int, metavar="K", help="K runs, <name>_fold<n>, each tests other patients")

@@ -275,7 +275,7 @@ def predict_dataset(model, dataset, batch_size=256, device=None, workers=0) -> n
 def predict_with_spread(model, dataset, batch_size=256, device=None, workers=0):
     """(estimates [N], the network's SD [N] or None), mmHg, float32. DataError if not finite."""
     device = choose_device(device)
-    kernels.prepare_device(device)
+    kernels.prepare_device(device)      # always in TF32: the same scores in every process
     model.to(device).eval()
     loader = make_loader(dataset, batch_size, workers=workers, pin_memory=device.type == "cuda")
     n_inputs = len(model.keys) - 1
