@@ -94,12 +94,13 @@ def main() -> None:
         results, segments = compare_runs(paths, **settings)
     else:
         results, segments = evaluate_with_arrays(paths[0], **settings)
+    if options.json:        # before anything that a closed pipe (`| head`) could end
+        tk_utils.write_json(options.json, results)
+    if len(paths) == 1:
         report.print_results(results)
     if options.report:
         report.write_report(results, segments, options.report,
                             {path: checkpoints.load_checkpoint(path) for path in paths})
-    if options.json:
-        tk_utils.write_json(options.json, results)
 
 
 # ---------------------------------------------------------------- the data

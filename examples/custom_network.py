@@ -58,4 +58,6 @@ def main(data, recordings, path="runs/two_blocks.pth"):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     main(sys.argv[1], sys.argv[2:])
