@@ -448,9 +448,9 @@ def print_channels(found, options):
             rows.append((name, f"{channel.fs:g} Hz" if channel.fs > 0 else "", channel.unit,
                          " ".join(kinds).upper(), "; ".join(why)))
         tk_utils.print_table(rows, ("channel", "rate", "unit", "taken as", "why"))
-        for kind in ("abp", "ppg"):
+        for kind, why in recorded.reasons.items():
             if kind not in recorded.chosen:
-                print(f"no {kind.upper()}: {recorded.reasons[kind]}")
+                print(f"no {kind.replace('_', ' ').upper()}: {why}")
     return code
 
 

@@ -242,9 +242,12 @@ def choose(path, reader, wanted):
             chosen[kind] = name
     for kind in NUMBERS:
         names = [name for name in named[kind] if name not in chosen.values()
-                 and natures[name] != "wave" and channels[name].fs > 0]
-        if names:
-            chosen[kind], reasons[kind] = names[0], "usual name"
+                 and channels[name].fs > 0]
+        numbers = [name for name in names if natures[name] != "wave"]
+        if numbers:
+            chosen[kind], reasons[kind] = numbers[0], "usual name"
+        elif names:
+            reasons[kind] = "a channel with a usual name varies like a waveform"
     return chosen, reasons
 
 

@@ -172,10 +172,12 @@ def test_a_file_that_prepare_did_not_write_is_never_replaced(tmp_path, minute):
 
 
 def test_channels_can_be_listed_and_named(tmp_path):
-    write_csv(tmp_path / "a.csv", 72, columns=("P4 [mmHg]", "finger"))
+    path = write_csv(tmp_path / "a.csv", 72, columns=("P4 [mmHg]", "finger"))
+    pd.read_csv(path).assign(Pulse=lambda table: table["finger"]).to_csv(path, index=False)
     listed = run(tmp_path / "a.csv", "--list-channels", "--ppg-channel", "FINGER")
     assert re.search(r"finger +100 Hz +PPG +--ppg-channel", listed.stdout), listed.stdout
     assert "no ABP: no channel with a usual name" in listed.stdout
+    assert "no HR: a channel with a usual name varies like a waveform" in listed.stdout
     run(tmp_path / "a.csv", "--out", tmp_path / "o.h5", "--abp-channel", "P4 [mmHg]",
         "--ppg-channel", "FINGER")
 
