@@ -239,7 +239,8 @@ class Predictor:
     def why_missing(self, missing, recorded, readings, implausible):
         """Why no minute has the vitals `missing`, and what to do."""
         whys, of_line = [], [key for key in missing if key in labels.FIELDS]
-        whys += [f"no {key.upper()} in the recording" for key in missing if key not in of_line]
+        whys += [f"no {key.upper()} in the recording" for key in missing
+                 if key not in (*of_line, *recorded.chosen)]
         if of_line and "abp" not in recorded.chosen:
             whys.append("no arterial pressure (--abp-channel)")
         elif of_line:
