@@ -170,11 +170,11 @@ def cross_validate(train, keys: List[str], pulse: np.ndarray):
     return label - plain, full - plain, patients
 
 
-def subsample(dataset) -> TPP_PPG_dataset:
-    """The dataset, or MAX_ANCHOR_SEGMENTS of its segments, drawn at random."""
+def subsample(dataset, most: float = MAX_ANCHOR_SEGMENTS) -> TPP_PPG_dataset:
+    """The dataset, or `most` of its segments, drawn at random, if it has more."""
     count = len(dataset.index)
-    return dataset if count <= MAX_ANCHOR_SEGMENTS else TPP_PPG_dataset(
-        dataset.index, "segment", dataset.keys_to_load, 100 * MAX_ANCHOR_SEGMENTS / count)
+    return dataset if count <= most else TPP_PPG_dataset(
+        dataset.index, "segment", dataset.keys_to_load, 100 * most / count)
 
 
 def read_pulse(dataset) -> np.ndarray:

@@ -81,8 +81,7 @@ def save_checkpoint(path, model, *, spec: Optional[str] = None, model_args: Opti
         index = next(iter(split.values()))
         salt = read_salt(default_salt_path(index.paths[0]))
         split, config = hash_split(split, salt), {"condition": index.condition, **config}
-        provenance = {"origin": datasets.origin_of(index.paths), "salt": salt_mark(salt),
-                      "label_method": datasets.origin_of(index.paths, "label_method"), **provenance}
+        provenance = {**domain_of(index), "salt": salt_mark(salt), **provenance}
     weights = model.network.state_dict()
     model.checkpoint = {
         "model": {k: v.detach().cpu().clone().contiguous() for k, v in weights.items()},
@@ -246,6 +245,12 @@ def saved_salt(path) -> Optional[str]:
 def hash_patients(patients, salt) -> List[str]:
     """Salted hashes of patients' names; these may leave the hospital."""
     return [hashlib.sha256(f"{salt}/{patient}".encode()).hexdigest()[:16] for patient in patients]
+
+
+def domain_of(index: DatasetIndex) -> dict:
+    """Origin and label method of an index: prediction intervals hold only for such data."""
+    return {"origin": datasets.origin_of(index.paths),
+            "label_method": datasets.origin_of(index.paths, "label_method")}
 
 
 def salt_mark(salt: str) -> str:

@@ -28,7 +28,7 @@ import datasets
 import metrics
 import report
 import tk_utils
-from anchor import PULSE_STATISTICS, kept_shares, read_pulse
+from anchor import PULSE_STATISTICS, kept_shares, read_pulse, subsample
 from datasets import DataError, DatasetIndex, TPP_PPG_dataset, create_dataset_index
 from report import percent
 from tk_utils import counted
@@ -180,14 +180,9 @@ def read_run(path) -> dict:
     return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
 
 
-def subsample(most: float, index: DatasetIndex, keys) -> TPP_PPG_dataset:
-    """A dataset of at most `most` segments of an index, drawn at random if there are more."""
-    return TPP_PPG_dataset(index, "segment", keys, min(100, 100 * most / len(index)))
-
-
 def read_segments(index: DatasetIndex, keys, most=np.inf) -> Segments:
     """Read what baselines, strata and scores need, including the pulse statistics."""
-    dataset = subsample(most, index, keys)
+    dataset = subsample(TPP_PPG_dataset(index, "segment", keys), most)
     index, fields = dataset.index, {}
     for key in dict.fromkeys((*datasets.VITALS, *datasets.LABELS, *datasets.vitals_of(keys),
                               *(row[0] for row in STRATA), "p_crit_true")):
@@ -230,7 +225,7 @@ def predict_tpp(model, dataset, device=None):
 
 def predict_segments(model, segments: Segments, calibration, device) -> None:
     """Add predictions and their intervals to segments."""
-    refusal = report.domain_refusal(calibration, **domain_of(segments.dataset.index))
+    refusal = report.domain_refusal(calibration, **checkpoints.domain_of(segments.dataset.index))
     segments.tpp, spread = predict_tpp(model, segments.dataset, device)
     if spread is not None:
         segments.fields["spread"] = spread
@@ -276,19 +271,13 @@ def predict_ablations(path, split, index, device, network) -> Dict[str, np.ndarr
     return found
 
 
-def domain_of(index: DatasetIndex) -> Dict[str, str]:
-    """Origin and label method of an index: prediction intervals hold only for such data."""
-    return {"origin": datasets.origin_of(index.paths),
-            "label_method": datasets.origin_of(index.paths, "label_method")}
-
-
 def make_calibration(model, tune, device=None) -> dict:
     """Calibration of the prediction intervals, to store in a checkpoint: plain numbers and lists.
     tune: a `TPP_PPG_dataset` with the model's keys."""
     estimate, spread = predict_with_spread(model, tune, device=device)
     error = estimate - tune.column(model.keys[-1]).numpy()      # TPP and Pcrit: same size
     found = metrics.fit_calibration(error, tune.index.segment_patients(), spread)
-    return dict(found, **domain_of(tune.index))
+    return dict(found, **checkpoints.domain_of(tune.index))
 
 
 def calibrate(path, data, condition=None, network=None, device=None) -> dict:
@@ -356,7 +345,7 @@ def evaluate_with_arrays(model_or_path, index=None, *, data=None, split=None, co
     if full and model.with_ppg:
         predict_with_swapped_ppg(model, segments, device)
 
-    origin, method = domain_of(scored).values()
+    origin, method = checkpoints.domain_of(scored).values()
     if len({*run.label_method.split(", "), *method.split(", ")} - {"unknown"}) > 1:
         about["problems"].append(
             f"labels by the method {method}, but the model was trained on {run.label_method}")
@@ -516,7 +505,8 @@ def check_parts(split, scored, train, tune) -> dict:
 def second_hashes(index: DatasetIndex) -> np.ndarray:
     """[S, seconds]: a hash of each second of PPG, the same in overlapping windows; 0 if flat."""
     factors = np.random.default_rng(1).integers(1, 2 ** 63, datasets.FS).astype(np.uint64) * 2 + 1
-    dataset, hashes = subsample(MAX_HASHED_SEGMENTS, index, ["ppg"]), []
+    dataset = subsample(TPP_PPG_dataset(index, "segment", ["ppg"]), MAX_HASHED_SEGMENTS)
+    hashes = []
     blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 512))
     for block in tk_utils.progress(blocks, desc="comparing PPG", leave=False):
         ppg = dataset.waveform("ppg", block)

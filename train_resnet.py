@@ -55,7 +55,7 @@ RECIPES = {
     "M1.5": {**NEUTRAL, "epochs": 10, "batch_size": 256, "lr": 1e-3, "schedule": ["step", 3, 0.2],
              "weight_decay": 0.1, "l1": 1e-4}}
 SMALL_SEGMENTS = 50_000         # fewer train segments make under 2,000 steps of 256: recipe small
-FEW_PATIENTS = 10               # tune or test patients, below which a single split says little
+MIN_PART_PATIENTS = 10          # tune or test patients, below which a single split says little
 # The default data: many patients with few segments, as the segments of a patient differ little.
 SIMULATED = {"patients": 1200, "segments": 3, "seed": 0}
 SIMULATED_FILE = "data/simulated_{patients}x{segments}_seed{seed}.h5".format(**SIMULATED)
@@ -167,7 +167,7 @@ def train_and_score(options, data):
         if is_first() and not options.position:
             print(", ".join(f"{name}: {counted(len(part), 'segment')} of " + counted(
                 part.n_patients, "patient") for name, part in parts.items()))
-            if min(parts[name].n_patients for name in ("tune", "test")) < FEW_PATIENTS:
+            if min(parts[name].n_patients for name in ("tune", "test")) < MIN_PART_PATIENTS:
                 print("*** few patients: --folds 5 tests each of them once ***")
             print("recipe {recipe}: batch size {batch_size}, epochs {epochs}".format(**recipe),
                   flush=True)
@@ -233,8 +233,7 @@ class DataSet:
         self.salt = header.read_salt(self.salt_path)
         self.baselines = {}         # fitted once for each set of train patients
         self.provenance = {
-            "origin": datasets.origin_of(files), "beats": datasets.origin_of(files, "beats"),
-            "label_method": datasets.origin_of(files, "label_method"),
+            **checkpoint.domain_of(self.index), "beats": datasets.origin_of(files, "beats"),
             "data_fingerprint": checkpoint.fingerprint(self.index, options.keys),
             "n_patients": self.index.n_patients, "n_segments": len(self.index),
             "salt": checkpoint.salt_mark(self.salt), "versions": tk_utils.versions(),
