@@ -51,13 +51,17 @@ tk_utils.run_script(train_resnet.main)
 
 def test_importing_does_no_work_and_help_comes_without_delay(tmp_path):
     resource = pytest.importorskip("resource", reason="processor times of children are of POSIX")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONPATH=ROOT)
-    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and os.listdir(tmp_path) == [], done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 8  # of processor
+
+    def seconds():          # of processor
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0 and os.listdir(tmp_path) == [], done.stderr
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert seconds() < 8 or seconds() < 8       # at first, Python may compile the packages
 
 
 @pytest.mark.parametrize("command", ["evaluate.py runs/none.pth", "predict.py none.pth r.csv"])
